@@ -1,0 +1,78 @@
+"""ML-Mamba's Mamba-2 scan connectors. Source: arXiv 2407.19832, Fig. 3 and eq. 6-9; widths as in the released code."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ssmvl.connectors.projectors import fused_mlp
+from ssmvl.connectors.scan_connector import ScanConnector
+from ssmvl.interfaces import Grid, MixerPart, ScanOrderPart
+from ssmvl.layers.block import Block, scale_residual
+from ssmvl.layers.mamba2 import Mamba2Mixer
+from ssmvl.layers.mlp import SwiGLU
+from ssmvl.layers.norm import RMSNorm
+from ssmvl.ops.reorder import path_table
+from ssmvl.scans import bsm
+
+
+def msc_basic(
+    in_width: int,
+    out_width: int,
+    grid: Grid,
+    *,
+    scan_order: ScanOrderPart = bsm,
+    mixer: MixerPart = Mamba2Mixer,
+    num_layers: int = 2,
+) -> ScanConnector:
+    """V_out = MLP(MSC(V_img)): pre-norm residual blocks without an MLP of their own, RMSNorm, the three-layer MLP.
+
+    Args:
+        in_width: width of the fused features.
+        out_width: width of the language model, and of the blocks.
+        grid: the fusion's grid.
+        scan_order: K paths over the grid.
+        mixer: built with `num_paths` = K.
+        num_layers: blocks.
+    """
+    num_paths = path_table(scan_order, grid).shape[0]
+    blocks = [Block(mixer(width=out_width, num_paths=num_paths), norm=RMSNorm(out_width)) for _ in range(num_layers)]
+    return _connector(in_width, out_width, blocks, RMSNorm(out_width), scan_order)
+
+
+def msc_advanced(
+    in_width: int,
+    out_width: int,
+    grid: Grid,
+    *,
+    scan_order: ScanOrderPart = bsm,
+    mixer: MixerPart = Mamba2Mixer,
+    num_layers: int = 2,
+) -> ScanConnector:
+    """V_out = MLP(SwiGLU(MSC(V_img))), the final model: no norm before the mixer, LayerNorm before each SwiGLU.
+
+    Args:
+        in_width: width of the fused features.
+        out_width: width of the language model, and of the blocks.
+        grid: the fusion's grid.
+        scan_order: K paths over the grid.
+        mixer: built with `num_paths` = K.
+        num_layers: blocks.
+    """
+    num_paths = path_table(scan_order, grid).shape[0]
+    blocks = [
+        Block(mixer(width=out_width, num_paths=num_paths), mlp=SwiGLU(out_width), mlp_norm=nn.LayerNorm(out_width))
+        for _ in range(num_layers)
+    ]
+    return _connector(in_width, out_width, blocks, nn.LayerNorm(out_width), scan_order)
+
+
+def _connector(
+    in_width: int, out_width: int, blocks: list[Block], norm: nn.Module, scan_order: ScanOrderPart
+) -> ScanConnector:
+    scale_residual(blocks, len(blocks))
+    return ScanConnector(
+        stem=nn.Sequential(nn.Linear(in_width, out_width), nn.GELU()),
+        blocks=blocks,
+        projector=nn.Sequential(norm, fused_mlp(out_width, out_width)),
+        scan_order=scan_order,
+    )

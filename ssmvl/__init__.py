@@ -1,0 +1,41 @@
+"""Vision-language models on state-space models, out of composable blocks and plugins.
+
+Public names are resolved when first used: `import ssmvl` imports neither torch nor any other heavy package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["build_model", "load", "train", "load_recipe", "list_components", "hookimpl", "__version__"]
+
+if TYPE_CHECKING:
+    from ssmvl.assistant import load
+    from ssmvl.build import build_model
+    from ssmvl.plugins import hookimpl
+    from ssmvl.recipe import load_recipe
+    from ssmvl.registry import Entry
+    from ssmvl.training.run import train
+
+_HOME = {
+    "build_model": "ssmvl.build",
+    "load": "ssmvl.assistant",
+    "train": "ssmvl.training.run",
+    "load_recipe": "ssmvl.recipe",
+    "hookimpl": "ssmvl.plugins",
+}
+
+
+def list_components(kind: str | None = None) -> list[Entry]:
+    """Every registered component, or those of one kind, sorted by kind and name."""
+    from ssmvl.core_plugin import components
+
+    return [entry for entry in components().entries() if kind in (None, entry.kind)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'ssmvl' has no attribute {name!r}")

@@ -1,0 +1,150 @@
+"""The composition root: the only file that knows in which order a model is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ssmvl import interfaces
+from ssmvl.checkpoints import load_into
+from ssmvl.errors import ContractError, Problem, RecipeError, SsmvlError
+from ssmvl.interfaces import ConnectorPart, EncoderPart, FusionPart, LanguageModelPart, PromptPart
+from ssmvl.recipe import Recipe, bind, load_recipe
+from ssmvl.text.processor import Processor
+from ssmvl.text.tokenizers import load_tokenizer
+from ssmvl.vlm import VisionLanguageModel
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParts:
+    """The `model:` of a recipe: its fields are the schema.
+
+    Args:
+        encoders: by name, in the recipe's order.
+        fusion: joins their features.
+        connector: makes visual tokens.
+        language: reads them, and text.
+        prompt: how conversations are written.
+        tokenizer: `bytes`, or a path.
+    """
+
+    encoders: dict[str, EncoderPart]
+    fusion: FusionPart
+    connector: ConnectorPart
+    language: LanguageModelPart
+    prompt: PromptPart
+    tokenizer: str
+
+
+def bind_model(recipe: Recipe) -> tuple[ModelParts | None, list[Problem]]:
+    """Resolve every name and check every option of `model:`; nothing is built."""
+    bound, problems = bind(recipe.data["model"], ModelParts, "model")
+    return (None if problems else bound()), problems
+
+
+def build_model(
+    recipe: str | Path | Recipe,
+    *overrides: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    weights: str | Path = "none",
+) -> VisionLanguageModel:
+    """Build the model of a recipe.
+
+    Args:
+        recipe: a name, a YAML file, a saved folder, or a recipe.
+        overrides: `"model.connector.scan_order=csm"`, applied one by one.
+        device: where the parameters lie; `meta` builds shapes only.
+        dtype: of the parameters, fp32 if None.
+        weights: `none` keeps initial weights, `recipe` loads those the recipe's parts name, a folder that
+            `save_pretrained` wrote brings its own. Nothing is downloaded.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        RecipeError: every mistake of the recipe, before any weight is allocated.
+        CheckpointError: weights are missing or do not fit.
+    """
+    found = load_recipe(recipe, *overrides)
+    parts, problems = bind_model(found)
+    if parts is None:
+        raise RecipeError(problems, found.source)
+    if device is None or torch.device(device).type != "meta":
+        with torch.device("meta"):  # finds grids that differ and orders that are no permutation before allocating
+            _assemble(parts, found.source)
+    with torch.device(device or "cpu"):
+        model = _assemble(parts, found.source)
+    if weights == "recipe":
+        for part in (*model.encoders.values(), model.language):
+            if hasattr(part, "load_weights"):
+                part.load_weights()
+    elif weights != "none":
+        load_into(model, Path(weights) / WEIGHTS_FILE)
+    return model if dtype is None else model.to(dtype)
+
+
+def build_processor(recipe: Recipe, model: VisionLanguageModel, folder: Path | None = None) -> Processor:
+    """The processor of a model.
+
+    Args:
+        recipe: names the prompt and the tokenizer.
+        model: says how many places an image needs; may be on `meta`.
+        folder: a saved folder, whose own tokenizer is used.
+
+    Raises:
+        ContractError: the tokenizer has more ids than the language model.
+    """
+    parts, problems = bind_model(recipe)
+    if parts is None:
+        raise RecipeError(problems, recipe.source)
+    tokenizer = load_tokenizer(parts.tokenizer if folder is None else str(folder))
+    ids, allowed = tokenizer.get_vocab_size(), model.language.num_tokens
+    if ids != allowed:
+        raise ContractError(f"model.language.num_tokens is {allowed}, but tokenizer {parts.tokenizer!r} has {ids} ids")
+    return Processor(tokenizer, parts.prompt(), model.image_specs, model.tokens_per_image)
+
+
+def _assemble(parts: ModelParts, source: str) -> VisionLanguageModel:
+    encoders: dict[str, Any] = {}
+    for name, encoder in parts.encoders.items():
+        with _at(f"model.encoders.{name}", source):
+            encoders[name] = _checked(encoder(), encoder, interfaces.VisionEncoder)
+    with _at("model.fusion", source):
+        widths = {name: encoder.width for name, encoder in encoders.items()}
+        grids = {name: encoder.grid for name, encoder in encoders.items()}
+        fusion = _checked(parts.fusion(widths=widths, grids=grids), parts.fusion, interfaces.Fusion)
+    with _at("model.language", source):
+        language = _checked(parts.language(), parts.language, interfaces.LanguageModel)
+    with _at("model.connector", source):
+        made = parts.connector(in_width=fusion.width, out_width=language.width, grid=fusion.grid)
+        connector = _checked(made, parts.connector, interfaces.Connector)
+    return VisionLanguageModel(encoders, fusion, connector, language)
+
+
+def _checked(built: Any, part: object, contract: type[Protocol]) -> Any:  # type: ignore[valid-type]
+    """A built component, or an error that names it and what it lacks of its contract."""
+    names = {n for c in contract.__mro__ for n in (*vars(c).get("__annotations__", ()), *vars(c))}
+    lacking = sorted(n for n in names if not n.startswith("_") and not hasattr(built, n))
+    if lacking or not isinstance(built, nn.Module):
+        what = f"lacks {', '.join(lacking)}" if lacking else f"is a {type(built).__name__}, no torch.nn.Module"
+        raise ContractError(f"{part} {what}; see ssmvl.interfaces.{contract.__name__}")
+    return built
+
+
+@contextmanager
+def _at(path: str, source: str) -> Iterator[None]:
+    try:
+        yield
+    except RecipeError:
+        raise
+    except SsmvlError as error:
+        raise RecipeError([Problem(path, str(error))], source) from error

@@ -1,0 +1,40 @@
+"""The command `ssmvl`: one file per verb, imported when it is used."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+
+from ssmvl.errors import PluginWarning, SsmvlError
+
+VERBS = {
+    "train": "train a recipe on this machine (several ranks: composer -n 8 recipe.yaml)",
+    "check": "find every mistake in a recipe without allocating a weight",
+    "show": "print a recipe with its overrides merged",
+    "list": "list recipes and components, and plugins that failed",
+    "generate": "ask a trained model about an image",
+    "doctor": "report versions, backends, plugins and stale shared memory",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. A mistake of the user's is printed without a traceback and gives exit code 2."""
+    parser = argparse.ArgumentParser(prog="ssmvl", description="Vision-language models on state-space models.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    argv = sys.argv[1:] if argv is None else argv
+    for verb, text in VERBS.items():
+        sub = verbs.add_parser(verb, help=text, description=text)
+        if verb in argv[:1]:  # only the verb that is used is imported
+            importlib.import_module(f"ssmvl.cli.{verb}").arguments(sub)
+    arguments = parser.parse_args(argv)
+    warnings.simplefilter("ignore", PluginWarning)  # `list`, `doctor` and failing lookups show them
+    try:
+        return int(importlib.import_module(f"ssmvl.cli.{arguments.verb}").run(arguments))
+    except SsmvlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,53 @@
+"""`ssmvl doctor [--clean]`."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("ssmvl", "torch", "torchvision", "numpy", "timm", "open_clip_torch", "omegaconf", "pluggy", "tokenizers")
+TRAINING = ("mosaicml", "mosaicml-streaming", "transformers", "tensorboard")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Whether to clean."""
+    parser.add_argument("--clean", action="store_true", help="remove shared memory that dead runs left behind")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report; 1 where a plugin or a core package is broken."""
+    import torch
+
+    from ssmvl.core_plugin import components
+    from ssmvl.data.shared_memory import clean_stale_segments, stale_segments
+    from ssmvl.ops.backends import find_backends
+
+    print(f"python          {platform.python_version()} on {platform.platform()}")
+    missing = [name for name in PACKAGES if not _print_version(name, "MISSING: pip install -e .")]
+    for name in TRAINING:
+        _print_version(name, "not installed: pip install 'ssmvl[train]'")
+    cuda = f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no device"
+    print(f"cuda            {cuda}")
+    for name, reason in find_backends().items():
+        print(f"backend         {name}: {'found' if not reason else f'not used ({reason})'}")
+    registry = components()
+    for source in sorted({entry.source for entry in registry.entries()}):
+        print(f"plugin          {source}")
+    for entries in registry.conflicts():
+        print(f"conflict        {entries[0].kind} {entries[0].name!r}: {' and '.join(e.source for e in entries)}")
+    for failure in registry.failures:
+        print(f"broken plugin   {failure}")
+    stale = clean_stale_segments() if options.clean else stale_segments()
+    advice = "removed" if options.clean else "left by dead runs; remove with ssmvl doctor --clean"
+    print(f"shared memory   {f'{len(stale)} files {advice}' if stale else 'nothing left by dead runs'}")
+    return 1 if registry.failures or missing else 0
+
+
+def _print_version(name: str, absent: str) -> bool:
+    try:
+        print(f"{name:15} {version(name)}")
+    except PackageNotFoundError:
+        print(f"{name:15} {absent}")
+        return False
+    return True

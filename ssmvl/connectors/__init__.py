@@ -1,0 +1,1 @@
+"""From fused features to visual tokens."""

@@ -1,0 +1,51 @@
+"""The generic connector that scans the grid along a scan order's paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ssmvl.interfaces import Grid, ScanOrder
+from ssmvl.layers.block import Block
+from ssmvl.ops.reorder import path_table
+
+
+class ScanConnector(nn.Module):
+    """stem -> blocks, each scanning along all paths -> projector.
+
+    Args:
+        stem: (*, in_width) -> (*, D).
+        blocks: residual blocks of width D whose mixers have one path for each path of `scan_order`.
+        projector: (*, D) -> (*, out_width), a norm included where there is one.
+        scan_order: grid -> paths; asked for each grid and device once.
+    """
+
+    def __init__(
+        self, *, stem: nn.Module, blocks: Sequence[Block], projector: nn.Module, scan_order: ScanOrder
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.layers = nn.ModuleList(blocks)
+        self.projector = projector
+        self.scan_order = scan_order
+        self._tables: dict[tuple[Grid, torch.device], Tensor] = {}  # derived from the order: never in a checkpoint
+
+    def num_tokens(self, grid: Grid) -> int:
+        """M = L."""
+        return grid.length
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """X (I, L, in_width) -> (I, L, out_width)."""
+        key = (grid, x.device)
+        if key not in self._tables:
+            self._tables[key] = path_table(self.scan_order, grid).to(x.device)
+        x = self.stem(x.to(next(self.stem.parameters()).dtype))
+        for block in self.layers:
+            x = block(x, self._tables[key])
+        return self.projector(x)
+
+    def shard_units(self) -> Sequence[nn.Module]:
+        """Each block."""
+        return list(self.layers)

@@ -1,0 +1,38 @@
+"""What the core registers, and the table of all components. Nothing is imported until a component is used."""
+
+from __future__ import annotations
+
+import functools
+
+from ssmvl.plugins import Register, discover, hookimpl
+from ssmvl.registry import Registry
+
+COMPONENTS = {
+    ("scan_order", "raster"): "ssmvl.scans:raster",
+    ("scan_order", "bsm"): "ssmvl.scans:bsm",
+    ("scan_order", "csm"): "ssmvl.scans:csm",
+    ("mixer", "mamba2"): "ssmvl.layers.mamba2:Mamba2Mixer",
+    ("encoder", "timm"): "ssmvl.vision.encoders:timm_encoder",
+    ("encoder", "digit_vit"): "ssmvl.vision.digit_vit:digit_vit",
+    ("fusion", "channel"): "ssmvl.vision.fusion:ChannelFusion",
+    ("connector", "mlp"): "ssmvl.connectors.projectors:MlpConnector",
+    ("language_model", "mamba2_lm"): "ssmvl.language.mamba_lm:MambaLM",
+    ("prompt", "mamba"): "ssmvl.text.prompts:MambaPrompt",
+    ("dataset", "digits"): "ssmvl.data.digits:digits",
+}
+
+
+class CorePlugin:
+    """The core's own components, entering through the same hook as anybody's."""
+
+    @hookimpl
+    def ssmvl_register(self, register: Register) -> None:
+        """Register the core's components."""
+        for (kind, name), target in COMPONENTS.items():
+            register(kind, name, target)
+
+
+@functools.cache
+def components() -> Registry:
+    """All components of the core and of every installed plugin; found once per process."""
+    return discover(CorePlugin())

@@ -1,0 +1,1 @@
+"""Shards, written and streamed; the only room that imports streaming."""

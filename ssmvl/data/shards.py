@@ -1,0 +1,99 @@
+"""MDS shards in the library's own layout: written once, verified, written again when damaged.
+
+One sample is a record `{"id": str, "type": str, "conversation": [messages], "images": [bytes]}`; `type` groups
+questions for evaluation and may be empty. In a shard the images are joined, with their sizes beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ssmvl.errors import DataError, MissingDependencyError
+
+COLUMNS = {"id": "str", "type": "str", "conversation": "json", "images": "bytes", "image_sizes": "json"}
+HASH = "xxh64"
+SHARD_BYTES = 1 << 22
+
+
+def ensure_shards(folder: Path, records: Callable[[], Iterable[dict[str, Any]]], total: int) -> None:
+    """Make sure that `folder` holds whole, undamaged shards of these records.
+
+    Processes that come at once wait for the first; a folder appears complete or not at all.
+
+    Args:
+        folder: of the shards.
+        records: called only if the shards must be written.
+        total: number of records, for the progress bar.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    require_streaming()
+    from filelock import FileLock
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            damage = find_damage(folder)
+            if not damage:
+                return
+            if folder.exists():
+                print(f"{folder}: {damage}; writing it again", flush=True)
+                shutil.rmtree(folder)
+            partial = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            _write(partial, records(), total, f"writing {folder}")
+            partial.rename(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: shards cannot be written ({error})") from error
+
+
+def find_damage(folder: Path) -> str:
+    """What is wrong with the shards in `folder`: the first missing, cut or altered file; empty if nothing is."""
+    from streaming.base.hashing import get_hash
+
+    try:
+        shards = json.loads((folder / "index.json").read_text())["shards"]
+        for shard in shards:
+            raw = shard["raw_data"]
+            data = (folder / raw["basename"]).read_bytes()
+            if len(data) != raw["bytes"]:
+                return f"{raw['basename']} has {len(data)} bytes, its index says {raw['bytes']}"
+            if get_hash(HASH, data) != raw["hashes"][HASH]:
+                return f"{raw['basename']} does not have the {HASH} hash in its index"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def unpack(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as it stands in a shard -> with its images apart."""
+    images, start = [], 0
+    for size in record["image_sizes"]:
+        images.append(record["images"][start : start + size])
+        start += size
+    return {"id": record["id"], "type": record["type"], "conversation": record["conversation"], "images": images}
+
+
+def require_streaming() -> None:
+    """Raise a clear error where mosaicml-streaming is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("streaming") is None:
+        raise MissingDependencyError("reading shards needs mosaicml-streaming: pip install 'ssmvl[train]'")
+
+
+def _write(folder: Path, records: Iterable[dict[str, Any]], total: int, what: str) -> None:
+    from streaming import MDSWriter
+    from tqdm import tqdm
+
+    os.makedirs(folder)
+    with MDSWriter(out=str(folder), columns=COLUMNS, hashes=[HASH], size_limit=SHARD_BYTES) as writer:
+        for record in tqdm(records, desc=what, total=total, unit=" samples"):
+            sizes = [len(image) for image in record["images"]]
+            writer.write({**record, "images": b"".join(record["images"]), "image_sizes": sizes})

@@ -1,0 +1,96 @@
+"""Every exception the library raises on purpose.
+
+    SsmvlError
+    ├── RecipeError               (ValueError)   a recipe, or its options, cannot be used; lists every problem
+    ├── UnknownComponentError     (LookupError)  no component of that kind and name
+    ├── DuplicateComponentError   (LookupError)  two plugins offer the same kind and name
+    ├── ContractError             (ValueError)   a component does not keep the contract of its kind
+    ├── ShapeError                (ValueError)   inputs do not fit together
+    ├── DataError                 (ValueError)   a sample, image or shard cannot be used
+    ├── CheckpointError           (ValueError)   weights or a saved folder cannot be used
+    ├── RunError                  (RuntimeError) a run folder cannot be used for this run
+    └── MissingDependencyError    (ImportError)  an optional package is not installed
+
+    PluginWarning                 (UserWarning)  a plugin could not be loaded; everything else works
+
+A message says what was wrong, where, what was received, what is allowed and what to do. Each error is also a
+builtin, so code that knows nothing of this library can catch it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class SsmvlError(Exception):
+    """Base of every error raised on purpose; the CLI prints it without a traceback and exits with 2."""
+
+
+class Problem(NamedTuple):
+    """One mistake in a recipe: its YAML path and what is wrong there."""
+
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
+class RecipeError(SsmvlError, ValueError):
+    """All problems found in one recipe.
+
+    Args:
+        problems: every mistake, in the order of the recipe.
+        source: the recipe's file or name, for the first line of the message.
+    """
+
+    def __init__(self, problems: Sequence[Problem], source: str = "recipe") -> None:
+        self.problems = tuple(problems)
+        count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
+        super().__init__("\n  ".join([f"{source}: {count}", *map(str, problems)]))
+
+
+class UnknownComponentError(SsmvlError, LookupError):
+    """No component of that kind and name is registered."""
+
+
+class DuplicateComponentError(SsmvlError, LookupError):
+    """Two plugins offer the same kind and name."""
+
+
+class ContractError(SsmvlError, ValueError):
+    """A component does not keep the contract of its kind."""
+
+
+class ShapeError(SsmvlError, ValueError):
+    """Inputs do not fit together."""
+
+
+class DataError(SsmvlError, ValueError):
+    """A sample, an image or a shard cannot be used."""
+
+
+class CheckpointError(SsmvlError, ValueError):
+    """Weights or a saved folder cannot be used."""
+
+
+class RunError(SsmvlError, RuntimeError):
+    """A run folder cannot be used for this run."""
+
+
+class MissingDependencyError(SsmvlError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
+class PluginWarning(UserWarning):
+    """A plugin could not be loaded; everything else works."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """The text " Did you mean 'x'? Allowed: …" for an unknown `name`, shared by every such message."""
+    allowed = sorted(allowed)
+    close = difflib.get_close_matches(name, allowed, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Allowed: {', '.join(allowed) or 'nothing'}."

@@ -1,0 +1,191 @@
+"""Every contract and every shape on one page.
+
+Letters: B samples, I images, N = rows*columns patches of one map, L scanned length, K scan paths, M visual tokens of
+one image, T positions, D width, E inner width, H heads, P head width, S state size, G groups, V vocabulary rows.
+
+    Grid         (maps, rows, columns); maps > 1 only for a visual long sequence
+    segments     (B, L) int32: 0, 1, 2, … in each row, -1 = padding. Only in `forward`: state never meets segments.
+    lengths      (B,) real positions of each row; rows are right-padded
+    paths        (K, L) int64: each row a permutation of range(L)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ssmvl.registry import Part
+
+Message = Mapping[str, str]  # {"role": "user" | "assistant", "content": text}; `<image>` in a content is one image
+
+# A parameter annotated with one of these takes a component of that kind, bound to its options.
+MixerPart = Annotated[Callable[..., nn.Module], Part("mixer")]
+EncoderPart = Annotated[Callable[..., nn.Module], Part("encoder")]
+FusionPart = Annotated[Callable[..., nn.Module], Part("fusion")]
+ConnectorPart = Annotated[Callable[..., nn.Module], Part("connector")]
+LanguageModelPart = Annotated[Callable[..., nn.Module], Part("language_model")]
+PromptPart = Annotated[Callable[..., Any], Part("prompt")]
+DatasetPart = Annotated[Callable[..., Path], Part("dataset")]
+
+
+class Grid(NamedTuple):
+    """How visual tokens lie: maps, rows, columns."""
+
+    maps: int
+    rows: int
+    columns: int
+
+    @property
+    def length(self) -> int:
+        """Scanned length L."""
+        return self.maps * self.rows * self.columns
+
+
+class ImageSpec(NamedTuple):
+    """What the loader makes of an image: the side in pixels, and how it gets there.
+
+    Encoders with equal specs share one uint8 tensor; each normalises with its own mean and std.
+    """
+
+    size: int
+    resize: str = "resize-naive"
+
+
+ScanOrder = Callable[[Grid], Tensor]
+"""grid -> (K, L) int64, each row a permutation of range(L), always on the CPU; K does not depend on the grid."""
+
+ScanOrderPart = Annotated[ScanOrder, Part("scan_order")]
+
+
+@runtime_checkable
+class State(Protocol):
+    """What a recurrent part remembers of each row: fixed shape, updated in place by `step` and `prefill`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+
+    def rows(self, index: Tensor | Sequence[int]) -> Self:
+        """A copy of these rows, in this order."""
+
+    def write(self, index: Tensor | Sequence[int], other: Self) -> None:
+        """Overwrite these rows with the rows of `other`."""
+
+    def clone(self) -> Self:
+        """A copy."""
+
+
+@runtime_checkable
+class Mixer(Protocol):
+    """Mixes positions. Built with `width` and `num_paths`."""
+
+    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """X (B, L, D), paths (K, L), segments (B, L) -> (B, L, D); training and connectors, no state."""
+
+    def prefill(self, x: Tensor, lengths: Tensor, state: Any) -> Tensor:
+        """X (B, L, D) right-padded, lengths (B,) -> (B, L, D); causal; advances `state`."""
+
+    def step(self, x: Tensor, state: Any) -> Tensor:
+        """X (B, D) -> (B, D); advances `state` in place."""
+
+    def new_state(self, rows: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
+        """A state of `rows` rows that has seen nothing."""
+
+
+@runtime_checkable
+class VisionEncoder(Protocol):
+    """uint8 pixels -> patch features. Normalises itself."""
+
+    width: int
+    grid: Grid
+    image_spec: ImageSpec
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels uint8 (I, 3, S, S) -> (I, N, D); I = 0 is allowed."""
+
+    def load_weights(self) -> None:
+        """Load the weights that the component's `weights` option names; nothing if it names none."""
+
+    def shard_units(self) -> Sequence[nn.Module]:
+        """Modules that are sharded as one each."""
+
+
+@runtime_checkable
+class Fusion(Protocol):
+    """Features of several encoders -> one sequence. Built with `widths` and `grids` by encoder."""
+
+    width: int
+    grid: Grid
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """{encoder: (I, N, D_i)} -> (I, L, D)."""
+
+
+@runtime_checkable
+class Connector(Protocol):
+    """Fused features -> visual tokens. Built with `in_width`, `out_width`, `grid`."""
+
+    def num_tokens(self, grid: Grid) -> int:
+        """M, the visual tokens of one image."""
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """X (I, L, in_width) -> (I, M, out_width)."""
+
+    def shard_units(self) -> Sequence[nn.Module]:
+        """Modules that are sharded as one each."""
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """Token ids -> logits, in parts. `num_tokens` ids exist; the `vocab_rows - num_tokens` others are never sampled."""
+
+    width: int
+    vocab_rows: int
+    num_tokens: int
+    recurrent: bool
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Ids (B, T) -> (B, T, D)."""
+
+    def backbone(self, embeds: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Embeds (B, T, D) -> hidden (B, T, D)."""
+
+    def prefill(self, embeds: Tensor, lengths: Tensor, state: Any) -> Tensor:
+        """Embeds (B, T, D) -> hidden (B, T, D); advances `state`."""
+
+    def step(self, embeds: Tensor, state: Any) -> Tensor:
+        """Embeds (B, D) -> hidden (B, D); advances `state` in place."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden (*, D) -> logits (*, V)."""
+
+    def new_state(self, rows: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
+        """A state of `rows` rows that has seen nothing."""
+
+    def shard_units(self) -> Sequence[nn.Module]:
+        """Modules that are sharded as one each."""
+
+
+class Piece(NamedTuple):
+    """A stretch of a prompt, tokenised alone.
+
+    `template` text may hold special tokens; any other text came from a user and is never parsed for them.
+    """
+
+    text: str
+    supervised: bool = False
+    template: bool = False
+
+
+@runtime_checkable
+class Prompt(Protocol):
+    """How a conversation is written."""
+
+    image_placement: Literal["before_all_text", "in_place"]
+
+    def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
+        """The text to read; it ends where the assistant's answer begins if the last message is the user's."""

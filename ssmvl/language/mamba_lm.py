@@ -1,0 +1,94 @@
+"""Decoder language models made of recurrent mixers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssmvl.interfaces import MixerPart
+from ssmvl.language.state import RecurrentState
+from ssmvl.layers.block import Block, scale_residual
+from ssmvl.layers.mamba2 import Mamba2Mixer
+from ssmvl.layers.norm import RMSNorm
+
+
+class MambaLM(nn.Module):
+    """Embedding, pre-norm residual blocks with the residual in fp32, final RMSNorm, head tied to the embedding.
+
+    Args:
+        width: D.
+        num_layers: blocks.
+        num_tokens: ids of the tokenizer; checked against it when it is loaded.
+        mixer: the blocks' mixer, causal.
+        vocab_multiple: the embedding's rows V are `num_tokens` rounded up to a multiple of this.
+
+    Source: arXiv 2405.21060 and arXiv 2312.00752, the language models of both papers.
+    """
+
+    recurrent = True
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        num_layers: int,
+        num_tokens: int,
+        mixer: MixerPart = Mamba2Mixer,
+        vocab_multiple: int = 16,
+    ) -> None:
+        super().__init__()
+        self.width, self.num_tokens = width, num_tokens
+        self.vocab_rows = -(-num_tokens // vocab_multiple) * vocab_multiple
+        self.embedding = nn.Embedding(self.vocab_rows, width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        blocks = [Block(mixer(width=width, num_paths=1), norm=RMSNorm(width)) for _ in range(num_layers)]
+        scale_residual(blocks, num_layers)
+        self.layers = nn.ModuleList(blocks)
+        self.norm_f = RMSNorm(width)
+        self._name = f"{type(blocks[0].mixer).__name__} LM, width {width}, {num_layers} layers"
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Ids (B, T) -> (B, T, D)."""
+        return self.embedding(ids)
+
+    def backbone(self, embeds: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Embeds (B, T, D), segments (B, T) -> hidden (B, T, D), normed."""
+        x = _residual(embeds)
+        for block in self.layers:
+            x = block(x, None, segments)
+        return self.norm_f(x)
+
+    def prefill(self, embeds: Tensor, lengths: Tensor, state: RecurrentState) -> Tensor:
+        """Embeds (B, T, D) right-padded, lengths (B,) -> hidden (B, T, D), normed; advances `state`."""
+        x = _residual(embeds)
+        for block, layer in zip(self.layers, state.layers, strict=True):
+            x = block.prefill(x, lengths, layer)
+        return self.norm_f(x)
+
+    def step(self, embeds: Tensor, state: RecurrentState) -> Tensor:
+        """Embeds (B, D) -> hidden (B, D), normed; advances `state` in place."""
+        x = _residual(embeds)
+        for block, layer in zip(self.layers, state.layers, strict=True):
+            x = block.step(x, layer)
+        return self.norm_f(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden (*, D) -> logits (*, V)."""
+        return F.linear(hidden, self.embedding.weight)
+
+    def new_state(
+        self, rows: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> RecurrentState:
+        """A state of `rows` rows that has seen nothing; device and dtype default to the weights'."""
+        return RecurrentState(self._name, [b.mixer.new_state(rows, device, dtype) for b in self.layers])
+
+    def shard_units(self) -> Sequence[nn.Module]:
+        """Each block; never the embedding, which is the head too."""
+        return list(self.layers)
+
+
+def _residual(embeds: Tensor) -> Tensor:
+    return embeds.to(torch.promote_types(embeds.dtype, torch.float32))

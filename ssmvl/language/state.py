@@ -1,0 +1,82 @@
+"""The state of a recurrent language model: the states of its mixers, collected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from ssmvl.checkpoints import read_tensors, write_tensors
+from ssmvl.errors import CheckpointError, ShapeError
+
+FORMAT_VERSION = "1"
+
+
+class RecurrentState:
+    """One state per layer; every tensor has the rows first.
+
+    Args:
+        model: names the architecture the state belongs to; `write` and `load` refuse any other.
+        layers: each layer's state, a named tuple of tensors.
+    """
+
+    def __init__(self, model: str, layers: Sequence[NamedTuple]) -> None:
+        self.model, self.layers = model, list(layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for _, tensor in self._named())
+
+    def rows(self, index: Tensor | Sequence[int]) -> Self:
+        """A copy of these rows, in this order; an index may repeat."""
+        return type(self)(self.model, [type(s)(*(t[_index(index, t)] for t in s)) for s in self.layers])
+
+    def write(self, index: Tensor | Sequence[int], other: Self) -> None:
+        """Overwrite these rows with the rows of `other`.
+
+        Raises:
+            ShapeError: `other` belongs to another model.
+        """
+        if other.model != self.model:
+            raise ShapeError(f"a state of {other.model} cannot be written into a state of {self.model}")
+        for (_, mine), (_, theirs) in zip(self._named(), other._named(), strict=True):
+            mine[_index(index, mine)] = theirs.to(mine.dtype)
+
+    def clone(self) -> Self:
+        """A copy."""
+        return type(self)(self.model, [type(s)(*(t.clone() for t in s)) for s in self.layers])
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file, with the model's name and the format's version."""
+        write_tensors(path, dict(self._named()), {"state_format": FORMAT_VERSION, "model": self.model})
+
+    def load(self, path: str | Path) -> None:
+        """Overwrite this state with a saved one of the same model, rows and dtype.
+
+        Raises:
+            CheckpointError: the file holds no such state; says what differs.
+        """
+        tensors, metadata = read_tensors(path)
+        for key, mine in (("state_format", FORMAT_VERSION), ("model", self.model)):
+            if metadata.get(key) != mine:
+                raise CheckpointError(f"{path}: {key} is {metadata.get(key)!r}, this state needs {mine!r}")
+        for name, mine in self._named():
+            theirs = tensors.get(name)
+            if theirs is None or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+                got = "nothing" if theirs is None else f"{theirs.dtype} {tuple(theirs.shape)}"
+                raise CheckpointError(f"{path}: {name} is {got}, this state needs {mine.dtype} {tuple(mine.shape)}")
+        for name, mine in self._named():
+            mine.copy_(tensors[name])
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for i, layer in enumerate(self.layers):
+            for name, tensor in layer._asdict().items():
+                yield f"{i}.{name}", tensor
+
+
+def _index(index: Tensor | Sequence[int], tensor: Tensor) -> Tensor:
+    return torch.as_tensor(index, dtype=torch.long, device=tensor.device)

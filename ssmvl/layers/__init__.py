@@ -1,0 +1,1 @@
+"""Modules made of ops: norms, MLPs, mixers with their state, residual blocks."""

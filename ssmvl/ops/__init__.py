@@ -1,0 +1,1 @@
+"""Pure functions on tensors: one reference path in plain PyTorch each."""

@@ -1,0 +1,50 @@
+"""Scan orders applied: the checked path table of a grid, the gather along its paths, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssmvl.errors import ContractError
+from ssmvl.interfaces import Grid, ScanOrder
+
+
+def path_table(order: ScanOrder, grid: Grid) -> Tensor:
+    """The paths of `order` over `grid`, checked: (K, L) int64 on the CPU, each row a permutation of range(L).
+
+    Raises:
+        ContractError: the order does not give that; names the order and the first offending place.
+    """
+    name = str(order) if not hasattr(order, "__name__") else f"scan order {order.__name__!r}"
+    # Under a meta context torch.arange would hold no values; made in inference mode it could not be trained with.
+    with torch.device("cpu"), torch.inference_mode(False):
+        table = order(grid)
+    where = f"{name} over grid {tuple(grid)}"
+    if not isinstance(table, Tensor) or table.ndim != 2 or table.shape[1] != grid.length:
+        got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
+        raise ContractError(f"{where} must give paths (K, {grid.length}), gave {got}")
+    if table.dtype != torch.int64:
+        raise ContractError(f"{where} must give int64 indices, gave {table.dtype}")
+    wrong = table.sort(dim=1).values != torch.arange(grid.length, device="cpu")
+    if wrong.any():
+        path = int(wrong.any(dim=1).nonzero()[0])
+        seen: set[int] = set()
+        for position, index in enumerate(table[path].tolist()):
+            if index in seen or not 0 <= index < grid.length:
+                why = "again" if index in seen else f"outside 0…{grid.length - 1}"
+                raise ContractError(
+                    f"{where}: path {path} is no permutation: position {position} holds index {index} {why}"
+                )
+            seen.add(index)
+    return table
+
+
+def inverse(paths: Tensor) -> Tensor:
+    """Paths (K, L) -> (K, L): where each raster index stands on each path."""
+    return torch.argsort(paths, dim=-1)
+
+
+def along(x: Tensor, paths: Tensor) -> Tensor:
+    """X (B, L, K, *) -> the same shape; path k is read in the order paths[k]. `along(·, inverse(paths))` goes back."""
+    index = paths.t().reshape(1, *paths.t().shape, *[1] * (x.ndim - 3)).expand(x.shape)
+    return x.gather(1, index)

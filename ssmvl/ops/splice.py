@@ -1,0 +1,28 @@
+"""Visual tokens copied into text embeddings at the places the processor left for them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ssmvl.errors import ShapeError
+
+
+def splice(embeds: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
+    """Copy `visual` into `embeds` at flat `positions`.
+
+    Args:
+        embeds: (B, T, D) text embeddings; what stands at the positions is overwritten.
+        visual: (I, M, D) visual tokens, cast to the dtype of `embeds`.
+        positions: (I*M,) int64 indices into the flattened (B*T), in the order of the images.
+
+    Raises:
+        ShapeError: the numbers of visual tokens and of places differ.
+    """
+    tokens = visual.flatten(0, 1)
+    if tokens.shape[0] != positions.shape[0]:
+        raise ShapeError(
+            f"{visual.shape[0]} images of {visual.shape[1]} visual tokens do not fill {positions.shape[0]} image places; "
+            "each image needs exactly as many places as the connector gives tokens"
+        )
+    flat = embeds.flatten(0, 1).index_copy(0, positions, tokens.to(embeds.dtype))
+    return flat.view_as(embeds)

@@ -1,0 +1,73 @@
+"""Finding plugins: the pluggy hook, and entry points of the group `ssmvl` loaded one by one."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from ssmvl.errors import PluginWarning
+from ssmvl.registry import Entry, PluginFailure, Registry
+
+GROUP = "ssmvl"
+hookspec = pluggy.HookspecMarker(GROUP)
+hookimpl = pluggy.HookimplMarker(GROUP)
+
+Register = Callable[[str, str, str | Callable[..., Any]], None]
+
+
+class Hooks:
+    """What a plugin may implement."""
+
+    @hookspec
+    def ssmvl_register(self, register: Register) -> None:
+        """Call `register(kind, name, target)` for each component; `target` is a factory or "module:attribute"."""
+
+
+def discover(core: object) -> Registry:
+    """Load `core`, then every installed plugin, sorted by distribution and name.
+
+    A plugin that fails is warned of once, kept in `Registry.failures` and breaks nothing else.
+    `SSMVL_DISABLE_PLUGINS=a,b` names entry points or distributions that are not even imported.
+    """
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(Hooks)
+    registry = Registry()
+    _register(manager, registry, core, registry.core)
+    disabled = {name.strip() for name in os.environ.get("SSMVL_DISABLE_PLUGINS", "").split(",")}
+    points = [p for p in entry_points(group=GROUP) if not {p.name, _distribution(p)[0]} & disabled]
+    for point in sorted(set(points), key=lambda p: (_distribution(p), p.name)):
+        name, version = _distribution(point)
+        source = f"{name} {version} ({point.value})"
+        try:
+            _register(manager, registry, point.load(), source)
+        # Foreign code may raise anything, SystemExit included; a broken plugin must not take the others with it.
+        except (Exception, SystemExit) as error:
+            failure = PluginFailure(source, f"{type(error).__name__}: {error}")
+            registry.failures.append(failure)
+            warnings.warn(str(failure), PluginWarning, stacklevel=2)
+    return registry
+
+
+def _register(manager: pluggy.PluginManager, registry: Registry, plugin: object, source: str) -> None:
+    entries: list[Entry] = []
+    manager.register(plugin, name=source)
+    try:
+        manager.check_pending()  # pluggy accepts a misspelt hook name silently until asked
+        others = [p for p in manager.get_plugins() if p is not plugin]
+        hook = manager.subset_hook_caller("ssmvl_register", remove_plugins=others)
+        if not hook.get_hookimpls():
+            raise ValueError("it has no function ssmvl_register marked with @ssmvl.hookimpl")
+        hook(register=lambda kind, name, target: entries.append(Entry(kind, name, target, source)))
+        registry.add(entries)
+    except BaseException:
+        manager.unregister(plugin)
+        raise
+
+
+def _distribution(point: EntryPoint) -> tuple[str, str]:
+    return (point.dist.name, point.dist.version) if point.dist else ("?", "?")

@@ -1,0 +1,326 @@
+"""Recipes: YAML and dotted overrides -> plain data -> factories with their options bound. Imports no torch."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ssmvl.core_plugin import components
+from ssmvl.errors import Problem, RecipeError, SsmvlError, UnknownComponentError, nearest
+from ssmvl.registry import INJECTED, Part
+
+TOP_LEVEL = ("base", "run", "seed", "model", "stages", "evaluation")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merged recipe: plain data that nothing has interpreted yet.
+
+    Attributes:
+        data: mappings, lists and scalars, with the keys `run`, `seed`, `model`, and mostly `stages`, `evaluation`.
+        source: the file it came from, for messages.
+    """
+
+    data: dict[str, Any]
+    source: str
+
+    def to_yaml(self) -> str:
+        """The merged recipe as YAML; `load_recipe` of it gives an equal recipe."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.data))
+
+
+def recipe_path(name: str) -> Path:
+    """Where the recipe called `name` lies: a plugin's, then the installed copy, then the checkout's folder.
+
+    Raises:
+        RecipeError: no recipe has that name.
+    """
+    for folder in (Path(__file__).parent / "_recipes", Path(__file__).parents[1] / "recipes"):
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    try:
+        entry = components().find("recipe", name)
+    except UnknownComponentError as error:
+        problem = f"no recipe named {name!r}, and no such file.{nearest(name, recipe_names())}"
+        raise RecipeError([Problem("", problem)], name) from error
+    package, _, rest = str(entry.target).partition("/")
+    (root,) = _package_folders(package)
+    return root / rest
+
+
+def _package_folders(package: str) -> list[Path]:
+    """Folders of an installed package, found without importing it."""
+    from importlib.util import find_spec
+
+    spec = find_spec(package)
+    return [Path(p) for p in (spec.submodule_search_locations or [])[:1]] if spec else []
+
+
+def recipe_names() -> list[str]:
+    """Names that `recipe_path` finds."""
+    folders = (Path(__file__).parent / "_recipes", Path(__file__).parents[1] / "recipes")
+    shipped = {path.stem for folder in folders for path in folder.glob("*.yaml")}
+    return sorted(shipped | set(components().names("recipe")))
+
+
+def load_recipe(recipe: str | Path | Recipe, *overrides: str) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        recipe: a name (`quickstart`), a YAML file, a folder that holds `recipe.yaml`, or a recipe.
+        overrides: `"a.b=value"`, applied one by one; the value is YAML.
+
+    Raises:
+        RecipeError: it is no recipe, or an override is none; every problem is listed.
+    """
+    if isinstance(recipe, Recipe):
+        data, source = recipe.data, recipe.source
+    else:
+        path = _find(str(recipe))
+        data, source = _read_with_base(path), str(path)
+        data.setdefault("run", path.stem if path.name != "recipe.yaml" else path.parent.name)
+    for override in overrides:
+        data = merge(data, _parse_override(override, source))
+    data = _normalise({"seed": 0, **data})
+    unknown = [
+        Problem(key, f"no such part of a recipe.{nearest(key, TOP_LEVEL)}") for key in data if key not in TOP_LEVEL
+    ]
+    if unknown:
+        raise RecipeError(unknown, source)
+    if not isinstance(data.get("model"), dict):
+        raise RecipeError([Problem("model", "a recipe needs a mapping `model:`; this is no recipe")], source)
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(data), resolve=True)
+    except OmegaConfBaseException as error:
+        raise RecipeError([Problem(str(error.full_key or ""), _first_line(error))], source) from error
+    return Recipe(typing.cast("dict[str, Any]", resolved), source)
+
+
+def merge(base: Any, over: Any) -> Any:
+    """`over` laid on `base`: mappings merge key by key; a component whose name changes drops its other options.
+
+    A component may be written as a name or as `{name: …, options}`; either meets either.
+    """
+    if isinstance(base, str) and isinstance(over, dict):
+        base = {"name": base}
+    if isinstance(base, dict) and "name" in base and isinstance(over, str):
+        over = {"name": over}
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    if "name" in base and over.get("name", base["name"]) != base["name"]:
+        return over
+    return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
+
+
+class Bound:
+    """A component with its options bound, awaiting the arguments that its kind injects.
+
+    Attributes:
+        label: "connector 'mlp' (ssmvl)", for messages.
+    """
+
+    def __init__(self, factory: Callable[..., Any], options: Mapping[str, Any], label: str) -> None:
+        self.factory, self.options, self.label = factory, dict(options), label
+
+    def __call__(self, *args: Any, **injected: Any) -> Any:
+        return self.factory(*args, **injected, **self.options)
+
+    def __str__(self) -> str:
+        return self.label
+
+
+def bind(
+    node: Any, factory: Callable[..., Any], path: str, injected: Iterable[str] = ()
+) -> tuple[Bound, list[Problem]]:
+    """Check the options in `node` against the signature of `factory` and bind them.
+
+    A parameter marked `Part(kind)` takes a component, bound recursively; so do mappings of parts, and dataclasses.
+    Nothing is called. With problems the result must not be called either.
+    """
+    label = getattr(factory, "__name__", str(factory))
+    if not isinstance(node, dict):
+        return Bound(factory, {}, label), [Problem(path, f"expected a mapping of options, received {node!r}")]
+    injected = tuple(injected)
+    try:
+        parameters = _parameters(factory)
+    except (NameError, TypeError) as error:
+        return Bound(factory, {}, label), [Problem(path, f"the signature of {label} cannot be read: {error}")]
+    allowed = {name: p for name, p in parameters.items() if name not in injected}
+    options: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for key, value in node.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key in injected:
+            problems.append(Problem(where, f"{key!r} is not an option: it is passed by the model; leave it out"))
+        elif key not in allowed:
+            problems.append(Problem(where, f"{label} has no option {key!r}.{nearest(str(key), allowed)}"))
+        else:
+            options[key], found = _bind_value(value, allowed[key].annotation, where)
+            problems += found
+    for name, parameter in allowed.items():
+        if name not in node and parameter.default is parameter.empty:
+            where = f"{path}.{name}" if path else name
+            problems.append(Problem(where, f"{label} needs {name!r} ({_describe(parameter.annotation)})"))
+    return Bound(factory, options, label), problems
+
+
+def bind_part(node: Any, kind: str, path: str) -> tuple[Bound, list[Problem]]:
+    """`bind` for a component written as a name or as `{name: …, options}`."""
+    node = {"name": node} if isinstance(node, str) else node
+    nothing = Bound(dict, {}, kind)
+    names = components().names(kind)
+    if not isinstance(node, dict) or not isinstance(node.get("name"), str):
+        message = (
+            f"expected the name of a {kind} or {{name: …, options}}, received {node!r}. Allowed: {', '.join(names)}."
+        )
+        return nothing, [Problem(path, message)]
+    try:
+        entry = components().find(kind, node["name"])
+        factory = entry.load()
+    except SsmvlError as error:
+        return nothing, [Problem(path, str(error))]
+    except Exception as error:  # the module of a component is foreign code: whatever it raises belongs in the report
+        return nothing, [Problem(path, f"{entry} cannot be imported ({type(error).__name__}: {error})")]
+    options = {key: value for key, value in node.items() if key != "name"}
+    bound, problems = bind(options, factory, path, INJECTED[kind])
+    return Bound(factory, bound.options, str(entry)), problems
+
+
+def _bind_value(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
+    hint = _without_none(hint) if value is not None else hint
+    marks = getattr(hint, "__metadata__", ())
+    if kind := next((mark.kind for mark in marks if isinstance(mark, Part)), None):
+        return bind_part(value, kind, path)
+    if is_dataclass(hint) and isinstance(hint, type):
+        bound, problems = bind(value, hint, path)
+        return (None if problems else bound()), problems
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is dict and (is_dataclass(arguments[1]) or hasattr(arguments[1], "__metadata__")):
+        if not isinstance(value, dict) or not value:
+            return {}, [Problem(path, f"expected a mapping with at least one entry, received {value!r}")]
+        pairs = {key: _bind_value(item, arguments[1], f"{path}.{key}") for key, item in value.items()}
+        return {key: v for key, (v, _) in pairs.items()}, [p for _, found in pairs.values() for p in found]
+    return _convert(value, hint, path)
+
+
+def _convert(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
+    """Check one plain value against its annotation with OmegaConf's typed nodes."""
+    refused = [Problem(path, f"expected {_describe(hint)}, received {value!r} ({type(value).__name__})")]
+    if hint in (int, float) and isinstance(value, bool):
+        return None, refused
+    try:
+        schema = OmegaConf.structured(make_dataclass("Schema", [("value", hint)]))
+        node = OmegaConf.to_container(OmegaConf.merge(schema, {"value": value}))
+    except (OmegaConfBaseException, ValueError):
+        return None, refused
+    converted = typing.cast("dict[str, Any]", node)["value"]
+    return (tuple(converted) if typing.get_origin(hint) is tuple else converted), []
+
+
+def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    hints = typing.get_type_hints(factory.__init__ if isinstance(factory, type) else factory, include_extras=True)
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = {n: p for n, p in inspect.signature(factory).parameters.items() if p.kind in plain}
+    return {name: p.replace(annotation=hints.get(name, Any)) for name, p in found.items()}
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        rest = [a for a in typing.get_args(hint) if a is not type(None)]
+        return rest[0] if len(rest) == 1 else hint
+    return hint
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    for mark in getattr(hint, "__metadata__", ()):
+        if isinstance(mark, Part):
+            return f"a {mark.kind}"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _normalise(data: dict[str, Any]) -> dict[str, Any]:
+    """Write every component that a recipe's fixed places hold as `{name: …}`."""
+
+    def named(node: Any) -> Any:
+        return {"name": node} if isinstance(node, str) else node
+
+    def each(mapping: Any, change: Callable[[Any], Any], keys: Iterable[str] | None = None) -> Any:
+        if not isinstance(mapping, dict):
+            return mapping
+        return {k: change(v) if keys is None or k in keys else v for k, v in mapping.items()}
+
+    def holder(node: Any) -> Any:
+        return each(node, named, ("data",))
+
+    model = each(data.get("model"), named, ("fusion", "connector", "language", "prompt"))
+    if isinstance(model, dict) and "encoders" in model:
+        model = {**model, "encoders": each(model["encoders"], named)}
+    rest = {"stages": each(data.get("stages"), holder), "evaluation": holder(data.get("evaluation"))}
+    return {**data, "model": model, **{key: value for key, value in rest.items() if key in data}}
+
+
+def _find(name: str) -> Path:
+    path = Path(name)
+    if path.is_dir():
+        path = path / "recipe.yaml"
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise RecipeError([Problem("", f"no such file: {path}")], name)
+        return path
+    return recipe_path(name)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise RecipeError([Problem("", f"cannot be read: {error}")], str(path)) from error
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise RecipeError(
+            [Problem("", "a recipe is a mapping with `model:` and `stages:`; this is no recipe")], str(path)
+        )
+    return typing.cast("dict[str, Any]", data)
+
+
+def _read_with_base(path: Path) -> dict[str, Any]:
+    data = _read(path)
+    if "base" not in data:
+        return data
+    base_path = _find(str(path.parent / data["base"]) if (path.parent / data["base"]).is_file() else data["base"])
+    base = _read(base_path)
+    if "base" in base:
+        problem = f"{base_path} has a base itself; one level is allowed"
+        raise RecipeError([Problem("base", problem)], str(path))
+    del data["base"]
+    return typing.cast("dict[str, Any]", merge(base, data))
+
+
+def _parse_override(text: str, source: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    parts = key.split(".")
+    if not equals or not all(part and not part.startswith("-") for part in parts):
+        problem = f"{text!r} is no override; write key=value with a dotted key, e.g. stages.finetune.batch=128"
+        raise RecipeError([Problem("", problem)], source)
+    try:
+        node = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise RecipeError([Problem(key, f"{value!r} is no YAML value: {_first_line(error)}")], source) from error
+    nested = typing.cast("dict[str, Any]", node)["value"]
+    for part in reversed(parts):
+        nested = {part: nested}
+    return typing.cast("dict[str, Any]", nested)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

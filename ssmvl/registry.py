@@ -1,0 +1,129 @@
+"""(kind, name) -> factory: the one table in which components are found, and the marker for nested components."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ssmvl.errors import DuplicateComponentError, UnknownComponentError, nearest
+
+# What the library passes to a component of each kind when it is built or called. These names are never options:
+# writing one in a recipe is an error. A kind exists because it stands here.
+INJECTED: dict[str, tuple[str, ...]] = {
+    "scan_order": ("grid",),
+    "mixer": ("width", "num_paths"),
+    "encoder": (),
+    "fusion": ("widths", "grids"),
+    "connector": ("in_width", "out_width", "grid"),
+    "language_model": (),
+    "prompt": (),
+    "dataset": ("split",),
+    "recipe": (),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Marks a parameter that takes a component of `kind`: `mixer: Annotated[Callable[..., Module], Part("mixer")]`.
+
+    In a recipe such a parameter takes a name or `{name: …, options}`; the code receives a callable that awaits the
+    kind's injected arguments. `ssmvl.interfaces` has an alias for each kind (`MixerPart`, `ScanOrderPart`, …).
+    """
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered component: a factory, or the "module:attribute" where it is found when first used."""
+
+    kind: str
+    name: str
+    target: str | Callable[..., Any]
+    source: str
+
+    def load(self) -> Callable[..., Any]:
+        """Import the factory. Raises whatever its module raises."""
+        if not isinstance(self.target, str):
+            return self.target
+        module, _, attribute = self.target.partition(":")
+        factory: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+        return factory
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r} ({self.source})"
+
+
+@dataclass(frozen=True)
+class PluginFailure:
+    """A plugin that could not be loaded: where it came from and why."""
+
+    source: str
+    cause: str
+
+    def __str__(self) -> str:
+        return f"Plugin {self.source} could not be loaded ({self.cause})."
+
+
+@dataclass
+class Registry:
+    """All components, found by kind and name.
+
+    Attributes:
+        failures: plugins that could not be loaded; shown whenever a lookup fails.
+    """
+
+    core: str = "ssmvl"
+    failures: list[PluginFailure] = field(default_factory=list)
+    _entries: dict[tuple[str, str], list[Entry]] = field(default_factory=dict)
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Add the entries of one plugin: all of them, or none.
+
+        Raises:
+            ValueError: an unknown kind, a target that is neither callable nor "module:attribute", or a name that
+                belongs to the core.
+        """
+        entries = list(entries)
+        for entry in entries:
+            if entry.kind not in INJECTED:
+                raise ValueError(f"no kind {entry.kind!r} for {entry.name!r}.{nearest(entry.kind, INJECTED)}")
+            if not callable(entry.target) and ":" not in entry.target and entry.kind != "recipe":
+                raise ValueError(f"{entry.kind} {entry.name!r}: write 'module:attribute', not {entry.target!r}")
+            first = self._entries.get((entry.kind, entry.name), [entry])[0]
+            if first.source == self.core and entry.source != self.core:
+                raise ValueError(f"{entry.kind} {entry.name!r} belongs to {self.core}; choose another name")
+        for entry in entries:
+            self._entries.setdefault((entry.kind, entry.name), []).append(entry)
+
+    def find(self, kind: str, name: str) -> Entry:
+        """The entry of that kind and name.
+
+        Raises:
+            UnknownComponentError: there is none; names the nearest, all others, and the plugins that failed.
+            DuplicateComponentError: two plugins offer it.
+        """
+        found = self._entries.get((kind, name), [])
+        if not found:
+            lines = [f"no {kind} named {name!r}.{nearest(name, self.names(kind))}", *map(str, self.failures)]
+            raise UnknownComponentError("\n".join(lines))
+        if len(found) > 1:
+            sources = " and ".join(entry.source for entry in found)
+            raise DuplicateComponentError(
+                f"{kind} {name!r} is offered by both {sources}; disable one with SSMVL_DISABLE_PLUGINS=<plugin>"
+            )
+        return found[0]
+
+    def names(self, kind: str) -> list[str]:
+        """Names registered for `kind`, sorted."""
+        return sorted(name for k, name in self._entries if k == kind)
+
+    def entries(self) -> list[Entry]:
+        """Every entry, duplicates included, sorted by kind and name."""
+        return [entry for key in sorted(self._entries) for entry in self._entries[key]]
+
+    def conflicts(self) -> list[tuple[Entry, ...]]:
+        """Entries that share kind and name, one tuple for each such name."""
+        return [tuple(found) for _, found in sorted(self._entries.items()) if len(found) > 1]

@@ -1,0 +1,1 @@
+"""Stages, runs and Composer; the only room that imports Composer."""

@@ -1,0 +1,63 @@
+"""The model as Composer trains it, and its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssmvl.batch import Batch, pack, pad
+from ssmvl.interfaces import LanguageModel
+from ssmvl.training.stages import Optimizer, is_under
+from ssmvl.vlm import VisionLanguageModel
+
+
+class ComposerVLM(ComposerModel):
+    """A VisionLanguageModel under Composer: ragged batches in, mean loss over supervised tokens out.
+
+    Args:
+        model: the model.
+        train: prefixes of the parameters that are trained; everything else is frozen and in evaluation mode.
+    """
+
+    def __init__(self, model: VisionLanguageModel, train: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(is_under(name, prefix) for prefix in train))
+
+    def train(self, mode: bool = True) -> ComposerVLM:
+        """Training mode for what is trained; a part whose parameters are all frozen stays in evaluation mode."""
+        super().train(mode)
+        for part in (*self.model.encoders.values(), self.model.fusion, self.model.connector, self.model.language):
+            parameters = list(part.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                part.eval()
+        return self
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """A ragged batch -> {"logits": (n, V), "labels": (n,)}; recurrent models read it packed, others padded."""
+        packed = cast(LanguageModel, self.model.language).recurrent
+        inputs = pack(batch) if packed else pad(batch)
+        return {"logits": self.model(**inputs), "labels": inputs["labels"]}
+
+    def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Mean over this micro-batch's supervised tokens; Composer weights micro-batches by their tokens."""
+        total = F.cross_entropy(outputs["logits"].float(), outputs["labels"], reduction="sum")
+        return total / max(len(outputs["labels"]), 1)
+
+
+def adamw(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
+    """AdamW over the trained parameters: vectors (A_log, D, dt_bias, norms, biases) without weight decay."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            own = [lr for prefix, lr in options.lr_of.items() if is_under(name.removeprefix("model."), prefix)]
+            decay = options.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((own[-1] if own else options.lr, decay), []).append(parameter)
+    listed: list[dict[str, Any]] = [{"params": p, "lr": lr, "weight_decay": d} for (lr, d), p in groups.items()]
+    return torch.optim.AdamW(listed, lr=options.lr, betas=options.betas)

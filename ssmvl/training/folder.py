@@ -1,0 +1,80 @@
+"""The run folder: whose it is, and where things lie in it.
+
+runs/<run>/recipe.yaml        the resolved recipe, the folder's identity
+runs/<run>/<stage>/           checkpoints, for resuming only; and `model/`, what the stage leaves for the next
+runs/<run>/model/             what the last stage leaves: `ssmvl.load("runs/<run>")`
+runs/<run>/tensorboard/       logs
+runs/<run>/results.json, loss.png
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ssmvl.checkpoints import flush
+from ssmvl.errors import RunError
+from ssmvl.recipe import Recipe, load_recipe
+
+
+class RunFolder:
+    """Paths of one run.
+
+    Args:
+        root: the folder.
+        stages: names of the stages, in their order.
+    """
+
+    def __init__(self, root: Path, stages: list[str]) -> None:
+        self.root, self._last = root, stages[-1]
+
+    def model(self, stage: str) -> Path:
+        """Where a stage leaves its model."""
+        return self.root / "model" if stage == self._last else self.root / stage / "model"
+
+    def checkpoints(self, stage: str) -> Path:
+        """Where a stage's checkpoints lie."""
+        return self.root / stage / "checkpoints"
+
+    def claim(self, recipe: Recipe) -> None:
+        """Make the folder this recipe's, or find that it is.
+
+        Raises:
+            RunError: it belongs to a run with another model, seed, data or trained parts, or cannot be written.
+        """
+        path = self.root / "recipe.yaml"
+        if path.is_file():
+            there = load_recipe(path)
+            differences = _differences("", _identity(there), _identity(recipe))
+            if differences:
+                listed = "\n  ".join(differences)
+                raise RunError(f"{self.root} holds another run; give this one a name with run=NAME:\n  {listed}")
+        self.write_text("recipe.yaml", recipe.to_yaml())
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file whole or not at all."""
+        partial = self.root / f".{name}.{os.getpid()}.partial"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text)
+            flush(partial)
+            partial.replace(self.root / name)
+        except OSError as error:
+            raise RunError(f"{self.root / name} cannot be written ({error})") from error
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    stages = {k: v for k, v in (recipe.data.get("stages") or {}).items() if isinstance(v, dict)}
+    kept = {name: {key: stage.get(key) for key in ("data", "train")} for name, stage in stages.items()}
+    return {"model": recipe.data["model"], "seed": recipe.data["seed"], "stages": kept}
+
+
+def _differences(path: str, there: Any, here: Any) -> list[str]:
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        keys = [*there, *(key for key in here if key not in there)]
+        return [
+            line for key in keys for line in _differences(f"{path}.{key}".lstrip("."), there.get(key), here.get(key))
+        ]
+    return [] if there == here else [f"{path}: {there!r} there, {here!r} here"]

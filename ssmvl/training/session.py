@@ -1,0 +1,152 @@
+"""The stages of a run under Composer: build, shard, resume, train, leave a model; then ask it the test questions."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from composer import DataSpec, Trainer
+from composer.algorithms import GradientClipping
+from composer.loggers import TensorboardLogger
+from composer.optim import CosineAnnealingWithWarmupScheduler
+from composer.utils import dist, get_device, reproducibility
+from composer.utils.parallelism import FSDP2Config
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from ssmvl import evaluation
+from ssmvl.assistant import load, save_folder
+from ssmvl.batch import num_samples, num_tokens, split_batch
+from ssmvl.build import build_model, build_processor
+from ssmvl.data.shared_memory import clean_stale_segments
+from ssmvl.data.streams import read_records, train_loader
+from ssmvl.errors import Problem, RecipeError
+from ssmvl.recipe import Recipe
+from ssmvl.training.composer_model import ComposerVLM, adamw
+from ssmvl.training.folder import RunFolder
+from ssmvl.training.plot import plot_loss
+from ssmvl.training.stages import Plan, Stage, composer_class
+
+
+class Session:
+    """One process of a run, on any number of ranks.
+
+    Args:
+        recipe: merged.
+        plan: the same, bound.
+    """
+
+    def __init__(self, recipe: Recipe, plan: Plan) -> None:
+        self.recipe, self.plan = recipe, plan
+        self.folder = RunFolder(Path("runs") / plan.run, list(plan.stages))
+        self.rank, self.world = dist.get_global_rank(), dist.get_world_size()
+
+    def run(self) -> Path:
+        """Every stage that is not finished, then the evaluation; returns the run folder."""
+        self._check_batches()
+        if "OMP_NUM_THREADS" not in os.environ:  # the launcher sets none, and ranks would fight over the cores
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // dist.get_local_world_size()))
+        if self.world > 1:
+            dist.initialize_dist(get_device(None))
+        if dist.get_local_rank() == 0:
+            clean_stale_segments()
+        if self.rank == 0:
+            self.folder.claim(self.recipe)
+        dist.barrier()
+        start: Path | None = None
+        for name, stage in self.plan.stages.items():
+            left = self.folder.model(name)
+            if left.is_dir():
+                self._say(f"stage {name}: finished before, {left}")
+            else:
+                self._train(name, stage, start, left)
+            start = left
+        if self.plan.evaluation is not None and start is not None:
+            self._evaluate(self.plan.evaluation, start)
+        return self.folder.root
+
+    def _train(self, name: str, stage: Stage, start: Path | None, left: Path) -> None:
+        trainer = self._trainer(name, stage, start)
+        step = trainer.state.timestamp.batch.value
+        self._say(f"stage {name}: {f'resumed at step {step}' if step else 'started'}, trains {', '.join(stage.train)}")
+        if trainer.state.get_elapsed_duration() is None or trainer.state.get_elapsed_duration().value < 1:
+            trainer.fit()
+        vlm = trainer.state.model.module if hasattr(trainer.state.model, "module") else trainer.state.model
+        tensors = get_model_state_dict(vlm.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if self.rank == 0:
+            save_folder(left, tensors, self.recipe, trainer.state.train_dataloader.dataset.processor)
+        trainer.close()
+        dist.barrier()
+
+    def _trainer(self, name: str, stage: Stage, start: Path | None) -> Trainer:
+        sharded = self.world > 1 and stage.sharding == "fsdp2"
+        reproducibility.seed_all(self.plan.seed)
+        if self.rank == 0 or not sharded:
+            model = build_model(self.recipe, weights="recipe" if start is None else start)
+        else:  # Composer shards and sends what rank 0 built
+            model = build_model(self.recipe, device="meta")
+        processor = build_processor(self.recipe, model)
+        data = stage.data(split="train")
+        dist.barrier()
+        loader = train_loader(data, processor, batch=stage.batch // self.world, seed=self.plan.seed)
+        vlm = ComposerVLM(model, stage.train)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Composer's own deprecations; nothing a user could act on
+            return Trainer(
+                model=vlm,
+                train_dataloader=DataSpec(
+                    loader,
+                    split_batch=split_batch,
+                    get_num_samples_in_batch=num_samples,
+                    get_num_tokens_in_batch=num_tokens,
+                ),
+                optimizers=adamw(vlm, stage.optimizer),
+                schedulers=CosineAnnealingWithWarmupScheduler(t_warmup=stage.warmup),
+                algorithms=[GradientClipping("norm", 1.0)],
+                max_duration=stage.duration,
+                device_train_microbatch_size=stage.microbatch or stage.batch // self.world,
+                accumulate_train_batch_on_tokens=True,
+                precision="amp_bf16" if torch.cuda.is_available() else "fp32",
+                parallelism_config={"fsdp": FSDP2Config(mixed_precision="FULL")} if sharded else None,
+                seed=self.plan.seed,
+                run_name=f"{self.plan.run}-{name}",
+                callbacks=[composer_class("callbacks", key)(**(o or {})) for key, o in stage.callbacks.items()],
+                loggers=[
+                    TensorboardLogger(str(self.folder.root / "tensorboard"), flush_interval=10),
+                    *[composer_class("loggers", key)(**(o or {})) for key, o in stage.loggers.items()],
+                ],
+                save_folder=str(self.folder.checkpoints(name)),
+                save_interval=stage.checkpoint,
+                save_num_checkpoints_to_keep=2,
+                save_overwrite=True,  # a killed run may have left half a checkpoint of a later step
+                autoresume=True,
+            )
+
+    def _evaluate(self, options: evaluation.Evaluation, model: Path) -> None:
+        folder = options.data(split="test")
+        dist.barrier()
+        mine = read_records(folder)[self.rank :: self.world]
+        self._say(f"asking the test questions of {folder}")
+        parts = dist.all_gather_object(evaluation.tally(load(model), mine, options))
+        found = evaluation.results(parts)
+        if self.rank == 0:
+            self.folder.write_text("results.json", json.dumps(found, indent=2) + "\n")
+            plot_loss(self.folder.root / "tensorboard", self.folder.root / "loss.png")
+        self._say(evaluation.table(found))
+
+    def _check_batches(self) -> None:
+        problems = []
+        for name, stage in self.plan.stages.items():
+            if stage.batch % self.world:
+                text = (
+                    f"{stage.batch} samples cannot be shared by {self.world} ranks; choose a multiple of {self.world}"
+                )
+                problems.append(Problem(f"stages.{name}.batch", text))
+        if problems:
+            raise RecipeError(problems, self.recipe.source)
+
+    def _say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)

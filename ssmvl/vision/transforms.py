@@ -1,0 +1,51 @@
+"""From an image a user has to the uint8 pixels an encoder takes."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ssmvl.errors import DataError
+from ssmvl.interfaces import ImageSpec
+
+MAX_PIXELS = 100_000_000  # a decompression bomb is refused before it is decoded
+
+ImageLike = str | Path | bytes | Image.Image
+
+
+def read_image(image: ImageLike) -> Image.Image:
+    """Decode a file, bytes or a PIL image to RGB.
+
+    Raises:
+        DataError: it cannot be found or decoded, or has more than `MAX_PIXELS` pixels.
+    """
+    what = "image bytes" if isinstance(image, bytes) else str(image)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            opened = (
+                image
+                if isinstance(image, Image.Image)
+                else Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+            )
+            if opened.width * opened.height > MAX_PIXELS:
+                raise DataError(f"{what}: {opened.width} x {opened.height} pixels; at most {MAX_PIXELS} are allowed")
+            return opened.convert("RGB")
+    except FileNotFoundError as error:
+        raise DataError(f"{what}: no such image file") from error
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{what}: cannot be decoded as an image ({error})") from error
+
+
+def to_pixels(image: Image.Image, spec: ImageSpec) -> Tensor:
+    """An RGB image -> uint8 (3, S, S), both sides resized to `spec.size`, bicubic, no crop (`resize-naive`)."""
+    resized = image.resize((spec.size, spec.size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
