@@ -43,7 +43,7 @@ class MambaLM(nn.Module):
         self.width, self.num_tokens = width, num_tokens
         self.vocab_rows = -(-num_tokens // vocab_multiple) * vocab_multiple
         self.embedding = nn.Embedding(self.vocab_rows, width)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)  # tied: logits start near unit size
         blocks = [Block(mixer(width=width, num_paths=1), norm=RMSNorm(width)) for _ in range(num_layers)]
         scale_residual(blocks, num_layers)
         self.layers = nn.ModuleList(blocks)

@@ -1,13 +1,14 @@
-"""Norms with fp32 statistics."""
+"""Norms computed in fp32 at least."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight over the last axis, computed in fp32; (*, D) -> (*, D) in the weight's dtype.
+    """x / rms(x) * weight over the last axis, computed in fp32 at least; (*, D) -> (*, D) in the weight's dtype.
 
     Args:
         width: D.
@@ -19,7 +20,8 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (*, D) -> (*, D)."""
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(self.weight.dtype)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
 
 
 class GatedRMSNorm(RMSNorm):
@@ -27,4 +29,5 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]  # a gate more than its base
         """X (*, E), gate (*, E) -> (*, E)."""
-        return super().forward(x.float() * F.silu(gate.float()))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return super().forward(x.to(dtype) * F.silu(gate.to(dtype)))

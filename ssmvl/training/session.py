@@ -68,7 +68,7 @@ class Session:
         return self.folder.root
 
     def _train(self, name: str, stage: Stage, start: Path | None, left: Path) -> None:
-        trainer = self._trainer(name, stage, start)
+        trainer = self.trainer(name, stage, start)
         step = trainer.state.timestamp.batch.value
         self._say(f"stage {name}: {f'resumed at step {step}' if step else 'started'}, trains {', '.join(stage.train)}")
         if trainer.state.get_elapsed_duration() is None or trainer.state.get_elapsed_duration().value < 1:
@@ -80,7 +80,8 @@ class Session:
         trainer.close()
         dist.barrier()
 
-    def _trainer(self, name: str, stage: Stage, start: Path | None) -> Trainer:
+    def trainer(self, name: str, stage: Stage, start: Path | None) -> Trainer:
+        """The stage under Composer: model built or received, sharded, and resumed from its newest checkpoint if any."""
         sharded = self.world > 1 and stage.sharding == "fsdp2"
         reproducibility.seed_all(self.plan.seed)
         if self.rank == 0 or not sharded:

@@ -48,6 +48,8 @@ class VitEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels uint8 (I, 3, S, S) -> (I, N, D), in the dtype of the weights; without gradients where it is frozen."""
+        if not len(pixels):  # timm reshapes by the number of images
+            return self.normalise(pixels).new_empty(0, self.grid.length, self.width)
         trained = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             (features,) = self.vit.forward_intermediates(

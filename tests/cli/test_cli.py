@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ssmvl
+from ssmvl.cli import VERBS, main
+from ssmvl.recipe import load_recipe
+
+Install = Callable[[str, str], None]
+Capture = pytest.CaptureFixture[str]
+
+PLUGIN = "import ssmvl\n@ssmvl.hookimpl\ndef ssmvl_register(register):\n    register('mixer', 'shared', dict)\n"
+
+
+def loaded_modules(*argv: str) -> set[str]:
+    code = (
+        "import sys\nfrom ssmvl.cli import main\n"
+        f"try:\n    main({list(argv)!r})\nexcept SystemExit as leaving:\n    assert not leaving.code\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize(("argv", "light"), [(["--help"], True), (["list"], False), (["list", "mixer"], False)])
+def test_help_and_list_import_nothing_heavy(argv: list[str], light: bool) -> None:
+    heavy = {"torch", "numpy", "timm", "composer", "streaming", "transformers"}
+    assert not loaded_modules(*argv) & (heavy | ({"omegaconf", "pluggy"} if light else set()))
+
+
+def test_help_of_the_command_names_every_verb(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0
+    assert all(verb in shown for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([verb, "--help"])
+    assert left.value.code == 0
+    assert f"usage: ssmvl {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["chekc"],
+        ["check"],
+        ["show"],
+        ["list", "nothing"],
+        ["show", "quickstart", "--seed=1"],
+        ["generate", "x"],
+        ["doctor", "--nosuch"],
+    ],
+)
+def test_a_wrong_command_line_leaves_with_2(argv: list[str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(argv)
+    assert left.value.code == 2
+    assert "usage: ssmvl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["check", "quickstrat"], "Did you mean 'quickstart'?"),
+        (["check", "nosuch.yaml"], "no such file: nosuch.yaml"),
+        (["show", "quickstart", "seed"], "'seed' is no override"),
+        (["show", "quickstart", "stage.x=1"], "stage: no such part of a recipe"),
+        (["check", "quickstart", "model.connector.nosuch=1"], "model.connector.nosuch: msc_advanced has no option"),
+        (["train", "quickstart", "model.connector.nosuch=1"], "model.connector.nosuch: msc_advanced has no option"),
+        (["generate", "nosuch", "--prompt", "x"], "nosuch holds no saved model"),
+    ],
+)
+def test_a_mistake_is_printed_without_a_traceback_and_gives_2(
+    argv: list[str], expected: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert expected in shown.err
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("content", [b"- a\n", b"", b"\xff\xfe", b"a: [\n", b"base: 5\nmodel: {}\n"])
+def test_a_file_that_is_no_recipe_gives_2(content: bytes, capsys: Capture, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content)
+    assert main(["check", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_check_says_that_a_recipe_is_right(capsys: Capture) -> None:
+    assert main(["check", "quickstart", "seed=3"]) == 0
+    assert capsys.readouterr().out.endswith("quickstart.yaml: no problem found\n")
+
+
+def test_show_prints_the_merged_recipe(capsys: Capture, tmp_path: Path) -> None:
+    assert main(["show", "quickstart", "model.connector.scan_order=csm", "seed=3"]) == 0
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out)
+    assert load_recipe(again).data == load_recipe("quickstart", "model.connector.scan_order=csm", "seed=3").data
+
+
+def test_list_shows_components_with_their_source_and_recipes(capsys: Capture) -> None:
+    assert main(["list"]) == 0
+    rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    assert ["mixer", "mamba2", "ssmvl"] in rows
+    assert ["recipe", "quickstart"] in rows
+    assert any(row[:2] == ["connector", "msc_advanced"] and "ssmvl_ml_mamba" in row[2] for row in rows)
+
+
+def test_list_shows_one_kind(capsys: Capture) -> None:
+    assert main(["list", "scan_order"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {row[0] for row in rows} == {"scan_order"}
+    assert {row[1] for row in rows} >= {"bsm", "csm", "raster"}
+
+
+def test_list_shows_conflicts_and_failures_but_no_warning(install_plugin: Install, capsys: Capture) -> None:
+    install_plugin("mm-broken", "raise OSError('no luck')")
+    install_plugin("zz-one", PLUGIN)
+    install_plugin("zz-two", PLUGIN)
+    assert main(["list"]) == 0
+    shown = capsys.readouterr()
+    assert "conflict: mixer 'shared' is offered by both zz-one 1.0 (zz_one) and zz-two 1.0 (zz_two)" in shown.out
+    assert "Plugin mm-broken 1.0 (mm_broken) could not be loaded (OSError: no luck)." in shown.out
+    assert shown.err == ""
+
+
+@pytest.fixture
+def tidy_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssmvl.data.shared_memory.stale_segments", list)
+
+
+@pytest.mark.usefixtures("tidy_memory")
+def test_doctor_finds_a_healthy_installation(capsys: Capture) -> None:
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert f"plugin          ssmvl {ssmvl.__version__} (ssmvl_ml_mamba)" in shown
+    assert "backend         torch: found" in shown
+    assert "nothing left by dead runs" in shown
+
+
+@pytest.mark.usefixtures("tidy_memory")
+def test_doctor_names_a_broken_plugin_and_returns_1(install_plugin: Install, capsys: Capture) -> None:
+    install_plugin("mm-broken", "raise OSError('no luck')")
+    assert main(["doctor"]) == 1
+    assert "broken plugin   Plugin mm-broken 1.0 (mm_broken) could not be loaded (OSError: no luck)." in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.usefixtures("tidy_memory")
+def test_doctor_names_a_missing_package_and_returns_1(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssmvl.cli.doctor.PACKAGES", ("zz-no-such-package",))
+    assert main(["doctor"]) == 1
+    assert "zz-no-such-package MISSING" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("argv", "cleaned"), [(["doctor"], False), (["doctor", "--clean"], True)])
+def test_doctor_removes_shared_memory_only_when_asked(
+    argv: list[str], cleaned: bool, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    left = [Path("/dev/shm/000000_locals")]
+    monkeypatch.setattr("ssmvl.data.shared_memory.stale_segments", lambda: left)
+    monkeypatch.setattr("ssmvl.data.shared_memory.clean_stale_segments", lambda: calls.append("clean") or left)
+    main(argv)
+    assert bool(calls) is cleaned
+    assert f"1 files {'removed' if cleaned else 'left by dead runs'}" in capsys.readouterr().out
+
+
+def test_generate_prints_the_answer(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Parrot:
+        def generate(self, prompts: list[str], images: list[str | None], *, max_new_tokens: int) -> list[str]:
+            asked.append((prompts, images, max_new_tokens))
+            return ["a digit"]
+
+    monkeypatch.setattr("ssmvl.assistant.load", lambda folder: asked.append(folder) or Parrot())
+    assert main(["generate", "runs/x", "--prompt", "What?", "--image", "x.png", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out == "a digit\n"
+    assert asked == ["runs/x", (["What?"], ["x.png"], 5)]
+
+
+def test_train_passes_recipe_and_overrides_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr("ssmvl.training.run.train", lambda *arguments: calls.append(arguments))
+    assert main(["train", "quickstart", "seed=1", "run=x"]) == 0
+    assert calls == [("quickstart", "seed=1", "run=x")]
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ssmvl.recipe.load_recipe", interrupted)
+    assert main(["show", "quickstart"]) == 130

@@ -1,0 +1,189 @@
+"""Shards are written once, verified, and written again when damaged."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streaming.base.hashing import get_hash
+
+from ssmvl.data import shards
+from ssmvl.data.shards import HASH, ensure_shards, find_damage, unpack
+from ssmvl.data.streams import read_records
+from ssmvl.errors import DataError, MissingDependencyError
+
+TALK = [{"role": "user", "content": "é?"}, {"role": "assistant", "content": "ü"}]
+RECORDS = [
+    {"id": "none", "type": "", "conversation": TALK, "images": []},
+    {"id": "one", "type": "x", "conversation": TALK, "images": [b"\0abc"]},
+    {"id": "three", "type": "x", "conversation": TALK, "images": [b"de", b"", b"fgh"]},
+]
+
+PROCESS = """
+import sys
+from pathlib import Path
+import streaming
+from ssmvl.data.shards import ensure_shards
+
+def records():
+    print("writing", flush=True)
+    sys.stdin.readline()
+    for _ in range(5_000):
+        yield {"id": "a", "type": "", "conversation": [], "images": []}
+
+print("ready", flush=True)
+ensure_shards(Path(sys.argv[1]), records, 5_000)
+print("done", flush=True)
+"""
+
+
+def ensure(folder: Path) -> int:
+    """How often the records were asked for."""
+    calls = []
+
+    def records() -> list[dict[str, Any]]:
+        calls.append(1)
+        return RECORDS
+
+    ensure_shards(folder, records, len(RECORDS))
+    return len(calls)
+
+
+def shard(folder: Path) -> Path:
+    return folder / "shard.00000.mds"
+
+
+def flip(folder: Path) -> None:
+    data = bytearray(shard(folder).read_bytes())
+    data[-1] ^= 1
+    shard(folder).write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "does not have the xxh64 hash": flip,
+    r"shard\.00000\.mds has \d+ bytes": lambda folder: shard(folder).write_bytes(shard(folder).read_bytes()[:-1]),
+    r"shard\.00000\.mds has 0 bytes": lambda folder: shard(folder).write_bytes(b""),
+    r"FileNotFoundError.*shard": lambda folder: shard(folder).unlink(),
+    r"FileNotFoundError.*index": lambda folder: (folder / "index.json").unlink(),
+    "JSONDecodeError": lambda folder: (folder / "index.json").write_text('{"shards": ['),
+    "UnicodeDecodeError": lambda folder: (folder / "index.json").write_bytes(b"\xff\xfe"),
+    "TypeError": lambda folder: (folder / "index.json").write_text("[]"),
+    "KeyError": lambda folder: (folder / "index.json").write_text('{"shards": [{}]}'),
+}
+
+
+def test_written_once(tmp_path: Path) -> None:
+    assert ensure(tmp_path / "s") == 1
+    assert ensure(tmp_path / "s") == 0
+    assert find_damage(tmp_path / "s") == ""
+
+
+def test_records_come_back_in_order(tmp_path: Path) -> None:
+    ensure(tmp_path / "s")
+    assert read_records(tmp_path / "s") == RECORDS
+
+
+def test_parents_are_made(tmp_path: Path) -> None:
+    ensure(tmp_path / "a" / "b" / "s")
+    assert shard(tmp_path / "a" / "b" / "s").is_file()
+
+
+def test_index_holds_the_hash_of_every_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 400)
+    ensure(tmp_path / "s")
+    index = json.loads((tmp_path / "s" / "index.json").read_text())["shards"]
+    assert len(index) > 1
+    for entry in index:
+        raw = entry["raw_data"]
+        data = (tmp_path / "s" / raw["basename"]).read_bytes()
+        assert raw["hashes"] == {HASH: get_hash(HASH, data)}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_damage_is_found_and_written_again(tmp_path: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, sibling = tmp_path / "s", tmp_path / "other" / "keep.txt"
+    ensure(folder)
+    sibling.parent.mkdir()
+    sibling.write_text("mine")
+    before = shard(folder).read_bytes()
+    DAMAGES[message](folder)
+    with pytest.raises(AssertionError, match=message):
+        assert not find_damage(folder), find_damage(folder)
+    assert ensure(folder) == 1
+    assert "writing it again" in capsys.readouterr().out
+    assert shard(folder).read_bytes() == before
+    assert find_damage(folder) == ""
+    assert sibling.read_text() == "mine"
+
+
+def test_damage_of_a_later_shard_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 400)
+    ensure(tmp_path / "s")
+    last = max((tmp_path / "s").glob("*.mds"))
+    last.unlink()
+    assert last.name in find_damage(tmp_path / "s")
+
+
+def test_index_without_its_shards_is_damage(tmp_path: Path) -> None:
+    ensure(tmp_path / "s")
+    (tmp_path / "s" / "index.json").write_text('{"version": 2, "shards": []}')
+    assert ensure(tmp_path / "s") == 1
+
+
+def test_writer_that_fails_half_way_leaves_no_folder(tmp_path: Path) -> None:
+    def records() -> Iterator[dict[str, Any]]:
+        yield RECORDS[0]
+        raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        ensure_shards(tmp_path / "s", records, 3)
+    assert not (tmp_path / "s").exists()
+    assert ensure(tmp_path / "s") == 1
+    assert read_records(tmp_path / "s") == RECORDS
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"file/s: shards cannot be written"):
+        ensure(tmp_path / "file" / "s")
+    with pytest.raises(DataError, match=r"file: shards cannot be written"):
+        ensure(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_two_processes_at_once_write_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROCESS, str(tmp_path / "s")]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with first:
+        assert first.stdout
+        assert [first.stdout.readline(), first.stdout.readline()] == ["ready\n", "writing\n"]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as second:
+            assert second.stdout
+            assert second.stdout.readline() == "ready\n"
+            assert first.communicate("\n", timeout=25)[0] == "done\n"
+            assert second.communicate(timeout=25)[0] == "done\n"
+    assert [first.returncode, second.returncode] == [0, 0]
+    assert find_damage(tmp_path / "s") == ""
+
+
+@pytest.mark.parametrize("images", [[], [b"abc"], [b"a", b"", b"bcd"]])
+def test_unpack_cuts_images_apart(images: list[bytes]) -> None:
+    stored = {
+        "id": "x",
+        "type": "t",
+        "conversation": TALK,
+        "images": b"".join(images),
+        "image_sizes": [len(image) for image in images],
+    }
+    assert unpack(stored) == {"id": "x", "type": "t", "conversation": TALK, "images": images}
+
+
+def test_without_streaming_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"ssmvl\[train\]"):
+        ensure(tmp_path / "s")

@@ -1,0 +1,135 @@
+"""Shared memory of killed runs is removed; that of living ones is not."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN
+
+from ssmvl.data import shared_memory
+from ssmvl.data.shards import ensure_shards
+from ssmvl.data.shared_memory import SEGMENT, SHM, clean_stale_segments, stale_segments
+
+pytestmark = pytest.mark.skipif(not (SHM.is_dir() and Path("/proc/self/maps").exists()), reason="needs /dev/shm, /proc")
+
+PROCESS = """
+import sys
+from streaming import StreamingDataset
+dataset = StreamingDataset(local=sys.argv[1], batch_size=1)
+print(f"{dataset._shm_prefix_int:06}", flush=True)
+sys.stdin.readline()
+print([sample["id"] for sample in dataset], flush=True)
+"""
+
+Start = Callable[[], tuple["subprocess.Popen[str]", str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Starts a process that holds a dataset; gives it and its prefix. Segments of anybody else are out of sight."""
+    sample = {"id": "a", "type": "", "conversation": [], "images": []}
+    ensure_shards(tmp_path / "shards", lambda: [sample], 1)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    processes: list[subprocess.Popen[str]] = []
+    prefixes: list[str] = []
+
+    def begin() -> tuple[subprocess.Popen[str], str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(tmp_path / "shards")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+            start_new_session=True,
+        )
+        processes.append(process)
+        assert process.stdout
+        prefixes.append(process.stdout.readline().strip())
+        assert re.fullmatch(r"\d{6}", prefixes[-1])
+        own = SEGMENT.pattern.replace(r"\d{6}", "|".join(prefixes))
+        monkeypatch.setattr(shared_memory, "SEGMENT", re.compile(own))
+        return process, prefixes[-1]
+
+    yield begin
+    for process in processes:
+        if process.returncode is None:
+            kill(process)
+    for prefix in prefixes:
+        for path in SHM.glob(f"{prefix}_*"):
+            path.unlink()
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Like a lost machine: python's resource tracker, which would tidy up, dies too."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=25)
+
+
+def segments(prefix: str) -> set[str]:
+    return {path.name for path in SHM.glob(f"{prefix}_*")}
+
+
+def test_every_name_of_streaming_is_known() -> None:
+    for name in (*SHM_TO_CLEAN, BARRIER_FILELOCK, CACHE_FILELOCK):
+        match = SEGMENT.match(f"000012_{name}")
+        assert match
+        assert match[1] == "000012"
+    for name in ("000012_mine", "x000012_locals", "000012_locals.bak", "locals"):
+        assert not SEGMENT.match(name)
+
+
+def test_segments_of_a_killed_process_are_removed(start: Start) -> None:
+    process, prefix = start()
+    kill(process)
+    left = segments(prefix)
+    assert f"{prefix}_locals" in left
+    assert {path.name for path in stale_segments()} >= left
+    assert segments(prefix) == left
+    removed = clean_stale_segments()
+    assert {path.name for path in removed} >= left
+    assert segments(prefix) == set()
+    assert stale_segments() == []
+    assert not any(path.exists() for path in removed)
+
+
+def test_lock_files_of_a_killed_process_are_removed(start: Start) -> None:
+    process, prefix = start()
+    lock = Path(tempfile.gettempdir(), f"{prefix}_barrier_filelock")
+    lock.touch()
+    assert lock not in stale_segments()
+    kill(process)
+    assert lock in clean_stale_segments()
+    assert not lock.exists()
+
+
+def test_living_process_keeps_its_segments(start: Start) -> None:
+    living, prefix = start()  # first: streaming maps the segments of those that came before
+    dead, dead_prefix = start()
+    kill(dead)
+    held = segments(prefix)
+    assert f"{prefix}_locals" in held
+    removed = clean_stale_segments()
+    assert {path.name[:6] for path in removed} == {dead_prefix}
+    assert segments(prefix) == held
+    output, _ = living.communicate("\n", timeout=25)
+    assert output == "['a']\n"
+    assert living.returncode == 0
+
+
+def test_nothing_is_touched_where_proc_does_not_tell(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    process, prefix = start()
+    kill(process)
+    left = segments(prefix)
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert clean_stale_segments() == []
+    assert segments(prefix) == left

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssmvl.core_plugin import components
+from ssmvl.errors import ContractError
+from ssmvl.interfaces import Grid
+from ssmvl.ops.reorder import along, inverse, path_table
+from ssmvl.scans import bsm, csm, raster
+
+grids = st.builds(Grid, st.integers(1, 2), st.integers(1, 7), st.integers(1, 7))
+
+
+def test_golden_paths() -> None:
+    grid = Grid(1, 2, 3)
+    assert raster(grid).tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert bsm(grid).tolist() == [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]]
+    assert csm(grid).tolist() == [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 3, 1, 4, 2, 5], [5, 2, 4, 1, 3, 0]]
+
+
+@pytest.mark.parametrize("name", components().names("scan_order"))
+def test_every_order_is_permutations_with_an_inverse(name: str) -> None:
+    order = components().find("scan_order", name).load()
+
+    @given(grids)
+    def check(grid: Grid) -> None:
+        paths = path_table(order, grid)
+        x = torch.arange(grid.length).reshape(1, -1, 1, 1).expand(2, -1, len(paths), 3)
+        assert torch.equal(along(along(x, paths), inverse(paths)), x)
+        assert torch.equal(along(x, paths)[0, :, :, 0], paths.t())
+
+    check()
+
+
+def test_paths_are_real_under_a_meta_context() -> None:
+    with torch.device("meta"):
+        paths = path_table(csm, Grid(1, 2, 2))
+    assert paths.tolist() == csm(Grid(1, 2, 2)).tolist()
+
+
+def test_paths_made_in_inference_mode_can_be_trained_with() -> None:
+    with torch.inference_mode():
+        paths = path_table(bsm, Grid(1, 1, 3))
+    x = torch.randn(1, 3, 2, 4, requires_grad=True)
+    along(x, paths).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            torch.tensor([[0, 1, 2], [0, 2, 2]]),
+            "'broken' over grid .1, 1, 3.: path 1 .* position 2 holds index 2 again",
+        ),
+        (torch.tensor([[0, 1, 3]]), "path 0 .* position 2 holds index 3 outside 0…2"),
+        (torch.tensor([[0, 1]]), r"must give paths \(K, 3\), gave \(1, 2\)"),
+        (torch.tensor([0, 1, 2]), r"gave \(3,\)"),
+        (torch.tensor([[0.0, 1.0, 2.0]]), "int64 indices, gave torch.float32"),
+        ([[0, 1, 2]], "gave list"),
+    ],
+)
+def test_what_is_no_permutation_is_refused(table: torch.Tensor, message: str) -> None:
+    def broken(grid: Grid) -> torch.Tensor:
+        return table
+
+    with pytest.raises(ContractError, match=message):
+        path_table(broken, Grid(1, 1, 3))

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TINY = """
+base: quickstart
+run: tiny
+stages:
+  align:
+    data: {name: digits, train_size: 64}
+    batch: 8
+    duration: 2ba
+    checkpoint: 1ba
+  finetune:
+    data: {name: digits, train_size: 64}
+    batch: 8
+    duration: 4ba
+    checkpoint: 1ba
+evaluation:
+  data: {name: digits, test_size: 12}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe of a few steps, in a folder of its own that is the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return tmp_path / "tiny.yaml"
+
+
+@pytest.fixture
+def composer() -> Callable[..., subprocess.Popen[str]]:
+    """`composer(*arguments)` starts the stock launcher; its output is merged and piped."""
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        command = [str(Path(sys.executable).with_name("composer")), *arguments]
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+
+    return start

@@ -1,0 +1,36 @@
+"""Run by two ranks: shards a model as a run does, and reports which parameters are no DTensor."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from composer.utils import dist, get_device
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from ssmvl.build import build_model
+from ssmvl.recipe import load_recipe
+from ssmvl.training.session import Session
+from ssmvl.training.stages import check
+
+recipe = load_recipe(sys.argv[1])
+plan, _ = check(recipe)
+dist.initialize_dist(get_device(None))
+session = Session(recipe, plan)
+stage = plan.stages["finetune"]
+trainer = session.trainer("finetune", stage, None)
+model = trainer.state.model.model
+plain = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+if dist.get_global_rank() == 0:
+    torch.manual_seed(plan.seed)
+    alone = build_model(recipe, weights="recipe").state_dict()
+    equal = full.keys() == alone.keys() and all(torch.equal(full[name], alone[name]) for name in alone)
+    count = len(list(model.parameters()))
+    report = {"sharded": count - len(plain), "not_sharded": plain, "equal_to_one_rank": equal}
+    Path(sys.argv[2]).write_text(json.dumps(report))
+dist.barrier()
+trainer.close()

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import ssmvl
+from ssmvl.checkpoints import read_tensors
+from ssmvl.errors import CheckpointError, MissingDependencyError, RecipeError, RunError
+from ssmvl.training import run, session
+from ssmvl.training.stages import Optimizer
+from ssmvl.vision.digit_vit import SHIPPED
+
+Composer = Callable[..., subprocess.Popen[str]]
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings(
+    "default"
+)  # Composer, streaming and torch.distributed warn on their own account
+
+
+def test_a_run_leaves_what_it_promises_and_goes_on_where_it_was(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = ssmvl.train(tiny)
+    assert folder == Path("runs/tiny")
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results) == {"digit", "row", "column"}
+    assert all(set(row) == {"accuracy", "blind", "commonest", "n"} and row["n"] == 4 for row in results.values())
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").rglob("events.*"))
+    assistant = ssmvl.load(folder)
+    image = next(iter(assistant.processor.image_specs)).size
+    assert image == 48
+    assert len(assistant.generate(["Which row?", "hi"], max_new_tokens=3)) == 2
+
+    capfd.readouterr()
+    assert ssmvl.train(tiny) == folder
+    said = capfd.readouterr().out
+    assert "stage align: finished before" in said
+    assert "stage finetune: finished before" in said
+    with pytest.raises(RunError, match=r"(?s)run=NAME.*model\.connector\.scan_order: 'bsm' there, 'csm' here"):
+        ssmvl.train(tiny, "model.connector.scan_order=csm")
+
+
+def test_each_stage_starts_from_the_files_of_the_one_before_and_trains_its_parts_only(tiny: Path) -> None:
+    folder = ssmvl.train(tiny, "stages.finetune.optimizer.lr=0.0", "stages.finetune.train=[language]")
+    align, _ = read_tensors(folder / "align" / "model" / "model.safetensors")
+    final, _ = read_tensors(folder / "model" / "model.safetensors")
+    torch.manual_seed(0)
+    fresh = ssmvl.build_model(tiny).state_dict()
+    assert align.keys() == final.keys() == fresh.keys()
+    for name, tensor in align.items():
+        assert torch.equal(final[name], tensor), name
+        if name.startswith("encoders.fine.vit."):
+            shipped, _ = read_tensors(SHIPPED / "digit_vit_fine.safetensors")
+            assert torch.equal(tensor, shipped[name.removeprefix("encoders.fine.vit.")])
+    moved = {
+        name for name, tensor in align.items() if name.startswith("connector") and not torch.equal(tensor, fresh[name])
+    }
+    assert moved == {name for name in align if name.startswith("connector")}
+
+
+def test_microbatches_give_the_gradient_of_the_whole_batch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sgd(model: nn.Module, options: Optimizer) -> torch.optim.SGD:
+        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    monkeypatch.setattr(session, "adamw", sgd)  # Adam would magnify the rounding of near-zero gradients
+    whole = ssmvl.train(tiny, "run=whole")
+    split = ssmvl.train(tiny, "run=split", "stages.align.microbatch=1", "stages.finetune.microbatch=3")
+    ours, theirs = (read_tensors(folder / "model" / "model.safetensors")[0] for folder in (whole, split))
+    fresh = read_tensors(whole / "align" / "model" / "model.safetensors")[0]
+    assert any(not torch.equal(ours[name], fresh[name]) for name in ours if name.startswith("language"))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, atol=2e-6, rtol=1e-5, msg=name)
+
+
+def test_two_ranks_sharded_train_what_two_ranks_with_ddp_train(tiny: Path, composer: Composer) -> None:
+    for sharding in ("fsdp2", "ddp"):
+        options = [f"run={sharding}", f"stages.align.sharding={sharding}", f"stages.finetune.sharding={sharding}"]
+        process = composer("-n", "2", "tiny.yaml", *options)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+        assert json.loads(Path(f"runs/{sharding}/results.json").read_text())["row"]["n"] == 4
+    for stage, steps in (("align", 2), ("finetune", 4)):
+        ours, theirs = (losses(Path(f"runs/{name}/tensorboard/{name}-{stage}")) for name in ("fsdp2", "ddp"))
+        assert len(ours) == steps
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def losses(folder: Path) -> list[float]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [event.value for event in events.Scalars("loss/train/total")]
+
+
+def test_every_parameter_is_sharded(tiny: Path, composer: Composer) -> None:
+    process = composer("-n", "2", str(HERE / "sharded_script.py"), "tiny.yaml", "report.json")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    report = json.loads(Path("report.json").read_text())
+    assert report["not_sharded"] == []
+    assert report["sharded"] > 50
+    assert report["equal_to_one_rank"]
+
+
+def test_killed_and_started_again_resumes_at_the_checkpoint(tiny: Path, composer: Composer) -> None:
+    arguments = ("tiny.yaml", "stages.finetune.duration=40ba", "stages.finetune.checkpoint=5ba")
+    process = composer(*arguments)
+    assert process.stdout is not None
+    for line in process.stdout:  # the bar says how far it is; a checkpoint is written every 5 steps
+        if " 7/40" in line:
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+    process.communicate()
+    assert not Path("runs/tiny/model").exists()
+    process = composer(*arguments)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "stage align: finished before" in output
+    assert "stage finetune: resumed at step 5," in output
+    assert "row" in json.loads(Path("runs/tiny/results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "this is no recipe"),
+        ("a: [", "cannot be read"),
+        ("model: {}\nstages: {}", "encoders: ModelParts needs"),
+    ],
+)
+def test_a_yaml_file_that_is_no_recipe_gets_one_message(
+    tiny: Path, composer: Composer, text: str, message: str
+) -> None:
+    Path("other.yaml").write_text(text)
+    output, _ = (process := composer("other.yaml")).communicate(timeout=60)
+    assert process.returncode == 2
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_module_form_is_the_same_door(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main([str(tiny), "stages.align.btch=3"]) == 2
+    assert "stages.align.btch: Stage has no option 'btch'. Did you mean 'batch'?" in capsys.readouterr().err
+    assert run.main([]) == 2
+
+
+@pytest.mark.parametrize("module", ["composer", "streaming"])
+def test_what_is_not_installed_is_named_with_its_extra(
+    tiny: Path, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "find_spec", lambda name: None if name == module else object())
+    with pytest.raises(MissingDependencyError, match=rf"training needs {module}: pip install 'ssmvl\[train\]'"):
+        ssmvl.train(tiny)
+
+
+def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no saved model"):
+        ssmvl.load(tmp_path)
+
+
+def test_bad_recipes_touch_no_run_folder(tiny: Path) -> None:
+    with pytest.raises(RecipeError, match="no option 'lrr'"):
+        ssmvl.train(tiny, "stages.align.optimizer.lrr=3")
+    assert not Path("runs").exists()
