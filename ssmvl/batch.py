@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-IMAGE_PLACE, IGNORED = -1, -100
+from ssmvl.interfaces import IGNORED, IMAGE_PLACE
+
 Batch = dict[str, Any]
 
 

@@ -116,6 +116,10 @@ def build_processor(recipe: Recipe, model: VisionLanguageModel, folder: Path | N
 def _assemble(parts: ModelParts, source: str) -> VisionLanguageModel:
     encoders: dict[str, Any] = {}
     for name, encoder in parts.encoders.items():
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise RecipeError(
+                [Problem("model.encoders", f"{name!r} cannot name an encoder; use letters, digits and _")], source
+            )
         with _at(f"model.encoders.{name}", source):
             encoders[name] = _checked(encoder(), encoder, interfaces.VisionEncoder)
     with _at("model.fusion", source):
@@ -144,7 +148,8 @@ def _checked(built: Any, part: object, contract: type[Protocol]) -> Any:  # type
 def _at(path: str, source: str) -> Iterator[None]:
     try:
         yield
-    except RecipeError:
+    except (RecipeError, MemoryError, torch.OutOfMemoryError):
         raise
-    except SsmvlError as error:
-        raise RecipeError([Problem(path, str(error))], source) from error
+    except Exception as error:  # a foreign component may raise anything
+        text = str(error) if isinstance(error, SsmvlError) else f"{type(error).__name__}: {error}"
+        raise RecipeError([Problem(path, text)], source) from error

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from ssmvl.assistant import Assistant
-from ssmvl.interfaces import DatasetPart
+from ssmvl.interfaces import Count, DatasetPart
 from ssmvl.vision.transforms import read_image
 
 
@@ -25,8 +25,8 @@ class Evaluation:
     """
 
     data: DatasetPart
-    batch: int = 64
-    max_new_tokens: int = 16
+    batch: Count = 64
+    max_new_tokens: Count = 16
 
 
 @dataclass
@@ -48,8 +48,8 @@ def tally(assistant: Assistant, records: Sequence[dict[str, Any]], options: Eval
     for start in range(0, len(records), options.batch):
         batch = records[start : start + options.batch]
         prompts = [record["conversation"][0]["content"] for record in batch]
-        images = [read_image(record["images"][0]) for record in batch]
-        blank = [Image.new("RGB", image.size) for image in images]
+        images = [read_image(record["images"][0]) if record["images"] else None for record in batch]
+        blank = [image and Image.new("RGB", image.size) for image in images]
         seen = assistant.generate(prompts, images, max_new_tokens=options.max_new_tokens)
         unseen = assistant.generate(prompts, blank, max_new_tokens=options.max_new_tokens)
         for record, answer, blind in zip(batch, seen, unseen, strict=True):

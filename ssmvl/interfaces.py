@@ -18,8 +18,11 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, runtime_
 import torch
 from torch import Tensor, nn
 
-from ssmvl.registry import Part
+from ssmvl.registry import Check as Check
+from ssmvl.registry import Count as Count
+from ssmvl.registry import Part as Part
 
+IMAGE_PLACE, IGNORED = -1, -100  # the id at image places; the label of what is not supervised
 Message = Mapping[str, str]  # {"role": "user" | "assistant", "content": text}; `<image>` in a content is one image
 
 # A parameter annotated with one of these takes a component of that kind, bound to its options.

@@ -8,9 +8,11 @@ start of Python pays that one comparison.
 from __future__ import annotations
 
 import sys
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import CodeType
+from typing import cast
 
 _MAIN = "import sys; from ssmvl.training.run import main; sys.exit(main(sys.argv))"
 
@@ -32,11 +34,11 @@ class RecipeImporter:
 
     def find_spec(self, name: str, target: object = None) -> ModuleSpec | None:
         """A spec for `__main__`, nothing else."""
-        return ModuleSpec(name, self, origin=self.path) if name == "__main__" else None  # type: ignore[arg-type]
+        return ModuleSpec(name, cast(Loader, self), origin=self.path) if name == "__main__" else None
 
     def get_code(self, name: str) -> CodeType:
         """What `__main__` runs: the recipe's training."""
         return compile(_MAIN, self.path, "exec")
 
 
-sys.path_hooks.insert(0, RecipeImporter)  # type: ignore[arg-type]
+sys.path_hooks.insert(0, RecipeImporter)

@@ -70,4 +70,7 @@ def _register(manager: pluggy.PluginManager, registry: Registry, plugin: object,
 
 
 def _distribution(point: EntryPoint) -> tuple[str, str]:
-    return (point.dist.name, point.dist.version) if point.dist else ("?", "?")
+    if point.dist is None:
+        return "?", "?"
+    # A distribution whose metadata is damaged has neither name nor version.
+    return point.dist.metadata["Name"] or "?", point.dist.metadata["Version"] or "?"

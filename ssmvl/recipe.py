@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass, make_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from yaml import YAMLError
 
 from ssmvl.core_plugin import components
 from ssmvl.errors import Problem, RecipeError, SsmvlError, UnknownComponentError, nearest
-from ssmvl.registry import INJECTED, Part
+from ssmvl.registry import INJECTED, Check, Part
 
 TOP_LEVEL = ("base", "run", "seed", "model", "stages", "evaluation")
 
@@ -35,11 +36,11 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The merged recipe as YAML; `load_recipe` of it gives an equal recipe."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.data))
+        return OmegaConf.to_yaml(OmegaConf.create(_escape(self.data)))
 
 
 def recipe_path(name: str) -> Path:
-    """Where the recipe called `name` lies: a plugin's, then the installed copy, then the checkout's folder.
+    """Where the recipe called `name` lies: the installed copy, then the checkout's folder, then a plugin's.
 
     Raises:
         RecipeError: no recipe has that name.
@@ -51,18 +52,13 @@ def recipe_path(name: str) -> Path:
         entry = components().find("recipe", name)
     except UnknownComponentError as error:
         problem = f"no recipe named {name!r}, and no such file.{nearest(name, recipe_names())}"
-        raise RecipeError([Problem("", problem)], name) from error
+        raise RecipeError([Problem("", line) for line in (problem, *map(str, components().failures))], name) from error
     package, _, rest = str(entry.target).partition("/")
-    (root,) = _package_folders(package)
-    return root / rest
-
-
-def _package_folders(package: str) -> list[Path]:
-    """Folders of an installed package, found without importing it."""
-    from importlib.util import find_spec
-
-    spec = find_spec(package)
-    return [Path(p) for p in (spec.submodule_search_locations or [])[:1]] if spec else []
+    spec = find_spec(package.partition(".")[0])  # found without importing it
+    for root in (spec and spec.submodule_search_locations) or []:
+        if (Path(root) / rest).is_file():
+            return Path(root) / rest
+    raise RecipeError([Problem("", f"{entry} says it lies in {entry.target}, but there is no such file")], name)
 
 
 def recipe_names() -> list[str]:
@@ -83,7 +79,7 @@ def load_recipe(recipe: str | Path | Recipe, *overrides: str) -> Recipe:
         RecipeError: it is no recipe, or an override is none; every problem is listed.
     """
     if isinstance(recipe, Recipe):
-        data, source = recipe.data, recipe.source
+        data, source = _escape(recipe.data), recipe.source
     else:
         path = _find(str(recipe))
         data, source = _read_with_base(path), str(path)
@@ -132,6 +128,7 @@ class Bound:
         self.factory, self.options, self.label = factory, dict(options), label
 
     def __call__(self, *args: Any, **injected: Any) -> Any:
+        """Build, or for a scan order ask for, the component."""
         return self.factory(*args, **injected, **self.options)
 
     def __str__(self) -> str:
@@ -152,7 +149,7 @@ def bind(
     injected = tuple(injected)
     try:
         parameters = _parameters(factory)
-    except (NameError, TypeError) as error:
+    except Exception as error:  # evaluating a foreign annotation may raise anything
         return Bound(factory, {}, label), [Problem(path, f"the signature of {label} cannot be read: {error}")]
     allowed = {name: p for name, p in parameters.items() if name not in injected}
     options: dict[str, Any] = {}
@@ -188,7 +185,7 @@ def bind_part(node: Any, kind: str, path: str) -> tuple[Bound, list[Problem]]:
         factory = entry.load()
     except SsmvlError as error:
         return nothing, [Problem(path, str(error))]
-    except Exception as error:  # the module of a component is foreign code: whatever it raises belongs in the report
+    except (Exception, SystemExit) as error:  # foreign code: whatever its import raises belongs in the report
         return nothing, [Problem(path, f"{entry} cannot be imported ({type(error).__name__}: {error})")]
     options = {key: value for key, value in node.items() if key != "name"}
     bound, problems = bind(options, factory, path, INJECTED[kind])
@@ -196,10 +193,17 @@ def bind_part(node: Any, kind: str, path: str) -> tuple[Bound, list[Problem]]:
 
 
 def _bind_value(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
-    hint = _without_none(hint) if value is not None else hint
-    marks = getattr(hint, "__metadata__", ())
-    if kind := next((mark.kind for mark in marks if isinstance(mark, Part)), None):
-        return bind_part(value, kind, path)
+    if value is None and type(None) in typing.get_args(hint):
+        return None, []
+    hint = _without_none(hint)
+    for mark in getattr(hint, "__metadata__", ()):
+        if isinstance(mark, Part):
+            return bind_part(value, mark.kind, path)
+        if isinstance(mark, Check):
+            converted, problems = _bind_value(value, hint.__origin__, path)
+            if not problems and not mark.holds(converted):
+                problems = [Problem(path, f"must be {mark.allowed}, received {value!r}")]
+            return converted, problems
     if is_dataclass(hint) and isinstance(hint, type):
         bound, problems = bind(value, hint, path)
         return (None if problems else bound()), problems
@@ -215,7 +219,7 @@ def _bind_value(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
 def _convert(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
     """Check one plain value against its annotation with OmegaConf's typed nodes."""
     refused = [Problem(path, f"expected {_describe(hint)}, received {value!r} ({type(value).__name__})")]
-    if hint in (int, float) and isinstance(value, bool):
+    if value == "???":  # OmegaConf's mark for a missing value, which passes every type
         return None, refused
     try:
         schema = OmegaConf.structured(make_dataclass("Schema", [("value", hint)]))
@@ -227,7 +231,8 @@ def _convert(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
 
 
 def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    hints = typing.get_type_hints(factory.__init__ if isinstance(factory, type) else factory, include_extras=True)
+    annotated = typing.cast(Any, factory).__init__ if isinstance(factory, type) else factory
+    hints = typing.get_type_hints(annotated, include_extras=True)
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     found = {n: p for n, p in inspect.signature(factory).parameters.items() if p.kind in plain}
     return {name: p.replace(annotation=hints.get(name, Any)) for name, p in found.items()}
@@ -244,8 +249,7 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     for mark in getattr(hint, "__metadata__", ()):
-        if isinstance(mark, Part):
-            return f"a {mark.kind}"
+        return f"a {mark.kind}" if isinstance(mark, Part) else f"{_describe(hint.__origin__)}, {mark.allowed}"
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 
@@ -297,6 +301,9 @@ def _read_with_base(path: Path) -> dict[str, Any]:
     data = _read(path)
     if "base" not in data:
         return data
+    if not isinstance(data["base"], str):
+        problem = f"expected a recipe's name or file, received {data['base']!r}"
+        raise RecipeError([Problem("base", problem)], str(path))
     base_path = _find(str(path.parent / data["base"]) if (path.parent / data["base"]).is_file() else data["base"])
     base = _read(base_path)
     if "base" in base:
@@ -320,6 +327,15 @@ def _parse_override(text: str, source: str) -> dict[str, Any]:
     for part in reversed(parts):
         nested = {part: nested}
     return typing.cast("dict[str, Any]", nested)
+
+
+def _escape(node: Any) -> Any:
+    """`${` in resolved text is text: it must survive being resolved again."""
+    if isinstance(node, dict):
+        return {key: _escape(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_escape(value) for value in node]
+    return node.replace("${", "\\${") if isinstance(node, str) else node
 
 
 def _first_line(error: Exception) -> str:

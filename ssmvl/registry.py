@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from ssmvl.errors import DuplicateComponentError, UnknownComponentError, nearest
 
@@ -33,6 +33,17 @@ class Part:
     """
 
     kind: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """Marks a parameter whose values are limited: `Annotated[int, Check("at least 1", lambda n: n >= 1)]`."""
+
+    allowed: str
+    holds: Callable[[Any], object]
+
+
+Count = Annotated[int, Check("at least 1", lambda number: number >= 1)]
 
 
 @dataclass(frozen=True)
@@ -90,8 +101,10 @@ class Registry:
         for entry in entries:
             if entry.kind not in INJECTED:
                 raise ValueError(f"no kind {entry.kind!r} for {entry.name!r}.{nearest(entry.kind, INJECTED)}")
-            if not callable(entry.target) and ":" not in entry.target and entry.kind != "recipe":
-                raise ValueError(f"{entry.kind} {entry.name!r}: write 'module:attribute', not {entry.target!r}")
+            separator = "/" if entry.kind == "recipe" else ":"
+            if not callable(entry.target) and separator not in str(entry.target):
+                form = "package/path.yaml" if entry.kind == "recipe" else "module:attribute"
+                raise ValueError(f"{entry.kind} {entry.name!r}: write {form!r}, not {entry.target!r}")
             first = self._entries.get((entry.kind, entry.name), [entry])[0]
             if first.source == self.core and entry.source != self.core:
                 raise ValueError(f"{entry.kind} {entry.name!r} belongs to {self.core}; choose another name")

@@ -116,7 +116,7 @@ class VisionLanguageModel(nn.Module):
     def shard_units(self) -> Iterator[nn.Module]:
         """Modules that are sharded as one each, the model itself excepted."""
         for part in (*self.encoders.values(), self.connector, self.language):
-            yield from part.shard_units()  # type: ignore[operator]
+            yield from part.shard_units()
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Composer asks this of every submodule when it shards."""

@@ -10,6 +10,7 @@ from ssmvl.errors import ContractError
 from ssmvl.interfaces import Grid
 from ssmvl.ops.reorder import along, inverse, path_table
 from ssmvl.scans import bsm, csm, raster
+from ssmvl.testing import check_scan_order
 
 grids = st.builds(Grid, st.integers(1, 2), st.integers(1, 7), st.integers(1, 7))
 
@@ -21,7 +22,19 @@ def test_golden_paths() -> None:
     assert csm(grid).tolist() == [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 3, 1, 4, 2, 5], [5, 2, 4, 1, 3, 0]]
 
 
-@pytest.mark.parametrize("name", components().names("scan_order"))
+@pytest.mark.parametrize("name", ["raster", "bsm", "csm"])
+def test_conforms(name: str) -> None:
+    check_scan_order(components().find("scan_order", name).load())
+
+
+def test_what_does_not_conform_is_refused() -> None:
+    with pytest.raises(ContractError, match="depending on the grid"):
+        check_scan_order(lambda grid: raster(grid).expand(1 + grid.rows % 2, -1))
+    with pytest.raises(ContractError, match="when asked again"):
+        check_scan_order(lambda grid: torch.randperm(grid.length)[None])
+
+
+@pytest.mark.parametrize("name", ["raster", "bsm", "csm"])
 def test_every_order_is_permutations_with_an_inverse(name: str) -> None:
     order = components().find("scan_order", name).load()
 

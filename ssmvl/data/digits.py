@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ssmvl.data.shards import ensure_shards
+from ssmvl.registry import Count
 
 CELL, CELLS = 16, 3
 VERSION = 2  # counted up when the records of one seed change
@@ -23,7 +25,7 @@ TURNS = {"train": ("digit", "row", "digit", "column"), "test": ("digit", "row", 
 QUESTIONS = {"digit": "Which digit is this?", "row": "Which row?", "column": "Which column?"}
 
 
-def digit_images(split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarray]:
+def digit_images(split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Handwritten digits of one split: images uint8 (n, 16, 16), enlarged twofold, and their labels (n,)."""
     from sklearn.datasets import load_digits
 
@@ -35,7 +37,7 @@ def digit_images(split: Literal["train", "test"]) -> tuple[np.ndarray, np.ndarra
     return np.stack([np.asarray(image) for image in large]), data.target[chosen]
 
 
-def draw(digits: dict[tuple[int, int], np.ndarray]) -> Image.Image:
+def draw(digits: dict[tuple[int, int], NDArray[np.uint8]]) -> Image.Image:
     """Digit images by (row, column) -> a 48 x 48 RGB picture, white on black."""
     canvas = np.zeros((CELLS * CELL, CELLS * CELL), np.uint8)
     for (row, column), digit in digits.items():
@@ -44,7 +46,7 @@ def draw(digits: dict[tuple[int, int], np.ndarray]) -> Image.Image:
 
 
 def digits(
-    split: str, *, train_size: int = 12_000, test_size: int = 3_000, seed: int = 0, folder: str = "data/digits"
+    split: str, *, train_size: Count = 12_000, test_size: Count = 3_000, seed: int = 0, folder: str = "data/digits"
 ) -> Path:
     """The folder of shards for one split, written when it is not there yet, and again when it is damaged.
 

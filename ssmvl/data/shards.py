@@ -7,7 +7,6 @@ questions for evaluation and may be empty. In a shard the images are joined, wit
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,7 +27,7 @@ def ensure_shards(folder: Path, records: Callable[[], Iterable[dict[str, Any]]],
     Args:
         folder: of the shards.
         records: called only if the shards must be written.
-        total: number of records, for the progress bar.
+        total: number of records; a folder with another number is damaged.
 
     Raises:
         DataError: the folder cannot be written.
@@ -39,7 +38,7 @@ def ensure_shards(folder: Path, records: Callable[[], Iterable[dict[str, Any]]],
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
-            damage = find_damage(folder)
+            damage = find_damage(folder, total)
             if not damage:
                 return
             if folder.exists():
@@ -53,12 +52,15 @@ def ensure_shards(folder: Path, records: Callable[[], Iterable[dict[str, Any]]],
         raise DataError(f"{folder}: shards cannot be written ({error})") from error
 
 
-def find_damage(folder: Path) -> str:
+def find_damage(folder: Path, total: int) -> str:
     """What is wrong with the shards in `folder`: the first missing, cut or altered file; empty if nothing is."""
     from streaming.base.hashing import get_hash
 
     try:
         shards = json.loads((folder / "index.json").read_text())["shards"]
+        # The index first: what it does not list cannot be looked at.
+        if (listed := sum(shard["samples"] for shard in shards)) != total:
+            return f"index.json lists {listed} samples, there should be {total}"
         for shard in shards:
             raw = shard["raw_data"]
             data = (folder / raw["basename"]).read_bytes()
@@ -92,7 +94,7 @@ def _write(folder: Path, records: Iterable[dict[str, Any]], total: int, what: st
     from streaming import MDSWriter
     from tqdm import tqdm
 
-    os.makedirs(folder)
+    folder.mkdir(parents=True)
     with MDSWriter(out=str(folder), columns=COLUMNS, hashes=[HASH], size_limit=SHARD_BYTES) as writer:
         for record in tqdm(records, desc=what, total=total, unit=" samples"):
             sizes = [len(image) for image in record["images"]]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmvl.interfaces import MixerPart
+from ssmvl.interfaces import Count, MixerPart
 from ssmvl.language.state import RecurrentState
 from ssmvl.layers.block import Block, scale_residual
 from ssmvl.layers.mamba2 import Mamba2Mixer
@@ -33,11 +33,11 @@ class MambaLM(nn.Module):
     def __init__(
         self,
         *,
-        width: int,
-        num_layers: int,
-        num_tokens: int,
+        width: Count,
+        num_layers: Count,
+        num_tokens: Count,
         mixer: MixerPart = Mamba2Mixer,
-        vocab_multiple: int = 16,
+        vocab_multiple: Count = 16,
     ) -> None:
         super().__init__()
         self.width, self.num_tokens = width, num_tokens

@@ -39,11 +39,15 @@ class RecurrentState:
         """Overwrite these rows with the rows of `other`.
 
         Raises:
-            ShapeError: `other` belongs to another model.
+            ShapeError: `other` belongs to another model, or to one of other shapes.
         """
         if other.model != self.model:
             raise ShapeError(f"a state of {other.model} cannot be written into a state of {self.model}")
-        for (_, mine), (_, theirs) in zip(self._named(), other._named(), strict=True):
+        pairs = list(zip(self._named(), other._named(), strict=True))
+        for (name, mine), (_, theirs) in pairs:
+            if mine.shape[1:] != theirs.shape[1:]:
+                raise ShapeError(f"{name} is {tuple(theirs.shape[1:])} a row there, {tuple(mine.shape[1:])} here")
+        for (_, mine), (_, theirs) in pairs:
             mine[_index(index, mine)] = theirs.to(mine.dtype)
 
     def clone(self) -> Self:
@@ -61,9 +65,9 @@ class RecurrentState:
             CheckpointError: the file holds no such state; says what differs.
         """
         tensors, metadata = read_tensors(path)
-        for key, mine in (("state_format", FORMAT_VERSION), ("model", self.model)):
-            if metadata.get(key) != mine:
-                raise CheckpointError(f"{path}: {key} is {metadata.get(key)!r}, this state needs {mine!r}")
+        for key, expected in (("state_format", FORMAT_VERSION), ("model", self.model)):
+            if metadata.get(key) != expected:
+                raise CheckpointError(f"{path}: {key} is {metadata.get(key)!r}, this state needs {expected!r}")
         for name, mine in self._named():
             theirs = tensors.get(name)
             if theirs is None or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
@@ -79,4 +83,5 @@ class RecurrentState:
 
 
 def _index(index: Tensor | Sequence[int], tensor: Tensor) -> Tensor:
-    return torch.as_tensor(index, dtype=torch.long, device=tensor.device)
+    found = torch.as_tensor(index, device=tensor.device)
+    return found if found.dtype == torch.bool else found.long()

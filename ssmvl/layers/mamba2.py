@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmvl.errors import ShapeError
+from ssmvl.interfaces import Count
 from ssmvl.layers.norm import GatedRMSNorm
 from ssmvl.ops.causal_conv import causal_conv, causal_conv_step
 from ssmvl.ops.reorder import along, inverse
@@ -51,11 +52,11 @@ class Mamba2Mixer(nn.Module):
         width: int,
         num_paths: int = 1,
         *,
-        d_state: int = 128,
-        head_dim: int = 64,
-        expand: int = 2,
-        d_conv: int = 4,
-        num_groups: int = 1,
+        d_state: Count = 128,
+        head_dim: Count = 64,
+        expand: Count = 2,
+        d_conv: Count = 4,
+        num_groups: Count = 1,
         merge: Literal["mean", "sum"] = "mean",
     ) -> None:
         super().__init__()

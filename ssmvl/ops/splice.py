@@ -21,8 +21,8 @@ def splice(embeds: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
     tokens = visual.flatten(0, 1)
     if tokens.shape[0] != positions.shape[0]:
         raise ShapeError(
-            f"{visual.shape[0]} images of {visual.shape[1]} visual tokens do not fill {positions.shape[0]} image places; "
-            "each image needs exactly as many places as the connector gives tokens"
+            f"{visual.shape[0]} images of {visual.shape[1]} visual tokens do not fill {positions.shape[0]} places;"
+            " each image needs exactly as many places as the connector gives tokens"
         )
     flat = embeds.flatten(0, 1).index_copy(0, positions, tokens.to(embeds.dtype))
     return flat.view_as(embeds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -11,11 +12,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ssmvl.errors import DataError
-from ssmvl.interfaces import ImageSpec, Message, Prompt
+from ssmvl.interfaces import IGNORED, IMAGE_PLACE, ImageSpec, Message, Piece, Prompt
 from ssmvl.text.tokenizers import END
 from ssmvl.vision.transforms import ImageLike, read_image, to_pixels
 
-IMAGE, IMAGE_PLACE, IGNORED = "<image>", -1, -100
+IMAGE = "<image>"
 
 
 class Sample(TypedDict):
@@ -65,41 +66,52 @@ class Processor:
         Raises:
             DataError: marks and images differ in number, an image cannot be decoded, or nothing is supervised.
         """
-        marks = sum(
-            message.get("content", "").count(IMAGE) for message in conversation if message.get("role") == "user"
-        )
+        pieces = self.prompt.pieces(conversation, END)
+        marks = sum(piece.text.count(IMAGE) for piece in pieces if not piece.supervised)
         if marks not in (0, len(images)):
             raise DataError(f"{marks} {IMAGE} marks in the text, but {len(images)} images; they must match in number")
         in_place = self.prompt.image_placement == "in_place" and marks > 0
-        ids: list[int] = [] if in_place else [IMAGE_PLACE] * (self.places * len(images))
+        ids = [] if in_place else [IMAGE_PLACE] * (self.places * len(images))
         labels = [IGNORED] * len(ids)
-        for piece in self.prompt.pieces(conversation, END):
-            for number, text in enumerate(piece.text.split(IMAGE) if marks and not piece.supervised else [piece.text]):
-                if number and in_place:
-                    ids += [IMAGE_PLACE] * self.places
-                    labels += [IGNORED] * self.places
-                # A mark leaves with the line it stands on, as in LLaVA's data, when images come first.
-                text = text.removeprefix("\n") if number and not in_place else text
+        for piece in pieces:
+            for number, text in enumerate(_around_marks(piece, in_place)):
+                places = [IMAGE_PLACE] * self.places if number else []
                 tokens = self._tokenise(text, piece.template)
-                ids += tokens
-                labels += tokens if piece.supervised else [IGNORED] * len(tokens)
+                ids += places + tokens
+                labels += [IGNORED] * len(places) + (tokens if piece.supervised else [IGNORED] * len(tokens))
         if train and all(label == IGNORED for label in labels[1:]):
             raise DataError(
                 f"nothing to learn in this sample: no supervised token in {list(map(dict, conversation))!r}"
             )
         decoded = [read_image(image) for image in images]
-        pixels = {
-            spec: torch.stack([to_pixels(image, spec) for image in decoded])
-            if decoded
-            else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
-            for spec in self.image_specs
-        }
-        return Sample(ids=torch.tensor(ids), labels=torch.tensor(labels), images=pixels)
+        pixels = {spec: _stack([to_pixels(image, spec) for image in decoded], spec) for spec in self.image_specs}
+        return Sample(
+            ids=torch.tensor(ids, dtype=torch.long), labels=torch.tensor(labels, dtype=torch.long), images=pixels
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids -> text, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _tokenise(self, text: str, template: bool) -> list[int]:
-        self.tokenizer.encode_special_tokens = not template  # a user's `<|endoftext|>` stays text
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        """Ids of one stretch; special tokens are found in template text only: a user's `<|endoftext|>` stays text."""
+        self.tokenizer.encode_special_tokens = True
+        added = self.tokenizer.get_added_tokens_decoder() if template else {}
+        special = {token.content: id_ for id_, token in added.items() if token.special}
+        stretches = re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
+        ids: list[int] = []
+        for stretch in filter(None, stretches):
+            known = special.get(stretch)
+            ids += self.tokenizer.encode(stretch, add_special_tokens=False).ids if known is None else [known]
+        return ids
+
+
+def _around_marks(piece: Piece, in_place: bool) -> list[str]:
+    """The text between image marks. Where images come first, a mark leaves with the line it stands on."""
+    if piece.supervised or IMAGE not in piece.text:
+        return [piece.text]
+    return piece.text.split(IMAGE) if in_place else [re.sub(rf"{IMAGE}\n|\n?{IMAGE}", "", piece.text)]
+
+
+def _stack(pixels: list[Tensor], spec: ImageSpec) -> Tensor:
+    return torch.stack(pixels) if pixels else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)

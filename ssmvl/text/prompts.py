@@ -10,7 +10,7 @@ from ssmvl.interfaces import Message, Piece
 
 
 class MambaPrompt:
-    """`In: {question}\\nOut: {answer}<end>`, turn after turn; images before all text; answers are supervised.
+    r"""`In: {question}\nOut: {answer}<end>`, turn after turn; images before all text; answers are supervised.
 
     Source: the plain prompt of Cobra (arXiv 2403.14520) and its relatives for language models without a chat format.
     """
@@ -21,15 +21,15 @@ class MambaPrompt:
         """The text to read; after a last message of the user it ends at `Out: `.
 
         Raises:
-            DataError: the messages do not alternate, beginning with the user's.
+            DataError: there is no message, or they do not alternate, beginning with the user's.
         """
+        if not conversation:
+            raise DataError("an empty conversation; at least one message of the user is needed")
         pieces = []
         for i, message in enumerate(conversation):
-            role, content = message.get("role"), message.get("content")
-            if role != ("user", "assistant")[i % 2] or not isinstance(content, str):
-                raise DataError(
-                    f"message {i} must have a text `content` and the role {('user', 'assistant')[i % 2]!r}; received {dict(message)!r}"
-                )
+            role, content, expected = message.get("role"), message.get("content"), ("user", "assistant")[i % 2]
+            if role != expected or not isinstance(content, str):
+                raise DataError(f"message {i} needs a text and the role {expected!r}; received {dict(message)!r}")
             if role == "user":
                 pieces += [Piece("In: ", template=True), Piece(content), Piece("\nOut: ", template=True)]
             else:

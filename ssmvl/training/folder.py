@@ -17,6 +17,7 @@ from typing import Any
 from ssmvl.checkpoints import flush
 from ssmvl.errors import RunError
 from ssmvl.recipe import Recipe, load_recipe
+from ssmvl.training.stages import stage_order
 
 
 class RunFolder:
@@ -63,12 +64,18 @@ class RunFolder:
             partial.replace(self.root / name)
         except OSError as error:
             raise RunError(f"{self.root / name} cannot be written ({error})") from error
+        finally:
+            if self.root.is_dir():
+                partial.unlink(missing_ok=True)
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     stages = {k: v for k, v in (recipe.data.get("stages") or {}).items() if isinstance(v, dict)}
     kept = {name: {key: stage.get(key) for key in ("data", "train")} for name, stage in stages.items()}
-    return {"model": recipe.data["model"], "seed": recipe.data["seed"], "stages": kept}
+    # Mappings are equal in any order, but encoders in another order are another model.
+    order = {"order of model.encoders": list(recipe.data["model"].get("encoders") or ())}
+    order["order of stages"] = stage_order(recipe)
+    return {"model": recipe.data["model"], "seed": recipe.data["seed"], "stages": kept, **order}
 
 
 def _differences(path: str, there: Any, here: Any) -> list[str]:

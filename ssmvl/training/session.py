@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from composer import DataSpec, Trainer
@@ -74,7 +75,9 @@ class Session:
         if trainer.state.get_elapsed_duration() is None or trainer.state.get_elapsed_duration().value < 1:
             trainer.fit()
         vlm = trainer.state.model.module if hasattr(trainer.state.model, "module") else trainer.state.model
-        tensors = get_model_state_dict(vlm.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        tensors: dict[str, Any] = get_model_state_dict(
+            vlm.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
         if self.rank == 0:
             save_folder(left, tensors, self.recipe, trainer.state.train_dataloader.dataset.processor)
         trainer.close()

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import nn
 
 from ssmvl.build import ModelParts, build_model
 from ssmvl.errors import Problem, RecipeError, nearest
 from ssmvl.evaluation import Evaluation
-from ssmvl.interfaces import DatasetPart
+from ssmvl.interfaces import Check, Count, DatasetPart
 from ssmvl.recipe import Recipe, bind
+
+Rate = Annotated[float, Check("at least 0", lambda rate: rate >= 0)]
+TIME = re.compile(r"\d+(\.\d+)?dur|\d+(ba|ep|sp|tok|sec)")
+INTERVAL = re.compile(r"0*[1-9]\d*(ba|ep|sp|tok|sec)")
+Interval = Annotated[str, Check("a whole number and a unit (ba, ep, sp, tok, sec), e.g. 500ba", INTERVAL.fullmatch)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +34,9 @@ class Optimizer:
         betas: AdamW's.
     """
 
-    lr: float
+    lr: Rate
     lr_of: dict[str, float] = field(default_factory=dict)
-    weight_decay: float = 0.0
+    weight_decay: Rate = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
 
 
@@ -53,13 +59,15 @@ class Stage:
     """
 
     data: DatasetPart
-    train: list[str]
+    train: Annotated[list[str], Check("at least one prefix", bool)]
     optimizer: Optimizer
-    warmup: str = "0.03dur"
-    batch: int
-    microbatch: int | None = None
-    duration: str
-    checkpoint: str = "500ba"
+    warmup: Annotated[str, Check("a number and a unit (ba, ep, sp, tok, sec, dur), e.g. 0.03dur", TIME.fullmatch)] = (
+        "0.03dur"
+    )
+    batch: Count
+    microbatch: Count | None = None
+    duration: Interval
+    checkpoint: Interval = "500ba"
     sharding: Literal["fsdp2", "ddp"] = "fsdp2"
     callbacks: dict[str, Any] = field(default_factory=dict)
     loggers: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +92,16 @@ class Plan:
     evaluation: Evaluation | None = None
 
 
+def stage_order(recipe: Recipe) -> list[str]:
+    """Names of the stages in their order: the key `order` of `stages:` where there is one, else the recipe's own."""
+    stages = recipe.data.get("stages")
+    if not isinstance(stages, dict):
+        return []
+    named = [name for name in stages if name != "order"]
+    order = stages.get("order", named)
+    return list(order) if isinstance(order, list) and sorted(map(str, order)) == sorted(named) else named
+
+
 def check(recipe: Recipe) -> tuple[Plan, list[str]]:
     """Find every mistake of a recipe without allocating a weight.
 
@@ -96,22 +114,19 @@ def check(recipe: Recipe) -> tuple[Plan, list[str]]:
         RecipeError: every problem found.
     """
     data = dict(recipe.data)
-    stages = data.get("stages")
-    order = stages.get("order") if isinstance(stages, dict) else None
     problems: list[Problem] = []
-    if order is not None:
-        named = {key: value for key, value in stages.items() if key != "order"}
-        if not isinstance(order, list) or sorted(map(str, order)) != sorted(named):
-            problems.append(
-                Problem("stages.order", f"must name each stage once: received {order!r}, stages are {list(named)}")
-            )
-            order = list(named)
-        data["stages"] = {name: named[name] for name in order}
+    notes: list[str] = []
+    if isinstance(data.get("stages"), dict):
+        stages = {name: data["stages"][name] for name in stage_order(recipe)}
+        if data["stages"].get("order", list(stages)) != list(stages):
+            received = f"received {data['stages']['order']!r}, stages are {list(stages)}"
+            problems.append(Problem("stages.order", f"must name each stage once: {received}"))
+        for name, stage in stages.items():
+            if isinstance(stage, dict):
+                problems += _check_composer(f"stages.{name}", stage, notes)
+        data["stages"] = stages
     bound, found = bind(data, Plan, "")
     problems += found
-    notes: list[str] = []
-    for name, stage in (data.get("stages") or {}).items() if isinstance(data.get("stages"), dict) else ():
-        problems += _check_stage(f"stages.{name}", stage if isinstance(stage, dict) else {}, notes)
     if problems:
         raise RecipeError(problems, recipe.source)
     plan: Plan = bound()
@@ -129,46 +144,42 @@ def composer_class(kind: Literal["callbacks", "loggers"], name: str) -> Any:
     return getattr(importlib.import_module(f"composer.{kind}"), name, None)
 
 
-def _check_stage(path: str, stage: dict[str, Any], notes: list[str]) -> list[Problem]:
+def _check_composer(path: str, stage: dict[str, Any], notes: list[str]) -> list[Problem]:
+    """Names and options of the stage's callbacks and loggers, where Composer is there to say which there are."""
     problems = []
-    for key in ("batch", "microbatch"):
-        if isinstance(stage.get(key), int) and stage[key] < 1:
-            problems.append(Problem(f"{path}.{key}", f"must be at least 1, received {stage[key]}"))
-    for key in ("callbacks", "loggers"):
-        wanted = stage.get(key)
-        if isinstance(wanted, dict) and wanted and find_spec("composer") is None:
-            notes.append(f"{path}.{key}: not checked, Composer is not installed")
-        elif isinstance(wanted, dict):
-            for name, options in wanted.items():
-                problems += _check_composer(f"{path}.{key}.{name}", key, name, options)
-    if find_spec("composer") is None:
-        notes.append(f"{path}: durations are not checked, Composer is not installed")
-        return problems
-    from composer.core import Time
-
-    for key in ("warmup", "duration", "checkpoint"):
-        if isinstance(stage.get(key), str):
-            try:
-                Time.from_timestring(stage[key])
-            except ValueError:
-                what = f"{stage[key]!r} is no Composer time; write e.g. 500ba, 1ep or 0.03dur"
-                problems.append(Problem(f"{path}.{key}", what))
+    for kind in ("callbacks", "loggers"):
+        wanted = stage.get(kind)
+        if not isinstance(wanted, dict) or not wanted:
+            continue
+        if find_spec("composer") is None:
+            notes.append(f"{path}.{kind}: not checked, Composer is not installed")
+            continue
+        for name, options in wanted.items():
+            problems += _check_call(f"{path}.{kind}.{name}", kind, name, options or {})
     return problems
 
 
-def _check_composer(path: str, kind: Any, name: str, options: Any) -> list[Problem]:
+def _check_call(path: str, kind: Any, name: str, options: Any) -> list[Problem]:
     found = composer_class(kind, name)
     if not inspect.isclass(found):
         names = [n for n, c in vars(importlib.import_module(f"composer.{kind}")).items() if inspect.isclass(c)]
         return [Problem(path, f"composer.{kind} has no class {name!r}.{nearest(name, names)}")]
-    allowed = list(inspect.signature(found).parameters)
-    if not isinstance(options or {}, dict):
+    if not isinstance(options, dict):
         return [Problem(path, f"expected a mapping of options, received {options!r}")]
-    return [
-        Problem(f"{path}.{key}", f"{name} has no option {key!r}.{nearest(key, allowed)}")
-        for key in options or {}
-        if key not in allowed
-    ]
+    signature = inspect.signature(found)
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds.values():
+        allowed = [n for n, k in kinds.items() if k is not inspect.Parameter.VAR_POSITIONAL]
+        unknown = [key for key in options if key not in allowed]
+        if unknown:
+            return [
+                Problem(f"{path}.{key}", f"{name} has no option {key!r}.{nearest(key, allowed)}") for key in unknown
+            ]
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        return [Problem(path, f"{name}: {error}")]
+    return []
 
 
 def _check_prefixes(path: str, prefixes: Any, model: nn.Module) -> list[Problem]:

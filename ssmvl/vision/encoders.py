@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -27,11 +28,12 @@ class VitEncoder(nn.Module):
     Source: ML-Mamba §3.2 and Prismatic VLMs (arXiv 2402.07865) §3: second-to-last layer.
     """
 
+    vit: Any  # what timm's VisionTransformer offers is typed as Tensor | Module
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, vit: nn.Module, *, size: int, mean: Sequence[float], std: Sequence[float], weights: str | None
+        self, vit: Any, *, size: int, mean: Sequence[float], std: Sequence[float], weights: str | None
     ) -> None:
         super().__init__()
         if len(getattr(vit, "blocks", ())) < 2 or not hasattr(vit, "forward_intermediates"):

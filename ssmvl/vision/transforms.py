@@ -29,20 +29,26 @@ def read_image(image: ImageLike) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            opened = (
-                image
-                if isinstance(image, Image.Image)
-                else Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-            )
-            if opened.width * opened.height > MAX_PIXELS:
-                raise DataError(f"{what}: {opened.width} x {opened.height} pixels; at most {MAX_PIXELS} are allowed")
-            return opened.convert("RGB")
+            if isinstance(image, Image.Image):
+                return _to_rgb(image, what)
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+                return _to_rgb(opened, what)
+    except DataError:
+        raise
     except FileNotFoundError as error:
         raise DataError(f"{what}: no such image file") from error
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{what}: cannot be decoded as an image ({error})") from error
+
+
+def _to_rgb(image: Image.Image, what: str) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(f"{what}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are allowed")
+    if image.mode.startswith("I;16"):  # PIL would clip 16 bits to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec) -> Tensor:

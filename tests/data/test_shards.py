@@ -80,7 +80,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_written_once(tmp_path: Path) -> None:
     assert ensure(tmp_path / "s") == 1
     assert ensure(tmp_path / "s") == 0
-    assert find_damage(tmp_path / "s") == ""
+    assert find_damage(tmp_path / "s", len(RECORDS)) == ""
 
 
 def test_records_come_back_in_order(tmp_path: Path) -> None:
@@ -113,11 +113,11 @@ def test_damage_is_found_and_written_again(tmp_path: Path, message: str, capsys:
     before = shard(folder).read_bytes()
     DAMAGES[message](folder)
     with pytest.raises(AssertionError, match=message):
-        assert not find_damage(folder), find_damage(folder)
+        assert not find_damage(folder, len(RECORDS)), find_damage(folder, len(RECORDS))
     assert ensure(folder) == 1
     assert "writing it again" in capsys.readouterr().out
     assert shard(folder).read_bytes() == before
-    assert find_damage(folder) == ""
+    assert find_damage(folder, len(RECORDS)) == ""
     assert sibling.read_text() == "mine"
 
 
@@ -126,7 +126,7 @@ def test_damage_of_a_later_shard_is_found(tmp_path: Path, monkeypatch: pytest.Mo
     ensure(tmp_path / "s")
     last = max((tmp_path / "s").glob("*.mds"))
     last.unlink()
-    assert last.name in find_damage(tmp_path / "s")
+    assert last.name in find_damage(tmp_path / "s", len(RECORDS))
 
 
 def test_index_without_its_shards_is_damage(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_two_processes_at_once_write_once(tmp_path: Path) -> None:
             assert first.communicate("\n", timeout=25)[0] == "done\n"
             assert second.communicate(timeout=25)[0] == "done\n"
     assert [first.returncode, second.returncode] == [0, 0]
-    assert find_damage(tmp_path / "s") == ""
+    assert find_damage(tmp_path / "s", 5000) == ""
 
 
 @pytest.mark.parametrize("images", [[], [b"abc"], [b"a", b"", b"bcd"]])

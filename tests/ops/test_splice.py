@@ -26,5 +26,5 @@ def test_casts_to_the_embeddings() -> None:
 
 
 def test_counts_that_differ_are_refused() -> None:
-    with pytest.raises(ShapeError, match="2 images of 2 visual tokens do not fill 3 image places"):
+    with pytest.raises(ShapeError, match="2 images of 2 visual tokens do not fill 3 places"):
         splice(torch.zeros(1, 9, 3), torch.zeros(2, 2, 3), torch.tensor([0, 1, 2]))

@@ -40,8 +40,9 @@ def test_turns_follow_each_other() -> None:
     assert pieces == (QUESTION + ANSWER) * 2
 
 
-def test_nothing_to_write() -> None:
-    assert MambaPrompt().pieces([], "<end>") == []
+def test_an_empty_conversation_is_refused() -> None:
+    with pytest.raises(DataError, match="an empty conversation"):
+        MambaPrompt().pieces([], "<end>")
 
 
 @pytest.mark.parametrize(
