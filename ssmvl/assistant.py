@@ -102,14 +102,18 @@ def save_folder(folder: str | Path, tensors: dict[str, Tensor], recipe: Recipe, 
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    write_tensors(partial / WEIGHTS_FILE, tensors)
-    (partial / "recipe.yaml").write_text(recipe.to_yaml())
-    processor.tokenizer.save(str(partial / "tokenizer.json"))
-    about = {"format_version": FORMAT_VERSION, "ssmvl": __version__, "torch": torch.__version__}
-    (partial / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n")
-    for file in partial.iterdir():
-        flush(file)
+    try:
+        partial.mkdir()
+        write_tensors(partial / WEIGHTS_FILE, tensors)
+        (partial / "recipe.yaml").write_text(recipe.to_yaml())
+        processor.tokenizer.save(str(partial / "tokenizer.json"))
+        about = {"format_version": FORMAT_VERSION, "ssmvl": __version__, "torch": torch.__version__}
+        (partial / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n")
+        for file in partial.iterdir():
+            flush(file)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from ssmvl import interfaces
+from ssmvl.binding import bind
 from ssmvl.checkpoints import load_into
 from ssmvl.errors import ContractError, Problem, RecipeError, SsmvlError
 from ssmvl.interfaces import ConnectorPart, EncoderPart, FusionPart, LanguageModelPart, PromptPart
-from ssmvl.recipe import Recipe, bind, load_recipe
+from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.text.processor import Processor
 from ssmvl.text.tokenizers import load_tokenizer
 from ssmvl.vlm import VisionLanguageModel
@@ -44,12 +45,6 @@ class ModelParts:
     tokenizer: str
 
 
-def bind_model(recipe: Recipe) -> tuple[ModelParts | None, list[Problem]]:
-    """Resolve every name and check every option of `model:`; nothing is built."""
-    bound, problems = bind(recipe.data["model"], ModelParts, "model")
-    return (None if problems else bound()), problems
-
-
 def build_model(
     recipe: str | Path | Recipe,
     *overrides: str,
@@ -75,9 +70,7 @@ def build_model(
         CheckpointError: weights are missing or do not fit.
     """
     found = load_recipe(recipe, *overrides)
-    parts, problems = bind_model(found)
-    if parts is None:
-        raise RecipeError(problems, found.source)
+    parts = _bind(found)
     if device is None or torch.device(device).type != "meta":
         with torch.device("meta"):  # finds grids that differ and orders that are no permutation before allocating
             _assemble(parts, found.source)
@@ -103,14 +96,21 @@ def build_processor(recipe: Recipe, model: VisionLanguageModel, folder: Path | N
     Raises:
         ContractError: the tokenizer has more ids than the language model.
     """
-    parts, problems = bind_model(recipe)
-    if parts is None:
-        raise RecipeError(problems, recipe.source)
+    parts = _bind(recipe)
     tokenizer = load_tokenizer(parts.tokenizer if folder is None else str(folder))
     ids, allowed = tokenizer.get_vocab_size(), model.language.num_tokens
     if ids != allowed:
         raise ContractError(f"model.language.num_tokens is {allowed}, but tokenizer {parts.tokenizer!r} has {ids} ids")
     return Processor(tokenizer, parts.prompt(), model.image_specs, model.tokens_per_image)
+
+
+def _bind(recipe: Recipe) -> ModelParts:
+    """Every name of `model:` resolved and every option checked; nothing is built."""
+    bound, problems = bind(recipe.data["model"], ModelParts, "model")
+    if problems:
+        raise RecipeError(problems, recipe.source)
+    parts: ModelParts = bound()
+    return parts
 
 
 def _assemble(parts: ModelParts, source: str) -> VisionLanguageModel:

@@ -102,8 +102,8 @@ def test_a_folder_that_cannot_be_written_is_a_run_error(tmp_path: Path, below: s
 
 def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, STAGES)
-    folder.write_text("results.json", "a long first text")
-    folder.write_text("results.json", "short")
+    folder.write("results.json", b"a long first text")
+    folder.write("results.json", b"short")
     assert (tmp_path / "results.json").read_text() == "short"
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
@@ -111,5 +111,5 @@ def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_replaced_leaves_no_partial_one(tmp_path: Path) -> None:
     (tmp_path / "results.json").mkdir()
     with pytest.raises(RunError, match=r"results\.json cannot be written"):
-        RunFolder(tmp_path, STAGES).write_text("results.json", "text")
+        RunFolder(tmp_path, STAGES).write("results.json", b"text")
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]

@@ -112,9 +112,10 @@ def _chunked(
     # Across chunks, one after another
     h = x.new_zeros(rows, heads, width, size) if state is None else state
     entering = []
-    for z in range(added.shape[1]):
+    # unbind, not indexing: the backward of an index fills a tensor of all chunks with zeros, once for each chunk
+    for through, add in zip(passes[..., None, None].unbind(1), added.unbind(1), strict=True):
         entering.append(h)
-        h = h * passes[:, z, :, None, None] + added[:, z]
+        h = h * through + add
     if entering:
         stacked = torch.stack(entering, dim=1).unflatten(2, (groups, -1))
         carried = torch.einsum("bzqgs,bzghps->bzqghp", C, stacked)

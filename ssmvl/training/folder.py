@@ -4,7 +4,7 @@ runs/<run>/recipe.yaml        the resolved recipe, the folder's identity
 runs/<run>/<stage>/           checkpoints, for resuming only; and `model/`, what the stage leaves for the next
 runs/<run>/model/             what the last stage leaves: `ssmvl.load("runs/<run>")`
 runs/<run>/tensorboard/       logs
-runs/<run>/results.json, loss.png
+runs/<run>/results.json, loss.png, example.png (a picture it has never seen)
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class RunFolder:
             if differences:
                 listed = "\n  ".join(differences)
                 raise RunError(f"{self.root} holds another run; give this one a name with run=NAME:\n  {listed}")
-        self.write_text("recipe.yaml", recipe.to_yaml())
+        self.write("recipe.yaml", recipe.to_yaml().encode())
 
-    def write_text(self, name: str, text: str) -> None:
+    def write(self, name: str, content: bytes) -> None:
         """Write a small file whole or not at all."""
         partial = self.root / f".{name}.{os.getpid()}.partial"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text)
+            partial.write_bytes(content)
             flush(partial)
             partial.replace(self.root / name)
         except OSError as error:

@@ -131,14 +131,19 @@ class Session:
     def _evaluate(self, options: evaluation.Evaluation, model: Path) -> None:
         folder = options.data(split="test")
         dist.barrier()
-        mine = read_records(folder)[self.rank :: self.world]
+        records = read_records(folder)
         self._say(f"asking the test questions of {folder}")
-        parts = dist.all_gather_object(evaluation.tally(load(model), mine, options))
+        parts = dist.all_gather_object(evaluation.tally(load(model), records[self.rank :: self.world], options))
         found = evaluation.results(parts)
         if self.rank == 0:
-            self.folder.write_text("results.json", json.dumps(found, indent=2) + "\n")
-            plot_loss(self.folder.root / "tensorboard", self.folder.root / "loss.png")
-        self._say(evaluation.table(found))
+            root = self.folder.root
+            self.folder.write("results.json", json.dumps(found, indent=2).encode())
+            plot_loss(root / "tensorboard", root / "loss.png")
+            print(evaluation.table(found))
+            if records[0]["images"]:
+                self.folder.write("example.png", records[0]["images"][0])
+                question = records[0]["conversation"][0]["content"]
+                print(f"ask it: ssmvl generate {root} --image {root / 'example.png'} --prompt '{question}'", flush=True)
 
     def _check_batches(self) -> None:
         problems = []

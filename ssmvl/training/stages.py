@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 
 from torch import nn
 
+from ssmvl.binding import bind
 from ssmvl.build import ModelParts, build_model
 from ssmvl.errors import Problem, RecipeError, nearest
 from ssmvl.evaluation import Evaluation
 from ssmvl.interfaces import Check, Count, DatasetPart
-from ssmvl.recipe import Recipe, bind
+from ssmvl.recipe import Recipe
 
 Rate = Annotated[float, Check("at least 0", lambda rate: rate >= 0)]
 TIME = re.compile(r"\d+(\.\d+)?dur|\d+(ba|ep|sp|tok|sec)")

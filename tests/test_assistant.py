@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import ssmvl
+from ssmvl.assistant import Assistant
+from ssmvl.build import build_processor
+from ssmvl.checkpoints import read_tensors
+from ssmvl.errors import CheckpointError, DataError
+
+PROMPTS = ["a", "what is this?", "", "x" * 90, "Which row?", "b", "cc"]
+
+
+@pytest.fixture(scope="module")
+def assistant() -> Assistant:
+    torch.manual_seed(3)
+    recipe = ssmvl.load_recipe("quickstart")
+    model = ssmvl.build_model(recipe, weights="recipe")
+    with torch.no_grad():
+        for block in model.language.layers:  # else a tied model repeats its last token, whatever it has seen
+            block.mixer.out_proj.weight.mul_(40)
+    return Assistant(model, build_processor(recipe, model), recipe)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image | None]:
+    colours = ["red", None, "blue", "white", None, "green", "black"]
+    return [c and Image.new("RGB", (50 + i, 40), c) for i, c in enumerate(colours)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_answers_do_not_depend_on_the_batch(assistant: Assistant, images: list[Image.Image | None], size: int) -> None:
+    alone = [assistant.generate([p], [i], max_new_tokens=16)[0] for p, i in zip(PROMPTS, images, strict=True)]
+    together: list[str] = []
+    for start in range(0, 7, size):
+        part = slice(start, start + size)
+        together += assistant.generate(PROMPTS[part], images[part], max_new_tokens=16)
+    assert together == alone
+    assert len(set(alone)) > 2
+
+
+def test_greedy_equals_reading_the_whole_text_again(assistant: Assistant, images: list[Image.Image | None]) -> None:
+    model, processor = assistant.model, assistant.processor
+    (answer,) = assistant.generate(["why?"], [images[0]], max_new_tokens=6)
+    sample = processor.encode([{"role": "user", "content": "why?"}], [images[0]])
+    ids, expected = sample["ids"], []
+    for _ in range(6):
+        places = (ids == -1).nonzero().squeeze(1)
+        with torch.no_grad():
+            logits = model(ids[None], places, torch.tensor([len(ids) - 1]), sample["images"])
+        expected.append(int(logits[0, :257].argmax()))
+        ids = torch.cat([ids, torch.tensor(expected[-1:])])
+    cut = expected.index(processor.end_id) if processor.end_id in expected else 6
+    assert answer == processor.decode(expected[:cut])
+
+
+def test_an_answer_ends_at_the_end_token_and_padded_rows_are_never_sampled(assistant: Assistant) -> None:
+    logits = torch.full((2, 272), -1.0)
+    logits[:, 260:] = 9.0  # rows of the embedding that no token has
+    logits[0, 5], logits[1, assistant.processor.end_id] = 1.0, 1.0
+    rows = assistant._continue(logits, assistant.model.language.new_state(2), limit=1)
+    assert rows == [[5], []]
+
+
+def test_no_prompts_no_tokens(assistant: Assistant) -> None:
+    assert assistant.generate([]) == []
+    assert assistant.generate(["a"], max_new_tokens=0) == [""]
+
+
+def test_images_and_prompts_must_match_in_number(assistant: Assistant) -> None:
+    with pytest.raises(DataError, match="2 prompts, but 1 images"):
+        assistant.generate(["a", "b"], [None])
+
+
+def test_an_image_that_cannot_be_decoded_is_named(assistant: Assistant, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("no image")
+    with pytest.raises(DataError, match=r"x\.png: cannot be decoded"):
+        assistant.generate(["a"], [tmp_path / "x.png"])
+
+
+def test_saved_and_loaded_answers_the_same(
+    assistant: Assistant, images: list[Image.Image | None], tmp_path: Path
+) -> None:
+    assistant.save_pretrained(tmp_path / "model")
+    loaded = ssmvl.load(tmp_path / "model")
+    ours = assistant.model.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in loaded.model.state_dict().items())
+    assert loaded.generate(PROMPTS, images, max_new_tokens=5) == assistant.generate(PROMPTS, images, max_new_tokens=5)
+    assert ssmvl.load(tmp_path).recipe == loaded.recipe, "the folder above, as a run leaves it"
+
+
+def test_saving_again_replaces_the_folder_whole(assistant: Assistant, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    assistant.save_pretrained(folder)
+    (folder / "stale.txt").write_text("old")
+    assistant.save_pretrained(folder)
+    assert {p.name for p in folder.iterdir()} == {"model.safetensors", "recipe.yaml", "tokenizer.json", "ssmvl.json"}
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_save_leaves_the_old_folder(
+    assistant: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assistant.save_pretrained(tmp_path / "model")
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("ssmvl.assistant.write_tensors", full)
+    with pytest.raises(OSError, match="no space"):
+        assistant.save_pretrained(tmp_path / "model")
+    assert read_tensors(tmp_path / "model" / "model.safetensors")[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"format_version": 99}'])
+def test_a_folder_of_no_or_a_newer_format_is_refused(assistant: Assistant, tmp_path: Path, text: str) -> None:
+    assistant.save_pretrained(tmp_path)
+    (tmp_path / "ssmvl.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"ssmvl\.json cannot be read|format version 99"):
+        ssmvl.load(tmp_path)
+
+
+def test_the_folder_says_what_wrote_it(assistant: Assistant, tmp_path: Path) -> None:
+    assistant.save_pretrained(tmp_path / "model")
+    about = json.loads((tmp_path / "model" / "ssmvl.json").read_text())
+    assert (about["format_version"], about["ssmvl"]) == (1, ssmvl.__version__)

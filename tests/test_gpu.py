@@ -1,0 +1,55 @@
+"""What only a CUDA device can show. Run by scripts/gpu_check; Composer is not needed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import ssmvl
+from ssmvl.assistant import Assistant
+from ssmvl.batch import collate, pack
+from ssmvl.build import build_processor
+from ssmvl.ops.ssd import ssd
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def test_ssd_equals_the_cpu_forward_and_backward() -> None:
+    shapes = {"x": (2, 200, 8, 16), "dt": (2, 200, 8), "B": (2, 200, 2, 32), "C": (2, 200, 2, 32)}
+    values = {name: torch.rand(shape) - (0.5 if name != "dt" else 0) for name, shape in shapes.items()}
+    found = []
+    for device in ("cpu", "cuda"):
+        moved = {name: v.to(device).requires_grad_() for name, v in values.items()}
+        y, state = ssd(**moved, A=-torch.ones(8, device=device))
+        (y.sum() + state.sum()).backward()
+        found.append([t.detach().cpu() for t in (y, state, *(v.grad for v in moved.values()))])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_the_model_trains_in_bf16_autocast_and_answers() -> None:
+    recipe = ssmvl.load_recipe("quickstart")
+    model = ssmvl.build_model(recipe, weights="recipe")
+    processor = build_processor(recipe, model)
+    talk = [{"role": "user", "content": "Which row?"}, {"role": "assistant", "content": "2"}]
+    image = torch.zeros(48, 48, 3, dtype=torch.uint8).numpy()
+    from PIL import Image
+
+    inputs = pack(collate([processor.encode(talk, [Image.fromarray(image)])] * 4))
+    before = Assistant(copy.deepcopy(model), processor, recipe).generate(["Which row?"], max_new_tokens=4)
+    model.cuda()
+    assert Assistant(model, processor, recipe).generate(["Which row?"], max_new_tokens=4) == before
+    moved = {k: v.cuda() if torch.is_tensor(v) else {s: p.cuda() for s, p in v.items()} for k, v in inputs.items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(20):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = F.cross_entropy(model(**moved).float(), moved["labels"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 4
