@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +12,8 @@ from torch import Tensor
 
 from ssmvl import __version__
 from ssmvl.batch import collate, pad
-from ssmvl.build import WEIGHTS_FILE, build_model, build_processor
-from ssmvl.checkpoints import flush, write_tensors
+from ssmvl.build import build_model, build_processor
+from ssmvl.checkpoints import write_folder
 from ssmvl.errors import CheckpointError, DataError
 from ssmvl.interfaces import LanguageModel
 from ssmvl.recipe import Recipe, load_recipe
@@ -55,8 +53,10 @@ class Assistant:
             max_new_tokens: length of an answer at the most.
 
         Raises:
-            DataError: prompts and images differ in number, or an image cannot be decoded.
+            DataError: prompts is one text, prompts and images differ in number, or an image cannot be decoded.
         """
+        if isinstance(prompts, str):
+            raise DataError("prompts must be a list of texts, received one text; write generate([prompt], [image])")
         images = [None] * len(prompts) if images is None else images
         if len(images) != len(prompts):
             raise DataError(f"{len(prompts)} prompts, but {len(images)} images; give one image or None for each prompt")
@@ -92,33 +92,27 @@ class Assistant:
         return [row[: row.index(end)] if end in row else row for row in rows]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights (safetensors), recipe, tokenizer and format version into `folder`, whole or not at all."""
+        """Write weights (safetensors), recipe, tokenizer and format version into `folder`, whole or not at all.
+
+        Raises:
+            CheckpointError: the folder holds other files, which would be lost.
+        """
         save_folder(folder, self.model.state_dict(), self.recipe, self.processor)
 
 
 def save_folder(folder: str | Path, tensors: dict[str, Tensor], recipe: Recipe, processor: Processor) -> None:
-    """Write what `load` reads; an older folder of that name stays until the new one is complete."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        write_tensors(partial / WEIGHTS_FILE, tensors)
-        (partial / "recipe.yaml").write_text(recipe.to_yaml())
-        processor.tokenizer.save(str(partial / "tokenizer.json"))
-        about = {"format_version": FORMAT_VERSION, "ssmvl": __version__, "torch": torch.__version__}
-        (partial / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n")
-        for file in partial.iterdir():
-            flush(file)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    """Write what `load` reads; an older such folder stays until the new one is complete.
+
+    Raises:
+        CheckpointError: the folder holds other files, which would be lost.
+    """
+    about = {"format_version": FORMAT_VERSION, "ssmvl": __version__, "torch": torch.__version__}
+    texts = {
+        "recipe.yaml": recipe.to_yaml(),
+        "tokenizer.json": processor.tokenizer.to_str(pretty=True),
+        ABOUT_FILE: json.dumps(about, indent=2) + "\n",
+    }
+    write_folder(Path(folder), tensors, texts)
 
 
 def load(
@@ -126,20 +120,27 @@ def load(
 ) -> Assistant:
     """The assistant saved in `folder`, or in the `model` folder of a run.
 
+    Args:
+        folder: a run folder, or one that `save_pretrained` wrote.
+        device: where the model lies; the current CUDA device, or the CPU where there is none, if None.
+        dtype: of the parameters, fp32 if None.
+
     Raises:
         CheckpointError: the folder holds no model, a damaged one, or one of a newer format.
     """
     folder = Path(folder)
-    folder = folder / "model" if (folder / "model" / ABOUT_FILE).is_file() else folder
     try:
+        folder = folder / "model" if (folder / "model" / ABOUT_FILE).is_file() else folder
         about = json.loads((folder / ABOUT_FILE).read_text())
         version = int(about["format_version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{folder} holds no saved model: {ABOUT_FILE} cannot be read ({error})") from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} has format version {version}; this ssmvl reads up to {FORMAT_VERSION}; update it"
         )
+    if device is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     recipe = load_recipe(folder)
     model = build_model(recipe, device=device, dtype=dtype, weights=folder)
     return Assistant(model, build_processor(recipe, model, folder), recipe)

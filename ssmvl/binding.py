@@ -36,14 +36,14 @@ class Bound:
 
 
 def bind(
-    node: Any, factory: Callable[..., Any], path: str, injected: Iterable[str] = ()
+    node: Any, factory: Callable[..., Any], path: str, injected: Iterable[str] = (), label: str | None = None
 ) -> tuple[Bound, list[Problem]]:
     """Check the options in `node` against the signature of `factory` and bind them.
 
     A parameter marked `Part(kind)` takes a component, bound recursively; so do mappings of parts, and dataclasses.
     Nothing is called. With problems the result must not be called either.
     """
-    label = getattr(factory, "__name__", str(factory))
+    label = label or str(getattr(factory, "__name__", factory))
     if not isinstance(node, dict):
         return Bound(factory, {}, label), [Problem(path, f"expected a mapping of options, received {node!r}")]
     injected = tuple(injected)
@@ -88,8 +88,7 @@ def bind_part(node: Any, kind: str, path: str) -> tuple[Bound, list[Problem]]:
     except (Exception, SystemExit) as error:  # foreign code: whatever its import raises belongs in the report
         return nothing, [Problem(path, f"{entry} cannot be imported ({type(error).__name__}: {error})")]
     options = {key: value for key, value in node.items() if key != "name"}
-    bound, problems = bind(options, factory, path, INJECTED[kind])
-    return Bound(factory, bound.options, str(entry)), problems
+    return bind(options, factory, path, INJECTED[kind], str(entry))
 
 
 def _bind_value(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
@@ -119,12 +118,12 @@ def _bind_value(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
 def _convert(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
     """Check one plain value against its annotation with OmegaConf's typed nodes."""
     refused = [Problem(path, f"expected {_describe(hint)}, received {value!r} ({type(value).__name__})")]
-    if value == "???":  # OmegaConf's mark for a missing value, which passes every type
-        return None, refused
+    if isinstance(value, str) and (value == "???" or "${" in value):  # marks of OmegaConf's, which pass every type
+        return (value, []) if hint in (str, Any) and value != "???" else (None, refused)
     try:
         schema = OmegaConf.structured(make_dataclass("Schema", [("value", hint)]))
         node = OmegaConf.to_container(OmegaConf.merge(schema, {"value": value}))
-    except (OmegaConfBaseException, ValueError):
+    except (OmegaConfBaseException, ValueError, TypeError):
         return None, refused
     converted = typing.cast("dict[str, Any]", node)["value"]
     return (tuple(converted) if typing.get_origin(hint) is tuple else converted), []

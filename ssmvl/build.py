@@ -13,15 +13,13 @@ from torch import nn
 
 from ssmvl import interfaces
 from ssmvl.binding import bind
-from ssmvl.checkpoints import load_into
-from ssmvl.errors import ContractError, Problem, RecipeError, SsmvlError
+from ssmvl.checkpoints import WEIGHTS_FILE, load_into
+from ssmvl.errors import CheckpointError, ContractError, Problem, RecipeError, SsmvlError
 from ssmvl.interfaces import ConnectorPart, EncoderPart, FusionPart, LanguageModelPart, PromptPart
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.text.processor import Processor
 from ssmvl.text.tokenizers import load_tokenizer
 from ssmvl.vlm import VisionLanguageModel
-
-WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +69,17 @@ def build_model(
     """
     found = load_recipe(recipe, *overrides)
     parts = _bind(found)
-    if device is None or torch.device(device).type != "meta":
+    if device is not None and torch.device(device).type == "meta":
+        if weights != "none":
+            raise CheckpointError(f"a model on meta holds no weights, but weights={str(weights)!r} was asked for")
+    else:
         with torch.device("meta"):  # finds grids that differ and orders that are no permutation before allocating
             _assemble(parts, found.source)
     with torch.device(device or "cpu"):
         model = _assemble(parts, found.source)
     if weights == "recipe":
-        for part in (*model.encoders.values(), model.language):
-            if hasattr(part, "load_weights"):
-                part.load_weights()
+        for encoder in model.encoders.values():
+            encoder.load_weights()
     elif weights != "none":
         load_into(model, Path(weights) / WEIGHTS_FILE)
     return model if dtype is None else model.to(dtype)
@@ -97,7 +97,7 @@ def build_processor(recipe: Recipe, model: VisionLanguageModel, folder: Path | N
         ContractError: the tokenizer has more ids than the language model.
     """
     parts = _bind(recipe)
-    tokenizer = load_tokenizer(parts.tokenizer if folder is None else str(folder))
+    tokenizer = load_tokenizer(parts.tokenizer if folder is None else str(folder / "tokenizer.json"))
     ids, allowed = tokenizer.get_vocab_size(), model.language.num_tokens
     if ids != allowed:
         raise ContractError(f"model.language.num_tokens is {allowed}, but tokenizer {parts.tokenizer!r} has {ids} ids")
@@ -128,6 +128,8 @@ def _assemble(parts: ModelParts, source: str) -> VisionLanguageModel:
         fusion = _checked(parts.fusion(widths=widths, grids=grids), parts.fusion, interfaces.Fusion)
     with _at("model.language", source):
         language = _checked(parts.language(), parts.language, interfaces.LanguageModel)
+    with _at("model.prompt", source):
+        _lacks_nothing(parts.prompt(), parts.prompt, interfaces.Prompt)
     with _at("model.connector", source):
         made = parts.connector(in_width=fusion.width, out_width=language.width, grid=fusion.grid)
         connector = _checked(made, parts.connector, interfaces.Connector)
@@ -135,12 +137,17 @@ def _assemble(parts: ModelParts, source: str) -> VisionLanguageModel:
 
 
 def _checked(built: Any, part: object, contract: type[Protocol]) -> Any:  # type: ignore[valid-type]
-    """A built component, or an error that names it and what it lacks of its contract."""
+    """A built module, or an error that names it and what it lacks of its contract."""
+    if not isinstance(built, nn.Module):
+        raise ContractError(f"{part} is a {type(built).__name__}, no torch.nn.Module")
+    return _lacks_nothing(built, part, contract)
+
+
+def _lacks_nothing(built: Any, part: object, contract: type[Protocol]) -> Any:  # type: ignore[valid-type]
     names = {n for c in contract.__mro__ for n in (*vars(c).get("__annotations__", ()), *vars(c))}
     lacking = sorted(n for n in names if not n.startswith("_") and not hasattr(built, n))
-    if lacking or not isinstance(built, nn.Module):
-        what = f"lacks {', '.join(lacking)}" if lacking else f"is a {type(built).__name__}, no torch.nn.Module"
-        raise ContractError(f"{part} {what}; see ssmvl.interfaces.{contract.__name__}")
+    if lacking:
+        raise ContractError(f"{part} lacks {', '.join(lacking)}; see ssmvl.interfaces.{contract.__name__}")
     return built
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from ssmvl.plugins import Register, discover, hookimpl
-from ssmvl.registry import Registry
+from ssmvl.plugins import discover, hookimpl
+from ssmvl.registry import Register, Registry
 
 COMPONENTS = {
     ("scan_order", "raster"): "ssmvl.scans:raster",

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from ssmvl.registry import Check as Check
 from ssmvl.registry import Count as Count
 from ssmvl.registry import Part as Part
+from ssmvl.registry import Register as Register
+from ssmvl.registry import Seed as Seed
 
 IMAGE_PLACE, IGNORED = -1, -100  # the id at image places; the label of what is not supervised
 Message = Mapping[str, str]  # {"role": "user" | "assistant", "content": text}; `<image>` in a content is one image
@@ -49,13 +51,12 @@ class Grid(NamedTuple):
 
 
 class ImageSpec(NamedTuple):
-    """What the loader makes of an image: the side in pixels, and how it gets there.
+    """What the loader makes of an image: both sides resized to `size` pixels, no crop.
 
     Encoders with equal specs share one uint8 tensor; each normalises with its own mean and std.
     """
 
     size: int
-    resize: str = "resize-naive"
 
 
 ScanOrder = Callable[[Grid], Tensor]

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
 
 import pluggy
 
 from ssmvl.errors import PluginWarning
-from ssmvl.registry import Entry, PluginFailure, Registry
+from ssmvl.registry import Entry, PluginFailure, Register, Registry
 
 GROUP = "ssmvl"
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
-
-Register = Callable[[str, str, str | Callable[..., Any]], None]
 
 
 class Hooks:
@@ -70,7 +66,5 @@ def _register(manager: pluggy.PluginManager, registry: Registry, plugin: object,
 
 
 def _distribution(point: EntryPoint) -> tuple[str, str]:
-    if point.dist is None:
-        return "?", "?"
-    # A distribution whose metadata is damaged has neither name nor version.
-    return point.dist.metadata["Name"] or "?", point.dist.metadata["Version"] or "?"
+    metadata = point.dist and point.dist.metadata  # of a half-removed distribution: None, or without a name
+    return (metadata["Name"] or "?", metadata["Version"] or "?") if metadata else ("?", "?")

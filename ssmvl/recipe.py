@@ -16,7 +16,7 @@ from yaml import YAMLError
 from ssmvl.core_plugin import components
 from ssmvl.errors import Problem, RecipeError, UnknownComponentError, nearest
 
-TOP_LEVEL = ("base", "run", "seed", "model", "stages", "evaluation")
+TOP_LEVEL = ("run", "seed", "model", "stages", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def recipe_path(name: str) -> Path:
     Raises:
         RecipeError: no recipe has that name.
     """
-    for folder in (Path(__file__).parent / "_recipes", Path(__file__).parents[1] / "recipes"):
+    for folder in _folders():
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     try:
@@ -60,9 +60,14 @@ def recipe_path(name: str) -> Path:
 
 def recipe_names() -> list[str]:
     """Names that `recipe_path` finds."""
-    folders = (Path(__file__).parent / "_recipes", Path(__file__).parents[1] / "recipes")
-    shipped = {path.stem for folder in folders for path in folder.glob("*.yaml")}
+    shipped = {path.stem for folder in _folders() for path in folder.glob("*.yaml")}
     return sorted(shipped | set(components().names("recipe")))
+
+
+def _folders() -> list[Path]:
+    """The recipes that came with the package: beside it in an installation, in the checkout where there is one."""
+    package, checkout = Path(__file__).parent, Path(__file__).parents[1]
+    return [package / "_recipes", *([checkout / "recipes"] if (checkout / "pyproject.toml").is_file() else [])]
 
 
 def load_recipe(recipe: str | Path | Recipe, *overrides: str) -> Recipe:
@@ -98,20 +103,23 @@ def load_recipe(recipe: str | Path | Recipe, *overrides: str) -> Recipe:
     return Recipe(typing.cast("dict[str, Any]", resolved), source)
 
 
-def merge(base: Any, over: Any) -> Any:
+def merge(base: Any, over: Any, plain: bool = False) -> Any:
     """`over` laid on `base`: mappings merge key by key; a component whose name changes drops its other options.
 
-    A component may be written as a name or as `{name: …, options}`; either meets either.
+    A component may be written as a name or as `{name: …, options}`; either meets either. What lies under `callbacks`
+    and `loggers` is `plain`: a key `name` there is an option like any other.
     """
-    if isinstance(base, str) and isinstance(over, dict):
-        base = {"name": base}
-    if isinstance(base, dict) and "name" in base and isinstance(over, str):
-        over = {"name": over}
+    if not plain:
+        if isinstance(base, str) and isinstance(over, dict):
+            base = {"name": base}
+        if isinstance(base, dict) and "name" in base and isinstance(over, str):
+            over = {"name": over}
+        if isinstance(base, dict) and isinstance(over, dict) and "name" in base:
+            if over.get("name", base["name"]) != base["name"]:
+                return over
     if not (isinstance(base, dict) and isinstance(over, dict)):
         return over
-    if "name" in base and over.get("name", base["name"]) != base["name"]:
-        return over
-    return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
+    return {**base, **{k: merge(base.get(k), v, plain or k in ("callbacks", "loggers")) for k, v in over.items()}}
 
 
 def _normalise(data: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +145,7 @@ def _normalise(data: dict[str, Any]) -> dict[str, Any]:
 
 def _find(name: str) -> Path:
     path = Path(name)
-    if path.is_dir():
+    if (path / "recipe.yaml").is_file():
         path = path / "recipe.yaml"
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():

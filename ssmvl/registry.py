@@ -9,6 +9,9 @@ from typing import Annotated, Any
 
 from ssmvl.errors import DuplicateComponentError, UnknownComponentError, nearest
 
+Register = Callable[[str, str, "str | Callable[..., Any]"], None]
+"""What a plugin's hook receives: `register(kind, name, target)`, target a factory or "module:attribute"."""
+
 # What the library passes to a component of each kind when it is built or called. These names are never options:
 # writing one in a recipe is an error. A kind exists because it stands here.
 INJECTED: dict[str, tuple[str, ...]] = {
@@ -44,6 +47,7 @@ class Check:
 
 
 Count = Annotated[int, Check("at least 1", lambda number: number >= 1)]
+Seed = Annotated[int, Check("from 0 to 2^32 - 1", lambda number: 0 <= number < 2**32)]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class VisionLanguageModel(nn.Module):
         label_positions: Tensor,
         images: Images,
         segments: Tensor | None = None,
-        **_: Any,
+        lengths: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Logits at the supervised positions only.
 
@@ -65,7 +66,8 @@ class VisionLanguageModel(nn.Module):
             label_positions: (n,) flat indices of the positions that predict a supervised token.
             images: {spec: uint8 (I, 3, S, S)}.
             segments: (B, T) where rows are packed.
-            **_: `lengths` and `labels`, which padded rows need as little as packed ones: the model is causal.
+            lengths: (B,) where rows are padded; not needed, because the model is causal.
+            labels: (n,) tokens to predict; not needed here.
 
         Returns:
             (n, V).

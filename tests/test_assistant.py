@@ -97,10 +97,13 @@ def test_saved_and_loaded_answers_the_same(
 def test_saving_again_replaces_the_folder_whole(assistant: Assistant, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     assistant.save_pretrained(folder)
-    (folder / "stale.txt").write_text("old")
     assistant.save_pretrained(folder)
     assert {p.name for p in folder.iterdir()} == {"model.safetensors", "recipe.yaml", "tokenizer.json", "ssmvl.json"}
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds other files \(notes\.txt\)"):
+        assistant.save_pretrained(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
 
 
 def test_a_failed_save_leaves_the_old_folder(
@@ -111,7 +114,7 @@ def test_a_failed_save_leaves_the_old_folder(
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("ssmvl.assistant.write_tensors", full)
+    monkeypatch.setattr("ssmvl.checkpoints.write_tensors", full)
     with pytest.raises(OSError, match="no space"):
         assistant.save_pretrained(tmp_path / "model")
     assert read_tensors(tmp_path / "model" / "model.safetensors")[0]

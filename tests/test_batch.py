@@ -57,8 +57,8 @@ def test_collate_keeps_samples_apart_and_joins_images() -> None:
     batch = collate(samples)
     assert next(iter(batch)) == "ids"
     assert equal(batch["ids"], [s["ids"] for s in samples])
-    assert equal(batch["labels"], [s["labels"] for s in samples])
-    assert batch["num_images"].tolist() == [1, 0, 2]
+    assert [row.tolist() for row in batch["labels"]] == [[-100] * 3 + [101, 102], [-100, 201], [-100] * 7 + [303]]
+    assert batch["num_images"] == [1, 0, 2]
     assert batch["sample_ids"] == ["s1", "s2", "s3"]
     for spec in (SMALL, LARGE):
         assert batch["images"][spec].shape == (3, 3, spec.size, spec.size)
@@ -82,7 +82,9 @@ def restored(parts: Sequence[Batch]) -> Batch:
         "ids": [ids for part in parts for ids in part["ids"]],
         "labels": [labels for part in parts for labels in part["labels"]],
         "images": {spec: torch.cat([part["images"][spec] for part in parts]) for spec in (SMALL, LARGE)},
-        "num_images": torch.cat([part["num_images"] for part in parts]),
+        "image_places": [places for part in parts for places in part["image_places"]],
+        "label_places": [places for part in parts for places in part["label_places"]],
+        "num_images": [count for part in parts for count in part["num_images"]],
         "sample_ids": [name for part in parts for name in part["sample_ids"]],
     }
 
@@ -96,7 +98,7 @@ def test_split_gives_every_sample_its_own_images(shapes: list[tuple[int, int, in
     assert 1 <= num_samples(parts[-1]) <= size
     for part in parts:
         owners = [int(name[1:]) for name in part["sample_ids"]]
-        images = [owner for owner, count in zip(owners, part["num_images"].tolist(), strict=True) for _ in range(count)]
+        images = [owner for owner, count in zip(owners, part["num_images"], strict=True) for _ in range(count)]
         assert all(pixels[:, 0, 0, 0].tolist() == images for pixels in part["images"].values())
         assert [int(ids[-1]) // 100 for ids in part["ids"]] == owners
 
@@ -111,7 +113,7 @@ def test_parts_make_up_the_batch(shapes: list[tuple[int, int, int]], size: int) 
     assert equal(whole["ids"], batch["ids"])
     assert equal(whole["labels"], batch["labels"])
     assert equal(list(whole["images"].values()), list(batch["images"].values()))
-    assert torch.equal(whole["num_images"], batch["num_images"])
+    assert whole["num_images"] == batch["num_images"]
     assert whole["sample_ids"] == batch["sample_ids"]
     for kind, count in num_tokens(batch).items():
         assert sum(num_tokens(part)[kind] for part in parts) == count
@@ -134,7 +136,7 @@ def test_each_token_is_predicted_from_the_one_before_it(layout: Any, shapes: lis
 def test_every_place_of_every_image_has_a_position(layout: Any, shapes: list[tuple[int, int, int]]) -> None:
     batch = collate(make_all(shapes))
     inputs = layout(batch)
-    assert len(inputs["image_positions"]) == PLACES * int(batch["num_images"].sum())
+    assert len(inputs["image_positions"]) == PLACES * sum(batch["num_images"])
     assert (inputs["ids"].flatten()[inputs["image_positions"]] == -1).all()
     assert inputs["image_positions"].tolist() == sorted(inputs["image_positions"].tolist())
     assert inputs["images"].keys() == {SMALL, LARGE}
@@ -168,7 +170,9 @@ def test_pack_is_one_row_without_padding() -> None:
 def test_pack_leaves_the_batch_as_it_was() -> None:
     batch = collate(make_all([(0, 3, 3), (0, 2, 2)]))
     pack(batch)
-    assert [labels.tolist() for labels in batch["labels"]] == [[100, 101, 102], [200, 201]]
+    pad(batch)
+    assert [labels.tolist() for labels in batch["labels"]] == [[-100, 101, 102], [-100, 201]]
+    assert [places.tolist() for places in batch["label_places"]] == [[1, 2], [1]]
 
 
 @pytest.mark.parametrize("layout", [pad, pack])

@@ -87,7 +87,7 @@ def test_a_recipe_is_found_by_name_file_folder_or_itself(write: Write) -> None:
 def test_a_missing_recipe_is_named_with_a_suggestion(tmp_path: Path) -> None:
     assert "no recipe named 'quickstrat', and no such file. Did you mean 'quickstart'?" in message("quickstrat")
     assert f"no such file: {tmp_path / 'nosuch.yaml'}" in message(tmp_path / "nosuch.yaml")
-    assert f"no such file: {tmp_path / 'recipe.yaml'}" in message(tmp_path)
+    assert f"no recipe named '{tmp_path}', and no such file" in message(tmp_path)
 
 
 def test_the_run_is_named_after_the_file(write: Write) -> None:

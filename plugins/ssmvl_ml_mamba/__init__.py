@@ -1,7 +1,7 @@
 """ML-Mamba (arXiv 2407.19832) as a plugin: its connectors, out of public blocks of ssmvl."""
 
 from ssmvl import hookimpl
-from ssmvl.plugins import Register
+from ssmvl.registry import Register
 
 
 @hookimpl

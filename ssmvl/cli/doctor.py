@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     cuda = f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no device"
     print(f"cuda            {cuda}")
     for name, reason in find_backends().items():
-        print(f"backend         {name}: {'found' if not reason else f'not used ({reason})'}")
+        print(f"backend         {name}: {reason or 'used'}")
     registry = components()
     for source in sorted({entry.source for entry in registry.entries()}):
         print(f"plugin          {source}")

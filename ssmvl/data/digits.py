@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ssmvl.data.shards import ensure_shards
-from ssmvl.registry import Count
+from ssmvl.registry import Count, Seed
 
 CELL, CELLS = 16, 3
 VERSION = 2  # counted up when the records of one seed change
@@ -46,7 +46,7 @@ def draw(digits: dict[tuple[int, int], NDArray[np.uint8]]) -> Image.Image:
 
 
 def digits(
-    split: str, *, train_size: Count = 12_000, test_size: Count = 3_000, seed: int = 0, folder: str = "data/digits"
+    split: str, *, train_size: Count = 12_000, test_size: Count = 3_000, seed: Seed = 0, folder: str = "data/digits"
 ) -> Path:
     """The folder of shards for one split, written when it is not there yet, and again when it is damaged.
 

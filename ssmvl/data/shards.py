@@ -47,6 +47,8 @@ def ensure_shards(folder: Path, records: Callable[[], Iterable[dict[str, Any]]],
             partial = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             _write(partial, records(), total, f"writing {folder}")
+            if damage := find_damage(partial, total):
+                raise DataError(f"{folder}: what was written is not what was promised: {damage}")
             partial.rename(folder)
     except OSError as error:
         raise DataError(f"{folder}: shards cannot be written ({error})") from error

@@ -23,8 +23,11 @@ def stale_segments() -> list[Path]:
     groups: dict[str, list[Path]] = {}
     for path in (*SHM.glob("*"), *Path(tempfile.gettempdir()).glob("*_filelock")):
         match = SEGMENT.match(path.name)
-        if match and path.stat().st_uid == mine:
-            groups.setdefault(match[1], []).append(path)
+        try:
+            if match and path.stat().st_uid == mine:
+                groups.setdefault(match[1], []).append(path)
+        except FileNotFoundError:  # its run ended just now
+            continue
     alive = _mapped_prefixes() if groups else set()
     return [path for prefix, paths in sorted(groups.items()) if prefix not in alive for path in sorted(paths)]
 

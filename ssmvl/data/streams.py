@@ -41,8 +41,14 @@ class SampleStream(StreamingDataset):
 
 
 def train_loader(folder: Path, processor: Processor, *, batch: int, seed: int) -> StreamingDataLoader:
-    """Shuffled ragged batches of `batch` samples for this rank; the last short batch of an epoch is left out."""
+    """Shuffled ragged batches of `batch` samples for this rank; the last short batch of an epoch is left out.
+
+    Raises:
+        DataError: there is not one whole batch for each rank.
+    """
     stream = SampleStream(folder, processor, batch_size=batch, shuffle=True, shuffle_seed=seed)
+    if len(stream) < batch:
+        raise DataError(f"{folder}: {len(stream)} samples for this rank are less than its batch of {batch}")
     return StreamingDataLoader(stream, batch_size=batch, collate_fn=collate, drop_last=True)
 
 

@@ -31,9 +31,9 @@ class Block(nn.Module):
         mlp_norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.norm = norm or nn.Identity()
+        self.norm = nn.Identity() if norm is None else norm
         self.mixer = mixer
-        self.mlp_norm = mlp_norm or nn.Identity()
+        self.mlp_norm = nn.Identity() if mlp_norm is None else mlp_norm
         self.mlp = mlp
 
     def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from ssmvl.errors import ShapeError
 from ssmvl.interfaces import Count
 from ssmvl.layers.norm import GatedRMSNorm
 from ssmvl.ops.causal_conv import causal_conv, causal_conv_step
+from ssmvl.ops.precision import without_autocast
 from ssmvl.ops.reorder import along, inverse
 from ssmvl.ops.ssd import ssd, ssd_step
 
@@ -26,7 +27,7 @@ class Mamba2State(NamedTuple):
 
 
 class Mamba2Mixer(nn.Module):
-    """Mamba-2: in_proj -> causal conv -> SSD -> gated RMSNorm -> out_proj, along K paths at once.
+    """Mamba-2: in_proj -> causal conv -> SSD -> gated RMSNorm over E -> out_proj, along K paths at once.
 
     `in_proj`, the norm and `out_proj` are shared by the paths; each path has its own conv, dt_bias, A_log and D. The
     paths fold into the head axis (K*H heads, K*G groups): one gather, one SSD, one gather back, however many paths.
@@ -71,7 +72,7 @@ class Mamba2Mixer(nn.Module):
         channels = inner + 2 * num_groups * d_state
         self.in_proj = nn.Linear(width, inner + channels + heads, bias=False)
         self.conv1d = nn.Conv1d(num_paths * channels, num_paths * channels, d_conv, groups=num_paths * channels)
-        # Each path starts as a copy of the first.
+        # dt_bias, A_log and D of each path start as copies of the first's.
         dt = torch.exp(torch.rand(heads) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).clamp(min=1e-4)
         self.dt_bias = nn.Parameter((dt + torch.log(-torch.expm1(-dt))).repeat(num_paths))  # softplus gives dt back
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log().repeat(num_paths))
@@ -145,6 +146,6 @@ class Mamba2Mixer(nn.Module):
         x, B, C = folded.split([self.inner, size, size], dim=-1)
         x = rearrange(x, "... k (h p) -> ... (k h) p", p=self.head_dim)
         B, C = (rearrange(t, "... k (g s) -> ... (k g) s", s=self.d_state) for t in (B, C))
-        with torch.autocast(x.device.type, enabled=False):  # dt and A in fp32, whatever surrounds them
+        with without_autocast(x.device):  # dt and A in fp32, whatever surrounds them
             dtype = torch.promote_types(dt.dtype, torch.float32)
             return x, F.softplus(dt.to(dtype) + self.dt_bias.to(dtype)), -self.A_log.to(dtype).exp(), B, C

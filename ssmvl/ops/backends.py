@@ -6,7 +6,7 @@ import importlib
 
 
 def find_backends() -> dict[str, str]:
-    """Each backend and why it is absent; an empty reason means that it is there.
+    """Each backend and why it is not used; an empty reason means that it is.
 
     mamba-ssm raises ImportError, OSError or RuntimeError where its extensions or a GPU are missing.
     """
@@ -14,7 +14,7 @@ def find_backends() -> dict[str, str]:
     for module in ("mamba_ssm", "causal_conv1d"):
         try:
             importlib.import_module(module)
-            found[module] = ""
+            found[module] = "installed, but no op uses it yet"
         except (ImportError, OSError, RuntimeError) as error:
-            found[module] = f"{type(error).__name__}: {error}"
+            found[module] = f"not found ({type(error).__name__}: {error})"
     return found

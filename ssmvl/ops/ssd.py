@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ssmvl.errors import ShapeError
+from ssmvl.ops.precision import without_autocast
 
 CHUNK = 64
 
@@ -60,7 +61,7 @@ def ssd(
     if state is not None and segments is not None:
         raise ShapeError("a state and segments exclude each other: a packed row starts from nothing")
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         x_, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
         if lengths is not None:
             dt = dt * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
@@ -86,7 +87,9 @@ def _chunked(
     decay = chunks(dt * A).transpose(2, 3).cumsum(-1)  # (B, Z, H, Q): log decay from the chunk's start, inclusive
     u = chunks(x * dt[..., None]).unflatten(3, (groups, -1))  # (B, Z, Q, G, H/G, P)
     B, C = chunks(B), chunks(C)  # (B, Z, Q, G, S)
-    pieces = None if segments is None else chunks(segments)  # (B, Z, Q)
+    if segments is not None:  # the end belongs to the last segment
+        segments = torch.cat([segments, segments[:, -1:].expand(-1, tail)], dim=1)
+    pieces = None if segments is None else segments.unflatten(1, (-1, chunk))  # (B, Z, Q)
 
     # Within a chunk: y[q] += sum_{k <= q} (C[q]·B[k]) exp(decay[q] - decay[k]) u[k]
     keep = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
@@ -126,7 +129,7 @@ def _chunked(
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor) -> Tensor:
     """One position of `ssd`: x (B, H, P), dt (B, H), B and C (B, G, S) -> y (B, H, P); `state` advances in place."""
     dtype = state.dtype
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         x_, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
         repeat = x.shape[1] // B.shape[1]
         B, C = B.repeat_interleave(repeat, dim=1), C.repeat_interleave(repeat, dim=1)

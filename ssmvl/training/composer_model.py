@@ -31,12 +31,12 @@ class ComposerVLM(ComposerModel):
             parameter.requires_grad_(any(is_under(name, prefix) for prefix in train))
 
     def train(self, mode: bool = True) -> ComposerVLM:
-        """Training mode for what is trained; a part whose parameters are all frozen stays in evaluation mode."""
+        """Training mode for what is trained; a module whose parameters are all frozen stays in evaluation mode."""
         super().train(mode)
-        for part in (*self.model.encoders.values(), self.model.fusion, self.model.connector, self.model.language):
-            parameters = list(part.parameters())
+        for module in self.model.modules():
+            parameters = list(module.parameters())
             if parameters and not any(p.requires_grad for p in parameters):
-                part.eval()
+                module.eval()
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -56,8 +56,9 @@ def adamw(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own = [lr for prefix, lr in options.lr_of.items() if is_under(name.removeprefix("model."), prefix)]
+            prefixes = [prefix for prefix in options.lr_of if is_under(name.removeprefix("model."), prefix)]
+            lr = options.lr_of[max(prefixes, key=len)] if prefixes else options.lr
             decay = options.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((own[-1] if own else options.lr, decay), []).append(parameter)
+            groups.setdefault((lr, decay), []).append(parameter)
     listed: list[dict[str, Any]] = [{"params": p, "lr": lr, "weight_decay": d} for (lr, d), p in groups.items()]
     return torch.optim.AdamW(listed, lr=options.lr, betas=options.betas)

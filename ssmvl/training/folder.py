@@ -9,12 +9,11 @@ runs/<run>/results.json, loss.png, example.png (a picture it has never seen)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ssmvl.checkpoints import flush
+from ssmvl.checkpoints import written_whole
 from ssmvl.errors import RunError
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.training.stages import stage_order
@@ -29,11 +28,11 @@ class RunFolder:
     """
 
     def __init__(self, root: Path, stages: list[str]) -> None:
-        self.root, self._last = root, stages[-1]
+        self.root, self.stages = root, stages
 
     def model(self, stage: str) -> Path:
         """Where a stage leaves its model."""
-        return self.root / "model" if stage == self._last else self.root / stage / "model"
+        return self.root / "model" if stage == self.stages[-1] else self.root / stage / "model"
 
     def checkpoints(self, stage: str) -> Path:
         """Where a stage's checkpoints lie."""
@@ -52,21 +51,23 @@ class RunFolder:
             if differences:
                 listed = "\n  ".join(differences)
                 raise RunError(f"{self.root} holds another run; give this one a name with run=NAME:\n  {listed}")
-        self.write("recipe.yaml", recipe.to_yaml().encode())
+        else:
+            self.write("recipe.yaml", recipe.to_yaml().encode())
+
+        for stage in self.stages:
+            try:
+                self.checkpoints(stage).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RunError(f"{self.checkpoints(stage)} cannot be made ({error})") from error
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file whole or not at all."""
-        partial = self.root / f".{name}.{os.getpid()}.partial"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
-            flush(partial)
-            partial.replace(self.root / name)
+            with written_whole(self.root / name) as partial:
+                partial.write_bytes(content)
         except OSError as error:
             raise RunError(f"{self.root / name} cannot be written ({error})") from error
-        finally:
-            if self.root.is_dir():
-                partial.unlink(missing_ok=True)
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:

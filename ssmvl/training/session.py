@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from composer.utils.parallelism import FSDP2Config
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ssmvl import evaluation
-from ssmvl.assistant import load, save_folder
+from ssmvl.assistant import ABOUT_FILE, load, save_folder
 from ssmvl.batch import num_samples, num_tokens, split_batch
 from ssmvl.build import build_model, build_processor
 from ssmvl.data.shared_memory import clean_stale_segments
 from ssmvl.data.streams import read_records, train_loader
-from ssmvl.errors import Problem, RecipeError
+from ssmvl.errors import Problem, RecipeError, RunError
 from ssmvl.recipe import Recipe
 from ssmvl.training.composer_model import ComposerVLM, adamw
 from ssmvl.training.folder import RunFolder
@@ -48,19 +49,18 @@ class Session:
         """Every stage that is not finished, then the evaluation; returns the run folder."""
         self._check_batches()
         if "OMP_NUM_THREADS" not in os.environ:  # the launcher sets none, and ranks would fight over the cores
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // dist.get_local_world_size()))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // dist.get_local_world_size()))
         if self.world > 1:
             dist.initialize_dist(get_device(None))
         if dist.get_local_rank() == 0:
             clean_stale_segments()
-        if self.rank == 0:
-            self.folder.claim(self.recipe)
-        dist.barrier()
+        finished = self._claim()
         start: Path | None = None
         for name, stage in self.plan.stages.items():
             left = self.folder.model(name)
-            if left.is_dir():
-                self._say(f"stage {name}: finished before, {left}")
+            if name in finished:
+                self._say(f"stage {name}: finished before, {left}; remove it to train the stage again")
             else:
                 self._train(name, stage, start, left)
             start = left
@@ -68,11 +68,27 @@ class Session:
             self._evaluate(self.plan.evaluation, start)
         return self.folder.root
 
+    def _claim(self) -> list[str]:
+        """The stages that are finished, as rank 0 sees them; its error on every rank, if the folder is not ours."""
+        said: list[tuple[str, list[str]]] = []
+        if self.rank == 0:
+            try:
+                self.folder.claim(self.recipe)
+                said = [("", [name for name in self.plan.stages if (self.folder.model(name) / ABOUT_FILE).is_file()])]
+            except RunError as error:
+                said = [(str(error), [])]
+        said = said or [("", [])]
+        dist.broadcast_object_list(said)
+        error_text, finished = said[0]
+        if error_text:
+            raise RunError(error_text)
+        return finished
+
     def _train(self, name: str, stage: Stage, start: Path | None, left: Path) -> None:
         trainer = self.trainer(name, stage, start)
         step = trainer.state.timestamp.batch.value
         self._say(f"stage {name}: {f'resumed at step {step}' if step else 'started'}, trains {', '.join(stage.train)}")
-        if trainer.state.get_elapsed_duration() is None or trainer.state.get_elapsed_duration().value < 1:
+        if trainer.state.timestamp < trainer.state.max_duration:
             trainer.fit()
         vlm = trainer.state.model.module if hasattr(trainer.state.model, "module") else trainer.state.model
         tensors: dict[str, Any] = get_model_state_dict(
@@ -140,10 +156,11 @@ class Session:
             self.folder.write("results.json", json.dumps(found, indent=2).encode())
             plot_loss(root / "tensorboard", root / "loss.png")
             print(evaluation.table(found))
-            if records[0]["images"]:
+            if records and records[0]["images"]:
                 self.folder.write("example.png", records[0]["images"][0])
                 question = records[0]["conversation"][0]["content"]
-                print(f"ask it: ssmvl generate {root} --image {root / 'example.png'} --prompt '{question}'", flush=True)
+                ask = shlex.join(["--image", str(root / "example.png"), "--prompt", question])
+                print(f"ask it: ssmvl generate {shlex.quote(str(root))} {ask}", flush=True)
 
     def _check_batches(self) -> None:
         problems = []

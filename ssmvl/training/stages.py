@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -15,12 +16,19 @@ from ssmvl.binding import bind
 from ssmvl.build import ModelParts, build_model
 from ssmvl.errors import Problem, RecipeError, nearest
 from ssmvl.evaluation import Evaluation
-from ssmvl.interfaces import Check, Count, DatasetPart
+from ssmvl.interfaces import Check, Count, DatasetPart, Seed
 from ssmvl.recipe import Recipe
 
-Rate = Annotated[float, Check("at least 0", lambda rate: rate >= 0)]
-TIME = re.compile(r"\d+(\.\d+)?dur|\d+(ba|ep|sp|tok|sec)")
+
+def _fractions(numbers: tuple[float, ...]) -> bool:
+    return all(0 <= number < 1 for number in numbers)
+
+
+Rate = Annotated[float, Check("a finite number, at least 0", lambda rate: 0 <= rate < math.inf)]
+TIME = re.compile(r"\d+(\.\d+)?dur|\d+(ba|ep|sp|tok)")
 INTERVAL = re.compile(r"0*[1-9]\d*(ba|ep|sp|tok|sec)")
+NAME = re.compile(r"\w[\w-]*")
+RESERVED = ("model", "tensorboard")  # what a run folder holds beside its stages
 Interval = Annotated[str, Check("a whole number and a unit (ba, ep, sp, tok, sec), e.g. 500ba", INTERVAL.fullmatch)]
 
 
@@ -30,15 +38,15 @@ class Optimizer:
 
     Args:
         lr: peak learning rate.
-        lr_of: peak learning rate by prefix of parameter names, where it differs.
+        lr_of: peak learning rate by prefix of parameter names, where it differs; the longest prefix counts.
         weight_decay: of matrices; never of A_log, D, dt_bias, norms and biases.
         betas: AdamW's.
     """
 
     lr: Rate
-    lr_of: dict[str, float] = field(default_factory=dict)
+    lr_of: dict[str, Rate] = field(default_factory=dict)
     weight_decay: Rate = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], Check("two numbers from 0 to below 1", _fractions)] = (0.9, 0.999)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +70,7 @@ class Stage:
     data: DatasetPart
     train: Annotated[list[str], Check("at least one prefix", bool)]
     optimizer: Optimizer
-    warmup: Annotated[str, Check("a number and a unit (ba, ep, sp, tok, sec, dur), e.g. 0.03dur", TIME.fullmatch)] = (
+    warmup: Annotated[str, Check("a number and a unit (ba, ep, sp, tok, dur), e.g. 0.03dur", TIME.fullmatch)] = (
         "0.03dur"
     )
     batch: Count
@@ -79,15 +87,15 @@ class Plan:
     """A recipe, bound: everything a run needs.
 
     Args:
-        run: name of the run folder.
+        run: name of the run folder in `runs/`.
         seed: of initial weights and of the order of samples.
         model: see `ModelParts`.
         stages: in their order; the key `order` of `stages:` may say another.
         evaluation: after the last stage; none if None.
     """
 
-    run: str
-    seed: int
+    run: Annotated[str, Check("a name of letters, digits, _ and -", NAME.fullmatch)]
+    seed: Seed
     model: ModelParts
     stages: dict[str, Stage]
     evaluation: Evaluation | None = None
@@ -131,6 +139,14 @@ def check(recipe: Recipe) -> tuple[Plan, list[str]]:
     if problems:
         raise RecipeError(problems, recipe.source)
     plan: Plan = bound()
+    for name, stage_ in plan.stages.items():
+        if not NAME.fullmatch(str(name)) or name in RESERVED:
+            what = f"{name!r} cannot name a stage; write letters, digits, _ and -, but not {' or '.join(RESERVED)}"
+            problems.append(Problem("stages", what))
+        units = [re.sub(r"[\d.]", "", time) for time in (stage_.warmup, stage_.duration)]
+        if units[0] not in ("dur", units[1]) and set(units) != {"ba", "ep"}:
+            what = f"{stage_.warmup!r} must be in dur or in the unit of the duration, {stage_.duration!r}"
+            problems.append(Problem(f"stages.{name}.warmup", what))
     model = build_model(recipe, device="meta")
     for name, stage_ in plan.stages.items():
         problems += _check_prefixes(f"stages.{name}.train", stage_.train, model)
@@ -156,7 +172,7 @@ def _check_composer(path: str, stage: dict[str, Any], notes: list[str]) -> list[
             notes.append(f"{path}.{kind}: not checked, Composer is not installed")
             continue
         for name, options in wanted.items():
-            problems += _check_call(f"{path}.{kind}.{name}", kind, name, options or {})
+            problems += _check_call(f"{path}.{kind}.{name}", kind, str(name), options or {})
     return problems
 
 

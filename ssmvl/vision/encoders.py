@@ -87,13 +87,15 @@ def timm_encoder(model: str, *, image_size: int | None = None, weights: str | No
     """Any ViT of timm, by its name there; mean and std are the model's own. Nothing is downloaded.
 
     Args:
-        model: a timm name, e.g. `vit_large_patch14_reg4_dinov2.lvd142m`.
+        model: a name of timm's own, e.g. `vit_large_patch14_reg4_dinov2.lvd142m`.
         image_size: side in pixels; the model's own if None.
         weights: a safetensors file with the state dict of timm's model without its classifier.
 
     Raises:
         ContractError: timm has no such model, or it is no ViT.
     """
+    if ":" in model:
+        raise ContractError(f"{model!r}: write a name of timm's own; models in a hub or a folder are not read")
     options = {} if image_size is None else {"img_size": image_size}
     try:
         vit = timm.create_model(model, pretrained=False, num_classes=0, **options)

@@ -29,6 +29,8 @@ def read_image(image: ImageLike) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            if not isinstance(image, ImageLike):
+                raise DataError(f"a {type(image).__name__} is no image; give a path, encoded bytes or a PIL image")
             if isinstance(image, Image.Image):
                 return _to_rgb(image, what)
             with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
@@ -52,6 +54,6 @@ def _to_rgb(image: Image.Image, what: str) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec) -> Tensor:
-    """An RGB image -> uint8 (3, S, S), both sides resized to `spec.size`, bicubic, no crop (`resize-naive`)."""
+    """An RGB image -> uint8 (3, S, S), both sides resized to `spec.size`, bicubic, no crop."""
     resized = image.resize((spec.size, spec.size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()

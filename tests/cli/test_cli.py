@@ -77,8 +77,14 @@ def test_a_wrong_command_line_leaves_with_2(argv: list[str], capsys: Capture) ->
         (["check", "nosuch.yaml"], "no such file: nosuch.yaml"),
         (["show", "quickstart", "seed"], "'seed' is no override"),
         (["show", "quickstart", "stage.x=1"], "stage: no such part of a recipe"),
-        (["check", "quickstart", "model.connector.nosuch=1"], "model.connector.nosuch: msc_advanced has no option"),
-        (["train", "quickstart", "model.connector.nosuch=1"], "model.connector.nosuch: msc_advanced has no option"),
+        (
+            ["check", "quickstart", "model.connector.nosuch=1"],
+            "model.connector.nosuch: connector 'msc_advanced' (ssmvl 0.1.0 (ssmvl_ml_mamba)) has no option",
+        ),
+        (
+            ["train", "quickstart", "model.connector.nosuch=1"],
+            "model.connector.nosuch: connector 'msc_advanced' (ssmvl 0.1.0 (ssmvl_ml_mamba)) has no option",
+        ),
         (["generate", "nosuch", "--prompt", "x"], "nosuch holds no saved model"),
     ],
 )
@@ -149,7 +155,7 @@ def test_doctor_finds_a_healthy_installation(capsys: Capture) -> None:
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert f"plugin          ssmvl {ssmvl.__version__} (ssmvl_ml_mamba)" in shown
-    assert "backend         torch: found" in shown
+    assert "backend         torch: used" in shown
     assert "nothing left by dead runs" in shown
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 from composer.utils import dist, get_device
+from PIL import Image
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from ssmvl.batch import collate
 from ssmvl.build import build_model
 from ssmvl.recipe import load_recipe
 from ssmvl.training.session import Session
@@ -31,6 +33,15 @@ if dist.get_global_rank() == 0:
     equal = full.keys() == alone.keys() and all(torch.equal(full[name], alone[name]) for name in alone)
     count = len(list(model.parameters()))
     report = {"sharded": count - len(plain), "not_sharded": plain, "equal_to_one_rank": equal}
+# One rank with an image, one with text only: neither may wait for the other.
+processor = trainer.state.train_dataloader.dataset.processor
+images = [Image.new("RGB", (48, 48), "white")] if dist.get_global_rank() == 0 else []
+talk = [{"role": "user", "content": "Which row?"}, {"role": "assistant", "content": "2"}]
+batch = collate([processor.encode(talk, images)])
+trainer.state.model.loss(trainer.state.model(batch), batch).backward()
+norm = sum(p.grad.full_tensor().norm() for p in model.connector.parameters() if p.grad is not None)
+if dist.get_global_rank() == 0:
+    report = {**report, "gradient_of_the_rank_with_images": float(norm)}
     Path(sys.argv[2]).write_text(json.dumps(report))
 dist.barrier()
 trainer.close()

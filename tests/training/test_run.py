@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import nn
 
 import ssmvl
 from ssmvl.checkpoints import read_tensors
-from ssmvl.errors import CheckpointError, MissingDependencyError, RecipeError, RunError
+from ssmvl.errors import CheckpointError, DataError, MissingDependencyError, RecipeError, RunError
 from ssmvl.training import run, session
 from ssmvl.training.stages import Optimizer
 from ssmvl.vision.digit_vit import SHIPPED
@@ -44,6 +45,10 @@ def test_a_run_leaves_what_it_promises_and_goes_on_where_it_was(tiny: Path, capf
     said = capfd.readouterr().out
     assert "stage align: finished before" in said
     assert "stage finetune: finished before" in said
+    shutil.rmtree(folder / "model")  # as if killed after the last checkpoint, before the model was left
+    assert ssmvl.train(tiny) == folder
+    assert "stage finetune: resumed at step 4," in capfd.readouterr().out
+    assert ssmvl.load(folder).generate(["hi"], max_new_tokens=3) == assistant.generate(["hi"], max_new_tokens=3)
     with pytest.raises(RunError, match=r"(?s)run=NAME.*model\.connector\.scan_order: 'bsm' there, 'csm' here"):
         ssmvl.train(tiny, "model.connector.scan_order=csm")
 
@@ -107,10 +112,12 @@ def test_every_parameter_is_sharded(tiny: Path, composer: Composer) -> None:
     assert report["not_sharded"] == []
     assert report["sharded"] > 50
     assert report["equal_to_one_rank"]
+    assert report["gradient_of_the_rank_with_images"] > 0
 
 
-def test_killed_and_started_again_resumes_at_the_checkpoint(tiny: Path, composer: Composer) -> None:
-    arguments = ("tiny.yaml", "stages.finetune.duration=40ba", "stages.finetune.checkpoint=5ba")
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_killed_and_started_again_resumes_at_the_checkpoint(tiny: Path, composer: Composer, ranks: str) -> None:
+    arguments = ("-n", ranks, "tiny.yaml", "stages.finetune.duration=40ba", "stages.finetune.checkpoint=5ba")
     process = composer(*arguments)
     assert process.stdout is not None
     for line in process.stdout:  # the bar says how far it is; a checkpoint is written every 5 steps
@@ -125,6 +132,15 @@ def test_killed_and_started_again_resumes_at_the_checkpoint(tiny: Path, composer
     assert "stage align: finished before" in output
     assert "stage finetune: resumed at step 5," in output
     assert "row" in json.loads(Path("runs/tiny/results.json").read_text())
+
+
+def test_a_folder_of_another_run_ends_every_rank(tiny: Path, composer: Composer) -> None:
+    Path("runs").mkdir()
+    Path("runs/tiny").write_text("a file in the way")
+    output, _ = (process := composer("-n", "2", "tiny.yaml")).communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: runs/tiny" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(
@@ -163,6 +179,11 @@ def test_what_is_not_installed_is_named_with_its_extra(
 def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no saved model"):
         ssmvl.load(tmp_path)
+
+
+def test_fewer_samples_than_a_batch_are_refused(tiny: Path) -> None:
+    with pytest.raises(DataError, match="7 samples for this rank are less than its batch of 8"):
+        ssmvl.train(tiny, "stages.align.data.train_size=7")
 
 
 def test_bad_recipes_touch_no_run_folder(tiny: Path) -> None:
