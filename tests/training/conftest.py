@@ -16,13 +16,13 @@ stages:
     data: {name: digits, train_size: 64}
     batch: 8
     duration: 2ba
-    warmup: 1ba
+    warmup: 0ba
     checkpoint: 1ba
   finetune:
     data: {name: digits, train_size: 64}
     batch: 8
     duration: 4ba
-    warmup: 1ba
+    warmup: 0ba
     checkpoint: 1ba
 evaluation:
   data: {name: digits, test_size: 12}
