@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -136,14 +136,14 @@ def _assemble(parts: ModelParts, source: str) -> VisionLanguageModel:
     return VisionLanguageModel(encoders, fusion, connector, language)
 
 
-def _checked(built: Any, part: object, contract: type[Protocol]) -> Any:  # type: ignore[valid-type]
+def _checked(built: Any, part: object, contract: type[Any]) -> Any:
     """A built module, or an error that names it and what it lacks of its contract."""
     if not isinstance(built, nn.Module):
         raise ContractError(f"{part} is a {type(built).__name__}, no torch.nn.Module")
     return _lacks_nothing(built, part, contract)
 
 
-def _lacks_nothing(built: Any, part: object, contract: type[Protocol]) -> Any:  # type: ignore[valid-type]
+def _lacks_nothing(built: Any, part: object, contract: type[Any]) -> Any:
     names = {n for c in contract.__mro__ for n in (*vars(c).get("__annotations__", ()), *vars(c))}
     lacking = sorted(n for n in names if not n.startswith("_") and not hasattr(built, n))
     if lacking:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Callable, Iterable
+from importlib.metadata import EntryPoint, distributions
 
 import pluggy
 
@@ -35,18 +37,44 @@ def discover(core: object) -> Registry:
     registry = Registry()
     _register(manager, registry, core, registry.core)
     disabled = {name.strip() for name in os.environ.get("SSMVL_DISABLE_PLUGINS", "").split(",")}
-    points = [p for p in entry_points(group=GROUP) if not {p.name, _distribution(p)[0]} & disabled]
-    for point in sorted(set(points), key=lambda p: (_distribution(p), p.name)):
-        name, version = _distribution(point)
-        source = f"{name} {version} ({point.value})"
+    for name, version, points in sorted(_installed(), key=lambda found: found[:2]):
+        if name in disabled:
+            continue
         try:
-            _register(manager, registry, point.load(), source)
-        # Foreign code may raise anything, SystemExit included; a broken plugin must not take the others with it.
-        except (Exception, SystemExit) as error:
-            failure = PluginFailure(source, f"{type(error).__name__}: {error}")
-            registry.failures.append(failure)
-            warnings.warn(str(failure), PluginWarning, stacklevel=2)
+            mine = sorted((p for p in points() if p.group == GROUP), key=lambda point: point.name)
+        except Exception as error:  # one malformed line, and no entry point of that distribution can be read
+            _keep(registry, f"{name} {version}", error)
+            continue
+        for point in mine:
+            if point.name in disabled:
+                continue
+            source = f"{name} {version} ({point.value})"
+            try:
+                _register(manager, registry, point.load(), source)
+            # Foreign code may raise anything, SystemExit included; a broken plugin must not take the others with it.
+            except (Exception, SystemExit) as error:
+                _keep(registry, source, error)
     return registry
+
+
+def _installed() -> list[tuple[str, str, Callable[[], Iterable[EntryPoint]]]]:
+    """Name, version and entry points, not yet parsed, of each distribution that has a group `ssmvl`."""
+    found: dict[str, tuple[str, str, Callable[[], Iterable[EntryPoint]]]] = {}
+    for each in distributions():
+        if f"[{GROUP}]" in (each.read_text("entry_points.txt") or ""):
+            metadata = each.metadata  # of a half-removed distribution: None, or without a name
+            name, version = (metadata["Name"], metadata["Version"]) if metadata else ("?", "?")
+            # The first of a name on the path counts, as for importing.
+            found.setdefault(
+                name or "?", (name or "?", version or "?", functools.partial(getattr, each, "entry_points"))
+            )
+    return list(found.values())
+
+
+def _keep(registry: Registry, source: str, error: BaseException) -> None:
+    failure = PluginFailure(source, f"{type(error).__name__}: {error}")
+    registry.failures.append(failure)
+    warnings.warn(str(failure), PluginWarning, stacklevel=4)
 
 
 def _register(manager: pluggy.PluginManager, registry: Registry, plugin: object, source: str) -> None:
@@ -63,8 +91,3 @@ def _register(manager: pluggy.PluginManager, registry: Registry, plugin: object,
     except BaseException:
         manager.unregister(plugin)
         raise
-
-
-def _distribution(point: EntryPoint) -> tuple[str, str]:
-    metadata = point.dist and point.dist.metadata  # of a half-removed distribution: None, or without a name
-    return (metadata["Name"] or "?", metadata["Version"] or "?") if metadata else ("?", "?")

@@ -60,7 +60,7 @@ class Session:
         for name, stage in self.plan.stages.items():
             left = self.folder.model(name)
             if name in finished:
-                self._say(f"stage {name}: finished before, {left}; remove it to train the stage again")
+                self._say(f"stage {name}: finished before, {left}; run=NAME trains it anew in another folder")
             else:
                 self._train(name, stage, start, left)
             start = left
