@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable
-from importlib.metadata import EntryPoint, distributions
+from importlib.metadata import Distribution, distributions
 
 import pluggy
 
@@ -37,15 +35,15 @@ def discover(core: object) -> Registry:
     registry = Registry()
     _register(manager, registry, core, registry.core)
     disabled = {name.strip() for name in os.environ.get("SSMVL_DISABLE_PLUGINS", "").split(",")}
-    for name, version, points in sorted(_installed(), key=lambda found: found[:2]):
+    for name, version, distribution in sorted(_installed(), key=lambda found: found[:2]):
         if name in disabled:
             continue
         try:
-            mine = sorted((p for p in points() if p.group == GROUP), key=lambda point: point.name)
+            points = sorted(distribution.entry_points.select(group=GROUP), key=lambda point: point.name)
         except Exception as error:  # one malformed line, and no entry point of that distribution can be read
             _keep(registry, f"{name} {version}", error)
             continue
-        for point in mine:
+        for point in points:
             if point.name in disabled:
                 continue
             source = f"{name} {version} ({point.value})"
@@ -57,17 +55,14 @@ def discover(core: object) -> Registry:
     return registry
 
 
-def _installed() -> list[tuple[str, str, Callable[[], Iterable[EntryPoint]]]]:
-    """Name, version and entry points, not yet parsed, of each distribution that has a group `ssmvl`."""
-    found: dict[str, tuple[str, str, Callable[[], Iterable[EntryPoint]]]] = {}
+def _installed() -> list[tuple[str, str, Distribution]]:
+    """Name, version and distribution, of each that has entry points of the group `ssmvl`; they are not parsed yet."""
+    found: dict[str, tuple[str, str, Distribution]] = {}
     for each in distributions():
         if f"[{GROUP}]" in (each.read_text("entry_points.txt") or ""):
             metadata = each.metadata  # of a half-removed distribution: None, or without a name
-            name, version = (metadata["Name"], metadata["Version"]) if metadata else ("?", "?")
-            # The first of a name on the path counts, as for importing.
-            found.setdefault(
-                name or "?", (name or "?", version or "?", functools.partial(getattr, each, "entry_points"))
-            )
+            name, version = (metadata["Name"] or "?", metadata["Version"] or "?") if metadata else ("?", "?")
+            found.setdefault(name, (name, version, each))  # the first on the path counts, as for importing
     return list(found.values())
 
 
