@@ -94,7 +94,7 @@ def build_processor(recipe: Recipe, model: VisionLanguageModel, folder: Path | N
         folder: a saved folder, whose own tokenizer is used.
 
     Raises:
-        ContractError: the tokenizer has more ids than the language model.
+        ContractError: the tokenizer has another number of ids than the language model.
     """
     parts = _bind(recipe)
     tokenizer = load_tokenizer(parts.tokenizer if folder is None else str(folder / "tokenizer.json"))

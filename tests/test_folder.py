@@ -32,7 +32,9 @@ def test_a_claimed_folder_holds_the_resolved_recipe_and_nothing_else(folder: Run
 
 
 def test_the_same_recipe_comes_back(folder: RunFolder) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.root.rglob("*")}
     folder.claim(load_recipe("quickstart"))
+    assert {path: path.stat().st_mtime_ns for path in folder.root.rglob("*")} == before
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,6 @@ class RunFolder:
                 raise RunError(f"{self.root} holds another run; give this one a name with run=NAME:\n  {listed}")
         else:
             self.write("recipe.yaml", recipe.to_yaml().encode())
-
         for stage in self.stages:
             try:
                 self.checkpoints(stage).mkdir(parents=True, exist_ok=True)

@@ -133,7 +133,7 @@ def test_loaded_state_continues_identically(model: MambaLM, tmp_path: Path) -> N
     assert same(loaded, state)
 
 
-def refused(state: RecurrentState, path: Path, match: str) -> None:
+def assert_refused(state: RecurrentState, path: Path, match: str) -> None:
     before = state.clone()
     with pytest.raises(CheckpointError, match=match):
         state.load(path)
@@ -143,24 +143,24 @@ def refused(state: RecurrentState, path: Path, match: str) -> None:
 def test_state_of_another_model_is_refused(model: MambaLM, tmp_path: Path) -> None:
     used(model).save(tmp_path / "s")
     for other in (build(width=32), build(num_layers=3)):
-        refused(other.new_state(3), tmp_path / "s", "model is .*width 16, 2 layers.* needs")
+        assert_refused(other.new_state(3), tmp_path / "s", "model is .*width 16, 2 layers.* needs")
 
 
 def test_other_rows_are_refused(model: MambaLM, tmp_path: Path) -> None:
     used(model).save(tmp_path / "s")
-    refused(model.new_state(2), tmp_path / "s", r"0\.conv is .*\(3, 3, 48\), this state needs .*\(2, 3, 48\)")
+    assert_refused(model.new_state(2), tmp_path / "s", r"0\.conv is .*\(3, 3, 48\), this state needs .*\(2, 3, 48\)")
 
 
 def test_another_dtype_is_refused(model: MambaLM, tmp_path: Path) -> None:
     used(model).save(tmp_path / "s")
-    refused(model.new_state(3, dtype=torch.bfloat16), tmp_path / "s", r"float32 .* needs torch\.bfloat16")
+    assert_refused(model.new_state(3, dtype=torch.bfloat16), tmp_path / "s", r"float32 .* needs torch\.bfloat16")
 
 
 def test_another_format_is_refused(model: MambaLM, tmp_path: Path) -> None:
     used(model).save(tmp_path / "s")
     found, metadata = read_tensors(tmp_path / "s")
     write_tensors(tmp_path / "s", found, {**metadata, "state_format": "0"})
-    refused(model.new_state(3), tmp_path / "s", "state_format is '0'")
+    assert_refused(model.new_state(3), tmp_path / "s", "state_format is '0'")
 
 
 def test_missing_tensor_is_refused_before_anything_is_copied(model: MambaLM, tmp_path: Path) -> None:
@@ -168,10 +168,10 @@ def test_missing_tensor_is_refused_before_anything_is_copied(model: MambaLM, tmp
     found, metadata = read_tensors(tmp_path / "s")
     del found["1.ssm"]
     write_tensors(tmp_path / "s", found, metadata)
-    refused(model.new_state(3), tmp_path / "s", r"1\.ssm is nothing")
+    assert_refused(model.new_state(3), tmp_path / "s", r"1\.ssm is nothing")
 
 
 def test_missing_file_and_weights_are_refused(model: MambaLM, tmp_path: Path) -> None:
-    refused(model.new_state(3), tmp_path / "none", "cannot be read")
+    assert_refused(model.new_state(3), tmp_path / "none", "cannot be read")
     write_tensors(tmp_path / "weights", {"a": torch.zeros(1)})
-    refused(model.new_state(3), tmp_path / "weights", "state_format is None")
+    assert_refused(model.new_state(3), tmp_path / "weights", "state_format is None")
