@@ -9,6 +9,7 @@
     ├── DataError                 (ValueError)   a sample, image or shard cannot be used
     ├── CheckpointError           (ValueError)   weights or a saved folder cannot be used
     ├── RunError                  (RuntimeError) a run folder cannot be used for this run
+    ├── BackendError              (RuntimeError) the backend asked for cannot do this call
     └── MissingDependencyError    (ImportError)  an optional package is not installed
 
     PluginWarning                 (UserWarning)  a plugin could not be loaded; everything else works
@@ -78,6 +79,10 @@ class CheckpointError(SsmvlError, ValueError):
 
 class RunError(SsmvlError, RuntimeError):
     """A run folder cannot be used for this run."""
+
+
+class BackendError(SsmvlError, RuntimeError):
+    """The backend asked for does not exist, is not installed, or cannot do this call."""
 
 
 class MissingDependencyError(SsmvlError, ImportError):

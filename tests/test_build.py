@@ -21,7 +21,7 @@ def test_meta_allocates_nothing_and_has_the_same_shapes() -> None:
 def test_dtype_device_and_overrides() -> None:
     model = ssmvl.build_model("quickstart", "model.connector.scan_order=csm", dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model.connector.layers[0].mixer.num_paths == 4
+    assert model.connector.layers[0].mixer.folding.count == 4
 
 
 def test_nothing_is_loaded_unless_asked() -> None:
@@ -79,5 +79,5 @@ def test_a_scan_order_from_a_package_is_used(install_plugin: Callable[..., None]
         "def ssmvl_register(register): register('scan_order', 'backwards', 'backwards:order')\n",
     )
     model = ssmvl.build_model("quickstart", "model.connector.scan_order={name: backwards, times: 3}")
-    assert model.connector.layers[0].mixer.num_paths == 3
+    assert model.connector.layers[0].mixer.folding.count == 3
     assert model.connector(torch.randn(1, 9, 256), model.grid).shape == (1, 9, 128)

@@ -42,7 +42,7 @@ class ScanConnector(nn.Module):
         if key not in self._tables:
             self._tables[key] = path_table(self.scan_order, grid).to(x.device)
         x = self.stem(x.to(next(self.stem.parameters()).dtype))
-        for block in self.layers:
+        for block in self.layers if len(x) else ():  # without images there is nothing to scan
             x = block(x, self._tables[key])
         return self.projector(x)
 

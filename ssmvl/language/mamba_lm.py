@@ -11,8 +11,11 @@ from torch.nn import functional as F
 from ssmvl.interfaces import Count, MixerPart
 from ssmvl.language.state import RecurrentState
 from ssmvl.layers.block import Block, scale_residual
+from ssmvl.layers.mamba1 import Mamba1Mixer
 from ssmvl.layers.mamba2 import Mamba2Mixer
 from ssmvl.layers.norm import RMSNorm
+
+STRETCH = 1024  # positions of a prefill that pass through the layers at once
 
 
 class MambaLM(nn.Module):
@@ -62,14 +65,29 @@ class MambaLM(nn.Module):
         return self.norm_f(x)
 
     def prefill(self, embeds: Tensor, lengths: Tensor, state: RecurrentState) -> Tensor:
-        """Embeds (B, T, D) right-padded, lengths (B,) -> hidden (B, T, D), normed; advances `state`."""
-        x = _residual(embeds)
-        for block, layer in zip(self.layers, state.layers, strict=True):
-            x = block.prefill(x, lengths, layer)
-        return self.norm_f(x)
+        """Embeds (B, T, D) right-padded, lengths (B,) -> hidden (B, T, D), normed; advances `state`.
+
+        Raises:
+            ShapeError: the state belongs to another model, or to another number of rows.
+        """
+        state.check(self._name, len(embeds))
+        hidden = []
+        # In stretches, so that memory does not grow with T: each continues from the state that the last one left.
+        for start in range(0, max(embeds.shape[1], 1), STRETCH):
+            x = _residual(embeds[:, start : start + STRETCH])
+            rest = (lengths - start).clamp(0, x.shape[1])
+            for block, layer in zip(self.layers, state.layers, strict=True):
+                x = block.prefill(x, rest, layer)
+            hidden.append(self.norm_f(x))
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
 
     def step(self, embeds: Tensor, state: RecurrentState) -> Tensor:
-        """Embeds (B, D) -> hidden (B, D), normed; advances `state` in place."""
+        """Embeds (B, D) -> hidden (B, D), normed; advances `state` in place.
+
+        Raises:
+            ShapeError: the state belongs to another model, or to another number of rows.
+        """
+        state.check(self._name, len(embeds))
         x = _residual(embeds)
         for block, layer in zip(self.layers, state.layers, strict=True):
             x = block.step(x, layer)
@@ -88,6 +106,31 @@ class MambaLM(nn.Module):
     def shard_units(self) -> Sequence[nn.Module]:
         """Each block; never the embedding, which is the head too."""
         return list(self.layers)
+
+
+class Mamba1LM(MambaLM):
+    """A `MambaLM` of Mamba-1 mixers.
+
+    Args:
+        width: D.
+        num_layers: blocks.
+        num_tokens: ids of the tokenizer; checked against it when it is loaded.
+        mixer: the blocks' mixer, causal.
+        vocab_multiple: the embedding's rows V are `num_tokens` rounded up to a multiple of this.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: Count,
+        num_layers: Count,
+        num_tokens: Count,
+        mixer: MixerPart = Mamba1Mixer,
+        vocab_multiple: Count = 8,
+    ) -> None:
+        super().__init__(
+            width=width, num_layers=num_layers, num_tokens=num_tokens, mixer=mixer, vocab_multiple=vocab_multiple
+        )
 
 
 def _residual(embeds: Tensor) -> Tensor:

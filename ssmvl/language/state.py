@@ -31,6 +31,20 @@ class RecurrentState:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for _, tensor in self._named())
 
+    def check(self, model: str, rows: int) -> None:
+        """Check that this is a state of `model`, of `rows` rows.
+
+        Raises:
+            ShapeError: it is not.
+        """
+        if model != self.model:
+            raise ShapeError(f"a state of {self.model} cannot be used by {model}; make one with its new_state({rows})")
+        own = self.layers[0][0].shape[0]
+        if rows != own:
+            raise ShapeError(
+                f"a state of {own} rows cannot take {rows}; make one with new_state({rows}), or use rows()"
+            )
+
     def rows(self, index: Tensor | Sequence[int]) -> Self:
         """A copy of these rows, in this order; an index may repeat."""
         return type(self)(self.model, [type(s)(*(t[_index(index, t)] for t in s)) for s in self.layers])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from ssmvl.errors import ShapeError
+from ssmvl.ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
@@ -20,14 +21,29 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (*, D) -> (*, D)."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+        return rms_norm(x, self.weight, self.eps or 0.0)
 
 
 class GatedRMSNorm(RMSNorm):
-    """RMSNorm(x * SiLU(gate)). Source: Mamba-2 (arXiv 2405.21060), the norm before `out_proj`."""
+    """RMSNorm(x * SiLU(gate)).
+
+    Args:
+        width: E.
+        eps: added to the mean square.
+        groups: parts of the width that are normalised apart; 1 for the whole.
+
+    Raises:
+        ShapeError: groups do not divide the width.
+
+    Source: Mamba-2 (arXiv 2405.21060), the norm before `out_proj`; its groups: §8.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5, groups: int = 1) -> None:
+        super().__init__(width, eps)
+        if width % groups:
+            raise ShapeError(f"norm_groups {groups} must divide the inner width {width}")
+        self.groups = groups
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]  # a gate more than its base
-        """X (*, E), gate (*, E) -> (*, E)."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return super().forward(x.to(dtype) * F.silu(gate.to(dtype)))
+        """X (*, E), or (*, K, E) where K paths share the gate; gate (*, E) -> the shape of x."""
+        return rms_norm(x, self.weight, self.eps or 0.0, gate, self.groups)

@@ -1,20 +1,113 @@
-"""Which implementations of the ops this machine has. The torch path is always there."""
+"""Which implementation of an op is used: one table, backend -> op -> callable, with what each cannot do.
+
+`auto` takes, for each call, the first backend of the table that can do it. The environment variable SSMVL_BACKEND, or
+an op's argument `backend`, asks for one by name; a call which that one cannot do is an error that says why.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ssmvl.errors import BackendError, nearest
 
 
-def find_backends() -> dict[str, str]:
-    """Each backend and why it is not used; an empty reason means that it is.
+class Offer(NamedTuple):
+    """One op of one backend.
 
-    mamba-ssm raises ImportError, OSError or RuntimeError where its extensions or a GPU are missing.
+    Args:
+        target: "module:attribute".
+        needs: a module that must be importable.
+        device: the type of device it runs on; any if empty.
+        cannot: what a call may use that it does not take; a tuple is refused only where all of it is used together.
     """
-    found = {"torch": ""}
-    for module in ("mamba_ssm", "causal_conv1d"):
-        try:
+
+    target: str
+    needs: str = ""
+    device: str = ""
+    cannot: tuple[tuple[str, ...], ...] = ()
+
+
+def _kernel(op: str, needs: str, *cannot: tuple[str, ...]) -> Offer:
+    return Offer(f"ssmvl.ops.kernels:{op}", needs, "cuda", (("torch.float64",), *cannot))
+
+
+BACKENDS: Mapping[str, Mapping[str, Offer]] = {
+    "mamba_ssm": {
+        "ssd": _kernel("ssd", "mamba_ssm"),
+        "selective_scan": _kernel("selective_scan", "mamba_ssm", ("segments",)),
+        "causal_conv": _kernel(
+            "causal_conv",
+            "causal_conv1d",
+            ("segments", "a window"),
+            ("channels no multiple of 8",),
+            ("taps other than 2 to 4",),
+        ),
+    },
+    "torch": {
+        "ssd": Offer("ssmvl.ops.ssd_chunks:ssd"),
+        "selective_scan": Offer("ssmvl.ops.selective_scan_tiles:selective_scan"),
+        "causal_conv": Offer("ssmvl.ops.causal_conv_tiles:causal_conv"),
+    },
+}
+
+
+def choose(
+    op: str, x: Tensor, uses: Mapping[str, Tensor | bool | None], backend: str | None = None
+) -> Callable[..., Any]:
+    """The implementation for one call.
+
+    Args:
+        op: a name of the table.
+        x: the input, for its device and dtype.
+        uses: what the call uses, by the names of `Offer.cannot`; an entry that is None or False is not used.
+        backend: a name of the table, "auto", or None for SSMVL_BACKEND, "auto" where that is not set.
+
+    Raises:
+        BackendError: no such backend, or it cannot do this call.
+    """
+    used = frozenset(name for name, value in uses.items() if value is not None and value is not False)
+    wanted = backend or os.environ.get("SSMVL_BACKEND") or "auto"
+    return _choose(op, x.device.type, used | {str(x.dtype)}, wanted)
+
+
+@cache
+def _choose(op: str, device: str, used: frozenset[str], wanted: str) -> Callable[..., Any]:
+    if wanted != "auto" and wanted not in BACKENDS:
+        raise BackendError(f"no backend {wanted!r}.{nearest(wanted, ('auto', *BACKENDS))}")
+    for name in BACKENDS if wanted == "auto" else (wanted,):
+        offer = BACKENDS[name][op]
+        reason = _why_not(offer, device, used)
+        if not reason:
+            module, _, attribute = offer.target.partition(":")
+            return getattr(importlib.import_module(module), attribute)
+    raise BackendError(f"backend {wanted!r} cannot do this call of {op}: {reason}; allow another with backend 'auto'")
+
+
+def _why_not(offer: Offer, device: str, used: Iterable[str] = ()) -> str:
+    if offer.device and device != offer.device:
+        return f"it runs on {offer.device}, the input is on {device}"
+    refused = next((names for names in offer.cannot if set(names) <= set(used)), ())
+    if refused:
+        return f"it does not take {' together with '.join(refused)}"
+    return _why_missing(offer.needs)
+
+
+@cache
+def _why_missing(module: str) -> str:
+    try:
+        if module:
             importlib.import_module(module)
-            found[module] = "installed, but no op uses it yet"
-        except (ImportError, OSError, RuntimeError) as error:
-            found[module] = f"not found ({type(error).__name__}: {error})"
-    return found
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: built for a GPU, and there is none
+        return f"{module} cannot be imported ({type(error).__name__}: {str(error).splitlines()[0]})"
+    return ""
+
+
+def report(device: str) -> dict[str, dict[str, str]]:
+    """Backend -> op -> why it is never used on `device`; "" where it is, for the calls that it can do."""
+    return {name: {op: _why_not(offer, device) for op, offer in ops.items()} for name, ops in BACKENDS.items()}

@@ -1,9 +1,15 @@
-"""Causal depthwise convolution over positions, with a window carried from call to call."""
+"""Causal depthwise convolution over positions, then SiLU, with a window carried from call to call."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from ssmvl.errors import ShapeError
+from ssmvl.ops.backends import choose
+from ssmvl.ops.checks import check_rows, check_shapes
+from ssmvl.ops.precision import without_autocast
 
 
 def causal_conv(
@@ -14,43 +20,70 @@ def causal_conv(
     window: Tensor | None = None,
     lengths: Tensor | None = None,
     segments: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y[t] = bias + sum_j weight[:, W-1-j] * x[t-j], positions before the start taken from `window`.
+    """y[t] = SiLU(bias + sum_j weight[:, W-1-j] * x[t-j]), positions before the start taken from `window`.
+
+    Computed in `promote_types(x.dtype, float32)`, autocast or not.
 
     Args:
         x: (B, L, C).
         weight: (C, W).
         bias: (C,).
-        window: (B, W-1, C), the inputs before the first position; zeros if None.
+        window: (B, W-1, C), the inputs before the first position; zeros if None. Not with `segments`.
         lengths: (B,) real positions of right-padded rows; the returned window ends there.
         segments: (B, L); a position never sees another segment.
+        backend: see `ssmvl.ops.backends`.
 
     Returns:
         y (B, L, C) in the dtype of `x`, and the window (B, W-1, C) after each row's last real position.
+
+    Raises:
+        ShapeError: shapes, lengths or segments that do not fit, or both a window and segments.
+        BackendError: the backend asked for cannot do this.
     """
     rows, length, channels = x.shape
-    reach = weight.shape[1] - 1
-    if window is None:
-        window = x.new_zeros(rows, reach, channels)
-    padded = torch.cat([window.to(x.dtype), x], dim=1)
-    y = x * weight[:, reach]
-    for back in range(1, reach + 1):
-        past = padded[:, reach - back : reach - back + length]
-        if segments is not None and back < length:
-            same = torch.cat([segments.new_zeros(rows, back) > 0, segments[:, back:] == segments[:, :-back]], dim=1)
-            past = past * same[..., None]
-        y = y + past * weight[:, reach - back]
-    if bias is not None:
-        y = y + bias
-    if lengths is None:
-        return y.to(x.dtype), padded[:, length:]
-    places = lengths[:, None] + torch.arange(reach, device=x.device)
-    return y.to(x.dtype), padded.gather(1, places[..., None].expand(-1, -1, channels))
+    taps = weight.shape[-1]
+    check_rows("causal_conv", rows, length, lengths, segments)
+    shapes = {"weight": (weight, (channels, taps)), "bias": (bias, (channels,))}
+    check_shapes("causal_conv", shapes | {"window": (window, (rows, taps - 1, channels))})
+    if window is not None and segments is not None:
+        raise ShapeError("causal_conv: a window and segments exclude each other; a packed row starts from nothing")
+    uses = {
+        "segments": segments,
+        "a window": window,
+        "channels no multiple of 8": channels % 8 != 0,
+        "taps other than 2 to 4": not 2 <= taps <= 4,
+    }
+    run = choose("causal_conv", x, uses, backend)
+    before = x.new_zeros(rows, taps - 1, channels) if window is None else window.to(x.dtype)
+    if length == 0:
+        return x, before
+    with without_autocast(x.device):
+        y = run(x, weight, bias, window, segments)
+    return y.to(x.dtype), _window(x, before, lengths)
 
 
 def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor) -> Tensor:
-    """One position of `causal_conv`: x (B, C) -> (B, C); shifts `window` (B, W-1, C) in place."""
-    inputs = torch.cat([window.to(x.dtype), x[:, None]], dim=1)
-    window.copy_(inputs[:, 1:])
-    y = (inputs * weight.t()).sum(dim=1)
-    return (y if bias is None else y + bias).to(x.dtype)
+    """One position of `causal_conv`: x (B, C) -> (B, C); shifts `window` (B, W-1, C) in place. No gradients.
+
+    Raises:
+        ShapeError: shapes that do not fit.
+    """
+    check_shapes("causal_conv_step", {"window": (window, (len(x), weight.shape[-1] - 1, x.shape[1]))})
+    with without_autocast(x.device), torch.no_grad():
+        inputs = torch.cat([window.to(x.dtype), x[:, None]], dim=1)
+        window.copy_(inputs[:, 1:])
+        y = (inputs * weight.t()).sum(dim=1)
+        y = F.silu(y if bias is None else y.add_(bias), inplace=True)
+    return y.to(x.dtype)
+
+
+def _window(x: Tensor, before: Tensor, lengths: Tensor | None) -> Tensor:
+    """The inputs (B, W-1, C) up to each row's end, of `before` and `x` one after the other."""
+    reach, length = before.shape[1], x.shape[1]
+    if lengths is None:
+        return torch.cat([before, x[:, max(0, length - reach) :]], dim=1)[:, -reach:] if reach else before
+    places = (lengths[:, None] + torch.arange(reach, device=x.device))[..., None].expand_as(before)
+    old, new = before.gather(1, places.clamp(max=reach - 1)), x.gather(1, (places - reach).clamp(min=0))
+    return torch.where(places < reach, old, new)

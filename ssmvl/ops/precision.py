@@ -8,5 +8,6 @@ import torch
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast switched off for `device`; `meta` has none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """Autocast switched off for `device`, where it is on."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()

@@ -1,0 +1,136 @@
+"""The Mamba-1 mixer over K scan paths, with the state it decodes from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssmvl.interfaces import Count
+from ssmvl.layers.mamba2 import initial_dt_bias, negative_exp
+from ssmvl.layers.paths import PathFolding, PathParameters, per_path
+from ssmvl.ops.causal_conv import causal_conv, causal_conv_step
+from ssmvl.ops.selective_scan import selective_scan, selective_scan_step
+
+
+class Mamba1State(NamedTuple):
+    """What one mixer remembers: conv (B, W-1, E) in the weights' dtype, ssm (B, E, S) in fp32 at least."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+class Mamba1Mixer(nn.Module):
+    """Mamba-1: in_proj -> causal conv -> selective scan -> gate SiLU(z) -> out_proj, along K paths at once.
+
+    `in_proj` and `out_proj` are shared by the paths. Paths with parameters of their own (conv, x_proj, dt_proj, A_log
+    and D) fold into the channels (K*E channels, K groups), others into the batch: one gather, one scan, one gather
+    back, however many paths.
+
+    Args:
+        width: D.
+        num_paths: K; 1 for a causal mixer without paths.
+        d_state: S.
+        expand: E / D.
+        d_conv: W, taps of the convolution.
+        dt_rank: width of the bottleneck that step sizes come from; ceil(D / 16) if None.
+        path_parameters: whether each path has its own.
+        merge: how the K results, back in raster order, become one before the gate.
+
+    Source: arXiv 2312.00752 (Mamba); VMamba (arXiv 2401.10166), several paths.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_paths: int = 1,
+        *,
+        d_state: Count = 16,
+        expand: Count = 2,
+        d_conv: Count = 4,
+        dt_rank: Count | None = None,
+        path_parameters: PathParameters = "own",
+        merge: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        super().__init__()
+        inner, dt_rank = expand * width, dt_rank or -(-width // 16)
+        self.folding = PathFolding(num_paths, path_parameters, merge)
+        self.inner, self.d_state, self.dt_rank = inner, d_state, dt_rank
+        own = self.folding.own
+        self.in_proj = nn.Linear(width, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(own * inner, own * inner, d_conv, groups=own * inner)
+        # x_proj and dt_proj hold each path's rows one after the other; see `per_path`.
+        self.x_proj = nn.Linear(inner, own * (dt_rank + 2 * d_state), bias=False)
+        self.dt_proj = nn.Linear(dt_rank, own * inner)
+        nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(initial_dt_bias(inner).repeat(own))
+        self.A_log = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(own * inner, 1))
+        self.D = nn.Parameter(torch.ones(own * inner))
+        self.out_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """X (B, L, D), paths (K, L), segments (B, L) -> (B, L, D).
+
+        Raises:
+            ShapeError: `paths` is not one for each of the mixer's paths, or comes with segments.
+        """
+        self.folding.check(paths, segments)
+        x, z = self._project(x)
+        x, _ = causal_conv(self.folding.fold(x, paths), self._taps, self.conv1d.bias, segments=segments)
+        y, _ = selective_scan(*self._scan_inputs(x), **self._scan_parameters(), segments=segments)
+        y = self.folding.merge(self.folding.unfold(y, paths))
+        return self.out_proj(y * F.silu(z))
+
+    def prefill(self, x: Tensor, lengths: Tensor, state: Mamba1State) -> Tensor:
+        """X (B, L, D) right-padded, lengths (B,) -> (B, L, D); causal; advances `state` in place."""
+        x, z = self._project(x)
+        x, window = causal_conv(x, self._taps, self.conv1d.bias, window=state.conv, lengths=lengths)
+        inputs = self._scan_inputs(x)
+        y, ssm = selective_scan(*inputs, **self._scan_parameters(), state=state.ssm, lengths=lengths)
+        state.conv.copy_(window)
+        state.ssm.copy_(ssm)
+        return self.out_proj(y * F.silu(z))
+
+    def step(self, x: Tensor, state: Mamba1State) -> Tensor:
+        """X (B, D) -> (B, D); advances `state` in place."""
+        x, z = self._project(x)
+        x = causal_conv_step(x, self._taps, self.conv1d.bias, state.conv)
+        y = selective_scan_step(*self._scan_inputs(x), state.ssm, **self._scan_parameters())
+        return self.out_proj(y * F.silu(z))
+
+    def new_state(
+        self, rows: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Mamba1State:
+        """A state of `rows` rows that has seen nothing; device and dtype default to the weights'.
+
+        Raises:
+            ShapeError: the mixer has several paths.
+        """
+        self.folding.check_causal()
+        device, dtype = device or self.D.device, dtype or self.in_proj.weight.dtype
+        return Mamba1State(
+            torch.zeros(rows, self.conv1d.kernel_size[0] - 1, self.inner, device=device, dtype=dtype),
+            torch.zeros(rows, self.inner, self.d_state, device=device, dtype=torch.promote_types(dtype, torch.float32)),
+        )
+
+    @property
+    def _taps(self) -> Tensor:
+        return self.conv1d.weight.squeeze(1)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, z = self.in_proj(x.to(self.in_proj.weight.dtype)).chunk(2, dim=-1)
+        return x, z
+
+    def _scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """X (*, K*E) after the conv -> x, dt (*, K*E), A (K*E, S), B and C (*, K, S)."""
+        own = self.folding.own
+        projected = per_path(x, self.x_proj, own).unflatten(-1, (own, -1))
+        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = per_path(dt.flatten(-2), self.dt_proj, own)
+        return x, dt, negative_exp(self.A_log), B, C
+
+    def _scan_parameters(self) -> dict[str, Any]:
+        return {"D": self.D, "dt_bias": self.dt_proj.bias, "dt_softplus": True}

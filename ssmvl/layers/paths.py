@@ -1,0 +1,83 @@
+"""K scan paths as one sequence op: how mixers fold them in, and back out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssmvl.errors import ShapeError
+from ssmvl.ops.reorder import along, inverse
+
+PathParameters = Literal["own", "shared"]
+
+
+class PathFolding:
+    """The paths of a mixer: with parameters of their own they fold into the channels, with shared ones into the rows.
+
+    Args:
+        count: K; 1 for a causal mixer without paths.
+        parameters: whether each path has its own.
+        merge: how the K results, back in raster order, become one.
+    """
+
+    def __init__(self, count: int, parameters: PathParameters, merge: Literal["mean", "sum"]) -> None:
+        self.count, self.merge_by = count, merge
+        self.own = count if parameters == "own" else 1
+        """Sets of parameters."""
+
+    def check(self, paths: Tensor | None, segments: Tensor | None) -> None:
+        """Check the arguments of a mixer's `forward`.
+
+        Raises:
+            ShapeError: `paths` is not one for each of the mixer's, or comes with segments.
+        """
+        if (1 if paths is None else paths.shape[0]) != self.count:
+            got = "none" if paths is None else str(paths.shape[0])
+            raise ShapeError(f"a mixer built for num_paths={self.count} received {got} paths")
+        if paths is not None and segments is not None:
+            raise ShapeError(
+                "paths and segments exclude each other: a path runs over one grid, not over packed samples"
+            )
+
+    def check_causal(self) -> None:
+        """Check that there is one path, and so a state.
+
+        Raises:
+            ShapeError: there are more.
+        """
+        if self.count != 1:
+            raise ShapeError(
+                f"a mixer over {self.count} paths has no state; build it with num_paths=1 to decode from it"
+            )
+
+    def fold(self, x: Tensor, paths: Tensor | None) -> Tensor:
+        """X (B, L, C) -> (B, L, K*C), or (B*K, L, C) where the parameters are shared, each path in its order."""
+        if paths is None:
+            return x
+        read = along(x[:, :, None].expand(-1, -1, self.count, -1), paths)
+        return read.flatten(2) if self.own == self.count else read.transpose(1, 2).flatten(0, 1)
+
+    def unfold(self, y: Tensor, paths: Tensor | None) -> Tensor:
+        """What became of a folded x -> (B, L, K, C), in raster order."""
+        if self.own == self.count:
+            y = y.unflatten(2, (self.count, -1))
+        else:
+            y = y.unflatten(0, (-1, self.count)).transpose(1, 2)
+        return y if paths is None else along(y, inverse(paths))
+
+    def merge(self, y: Tensor) -> Tensor:
+        """Y (B, L, K, C) -> (B, L, C)."""
+        if self.count == 1:
+            return y.squeeze(2)
+        return y.mean(2) if self.merge_by == "mean" else y.sum(2)
+
+
+def per_path(x: Tensor, linear: nn.Linear, count: int) -> Tensor:
+    """X (*, count*I) -> (*, count*O): each path's part by its own rows of `linear.weight` (count*O, I); no bias."""
+    if count == 1:
+        return F.linear(x, linear.weight)
+    weight = linear.weight.unflatten(0, (count, -1))
+    return torch.einsum("...ki,koi->...ko", x.unflatten(-1, (count, -1)), weight).flatten(-2)

@@ -1,0 +1,94 @@
+"""The torch backend's causal convolution: shifted multiply-adds in place, over tiles that stay in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, segments: Tensor | None
+) -> Tensor:
+    """The op `ssmvl.ops.causal_conv.causal_conv` for L >= 1, in the computing dtype."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    reach = weight.shape[1] - 1
+    same = None
+    if segments is not None:  # (W-1, B, L, 1): 1 where the input `reach - j` positions back is of the same segment
+        shifted = [F.pad(segments, [reach - j, j - reach], value=-2)[:, : x.shape[1]] for j in range(reach)]
+        same = (torch.stack([segments, *shifted])[1:] == segments)[..., None].to(dtype)
+    given = (None if t is None else t.to(dtype) for t in (x, weight.t(), bias, window))
+    return _CausalConv.apply(*given, same)
+
+
+class _CausalConv(torch.autograd.Function):
+    """Keeps its inputs only; backward computes the sum before SiLU again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, taps: Tensor, bias: Tensor | None, window: Tensor | None, same: Tensor | None
+    ) -> Tensor:
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for place, padded, mask in _tiles(x, taps, window, same):
+            F.silu(_sum(padded, taps, bias, mask, y[:, place]), inplace=True)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x, taps, bias, window, same)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, taps, bias, window, same = ctx.saved_tensors
+        dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        d_taps = torch.zeros_like(taps, memory_format=torch.contiguous_format)
+        d_bias, d_window = (None if t is None else torch.zeros_like(t) for t in (bias, window))
+        for place, padded, mask in _tiles(x, taps, window, same):
+            before = _sum(padded, taps, bias, mask, torch.empty_like(dy[:, place]))
+            d_sum = torch.ops.aten.silu_backward(dy[:, place], before)
+            if d_bias is not None:
+                d_bias += d_sum.sum((0, 1))
+            count = d_sum.shape[1]
+            for j in range(len(taps)):
+                grad = d_sum if mask is None or j == len(taps) - 1 else d_sum * mask[j]
+                d_taps[j] += torch.mul(grad, padded[:, j : j + count], out=before).sum((0, 1))
+                start = place.start + j - len(taps) + 1  # of this tap's inputs in x; before 0 they are the window's
+                own = max(0, -start)
+                if own < count:
+                    dx[:, start + own : start + count].addcmul_(grad[:, own:], taps[j])
+                if own and d_window is not None:
+                    d_window[:, start + len(taps) - 1 :][:, : min(own, count)].addcmul_(grad[:, :own], taps[j])
+        return dx, d_taps, d_bias, d_window, None
+
+
+def _tiles(
+    x: Tensor, taps: Tensor, window: Tensor | None, same: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """For each tile its place, the inputs (B, n+W-1, C) that n outputs read, and the mask (W-1, B, n, 1)."""
+    (rows, length, channels), reach = x.shape, len(taps) - 1
+    first = min(reach, length)
+    tile = length if x.is_cuda else max(16, 256 // rows)
+    bounds = [(0, first)] if first else []
+    bounds += [(start, min(start + tile, length)) for start in range(first, length, tile)]
+    for start, stop in bounds:
+        if start < reach:
+            before = x.new_zeros(rows, reach, channels) if window is None else window
+            padded = torch.cat([before, x[:, :stop]], dim=1)
+        else:
+            padded = x[:, start - reach : stop]
+        yield slice(start, stop), padded, None if same is None else same[:, :, start:stop]
+
+
+def _sum(padded: Tensor, taps: Tensor, bias: Tensor | None, mask: Tensor | None, out: Tensor) -> Tensor:
+    """Bias + sum_j taps[j] * padded[:, j:], written to `out` (B, n, C)."""
+    count, reach = out.shape[1], len(taps) - 1
+    torch.mul(padded[:, reach:], taps[reach], out=out)
+    if bias is not None:
+        out += bias
+    for j in range(reach):
+        past = padded[:, j : j + count]
+        out.addcmul_(past if mask is None else past * mask[j], taps[j])
+    return out

@@ -1,0 +1,87 @@
+"""A thin door to the authors' CUDA kernels: mamba-ssm and causal-conv1d, which are imported when first used.
+
+Step sizes arrive ready and in fp32, so no kernel applies softplus. What the kernels do not take is in the table of
+`ssmvl.ops.backends`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor | None,
+    segments: Tensor | None,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The op `ssmvl.ops.ssd.ssd`. The states between chunks have the dtype of C, as the kernel keeps them."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    y, last = mamba_chunk_scan_combined(
+        x,
+        dt,
+        A,
+        B.to(x.dtype),
+        C.to(x.dtype),
+        chunk or 256,
+        D=D,
+        initial_states=state,
+        seq_idx=None if segments is None else segments.int().contiguous(),
+        return_final_states=True,
+    )
+    return y, last.to(dt.dtype)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor | None,
+    segments: None,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The op `ssmvl.ops.selective_scan.selective_scan`, in fp32: the kernel wants one dtype for x and dt.
+
+    The kernel starts from zero. The recurrence is linear in its state, so what an initial one adds is computed apart.
+    """
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    x, B, C = (t.to(dt.dtype) for t in (x, B, C))
+    sequences = x.transpose(1, 2), dt.transpose(1, 2), A, B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)
+    y, last = selective_scan_fn(*(t.contiguous() for t in sequences), D, return_last_state=True)
+    y = y.transpose(1, 2)
+    if state is not None:
+        since = dt.cumsum(1)  # (B, L, E)
+        for s in range(A.shape[1]):
+            left = (since * A[:, s]).exp() * state[:, None, :, s]
+            y = y + left * C[..., s].repeat_interleave(x.shape[2] // C.shape[2], 2)
+        last = last + (since[:, -1, :, None] * A).exp() * state
+    return y, last
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, segments: Tensor | None
+) -> Tensor:
+    """The op `ssmvl.ops.causal_conv.causal_conv`."""
+    from causal_conv1d import causal_conv1d_fn
+
+    if any(stride % 8 for stride in x.stride()[:2]):  # the kernel reads eight channels at once
+        x = x.contiguous()
+    y = causal_conv1d_fn(
+        x.transpose(1, 2),
+        weight,
+        bias,
+        seq_idx=None if segments is None else segments.int().contiguous(),
+        initial_states=None if window is None else window.to(x.dtype).transpose(1, 2),
+        activation="silu",
+    )
+    return y.transpose(1, 2)

@@ -1,0 +1,98 @@
+"""RMSNorm with an optional gate and groups; backward keeps the inputs only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ssmvl.ops.precision import without_autocast
+
+TILE = 256  # tokens whose intermediate values stay in the cache
+FEW = 2**15  # numbers for which one call of torch's own is faster than tiles, as in decoding
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, groups: int = 1) -> Tensor:
+    """V / sqrt(mean(v²) + eps) * weight with v = x SiLU(gate), the mean over each of `groups` parts of the last axis.
+
+    Computed in `promote_types(x.dtype, float32)`, autocast or not.
+
+    Args:
+        x: (*, E), or (*, K, E) where K paths share a gate.
+        weight: (E,).
+        eps: added to the mean square.
+        gate: (*, E); no gate if None.
+        groups: divides E.
+
+    Returns:
+        The shape of x, in the dtype of `weight`.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    paths = x.shape[-2] if gate is not None and x.ndim > gate.ndim else 1
+    with without_autocast(x.device):
+        given = x.to(dtype), weight.to(dtype), None if gate is None else gate.to(dtype)
+        y = (_few if x.numel() <= FEW else _many)(*given, eps, paths, groups)
+    return y.to(weight.dtype)
+
+
+def _few(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, paths: int, groups: int) -> Tensor:
+    if gate is not None:
+        opened = F.silu(gate)
+        x = x * (opened.unsqueeze(-2) if x.ndim > gate.ndim else opened)
+    if groups == 1:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    parts = x.unflatten(-1, (groups, -1))
+    return F.rms_norm(parts, parts.shape[-1:], eps=eps).flatten(-2) * weight
+
+
+def _many(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, paths: int, groups: int) -> Tensor:
+    parts = x.reshape(-1, paths, groups, x.shape[-1] // groups)
+    if gate is not None:
+        gate = gate.reshape(-1, 1, groups, parts.shape[-1])
+    return _RMSNorm.apply(parts, weight.view(groups, -1), eps, gate).view(x.shape)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gate: Tensor | None) -> Tensor:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for part, v, _, scale in _tiles(x, eps, gate):
+            torch.mul(v, scale, out=y[part]).mul_(weight)
+        if any(ctx.needs_input_grad):
+            ctx.eps = eps
+            ctx.save_for_backward(x, weight, gate)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gate = ctx.saved_tensors
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        d_weight = torch.zeros_like(weight)
+        d_gate = None if gate is None else torch.empty(gate.shape, dtype=x.dtype, device=x.device)
+        for part, v, opened, scale in _tiles(x, ctx.eps, gate):
+            normed = v * scale
+            d_weight += (dy[part] * normed).sum((0, 1))
+            dv = dy[part] * weight
+            mean = (dv * normed).mean(-1, keepdim=True)
+            dv.addcmul_(normed, mean, value=-1).mul_(scale)
+            torch.mul(dv, opened, out=dx[part])
+            if d_gate is not None:
+                d_opened = dv.mul_(x[part]).sum(1, keepdim=True)
+                torch.ops.aten.silu_backward.grad_input(d_opened, gate[part], grad_input=d_gate[part])
+        return dx, d_weight, None, d_gate
+
+
+def _tiles(x: Tensor, eps: float, gate: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """For each tile its place, v, SiLU(gate) or 1, and 1 / sqrt(mean(v²) + eps)."""
+    tile = len(x) if x.is_cuda else max(1, TILE // x.shape[1])
+    for start in range(0, len(x), tile or 1):
+        part = slice(start, start + tile)
+        opened = x.new_ones(()) if gate is None else F.silu(gate[part])
+        v = x[part] if gate is None else x[part] * opened
+        mean = torch.linalg.vector_norm(v, dim=-1, keepdim=True).square_().div_(v.shape[-1])
+        yield part, v, opened, mean.add_(eps).rsqrt_()

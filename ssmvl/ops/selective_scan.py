@@ -1,0 +1,128 @@
+"""Mamba-1's selective scan: a sequence, or one step for decoding.
+
+The recurrence, channel by channel (B and C are those of the channel's group):
+
+    h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] B[t]        h (S,)
+    y[t] = h[t]·C[t] + D x[t]
+
+Source: Gu and Dao, "Mamba" (arXiv 2312.00752), §3.2 and algorithm 2.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+import torch
+from torch import Tensor
+
+from ssmvl.errors import ShapeError
+from ssmvl.ops.backends import choose
+from ssmvl.ops.checks import check_groups, check_rows, check_shapes
+from ssmvl.ops.precision import without_autocast
+from ssmvl.ops.steps import step_sizes
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, inf),
+    state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    segments: Tensor | None = None,
+    chunk: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence above over whole sequences, forward and backward.
+
+    Computed in `promote_types(x.dtype, float32)`, autocast or not.
+
+    Args:
+        x: (B, L, E) inputs.
+        dt: (B, L, E); the step sizes are clamp(softplus(dt + dt_bias), *dt_limit).
+        A: (E, S) negative rates.
+        B: (B, L, G, S) input projections; G divides E.
+        C: (B, L, G, S) output projections.
+        D: (E,) skip weights.
+        dt_bias: (E,).
+        dt_softplus: whether to apply softplus; without it dt + dt_bias must not be negative.
+        dt_limit: lowest and highest step size.
+        state: (B, E, S), the state before the first position; zeros if None. Not with `segments`.
+        lengths: (B,) real positions of right-padded rows; the returned state is the one after them.
+        segments: (B, L); the state is reset where the segment changes.
+        chunk: positions computed together; changes speed, not results. By shape if None.
+        backend: see `ssmvl.ops.backends`.
+
+    Returns:
+        y (B, L, E) in the dtype of `x`, and the state (B, E, S) in the computing dtype.
+
+    Raises:
+        ShapeError: shapes, lengths or segments that do not fit, channels that are no multiple of groups, or both a
+            state and segments.
+        BackendError: the backend asked for cannot do this.
+    """
+    rows, length, width = x.shape
+    groups, size = B.shape[2:]
+    check_rows("selective_scan", rows, length, lengths, segments)
+    check_groups("selective_scan", width, groups)
+    per_group, last = (rows, length, groups, size), (rows, width, size)
+    shapes = {"dt": (dt, (rows, length, width)), "A": (A, (width, size)), "B": (B, per_group), "C": (C, per_group)}
+    check_shapes(
+        "selective_scan", shapes | {"D": (D, (width,)), "dt_bias": (dt_bias, (width,)), "state": (state, last)}
+    )
+    if state is not None and segments is not None:
+        raise ShapeError("selective_scan: a state and segments exclude each other; a packed row starts from nothing")
+    run = choose("selective_scan", x, {"segments": segments}, backend)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with without_autocast(x.device):
+        dt, A = dt.to(dtype), A.to(dtype)
+        D, state = (None if t is None else t.to(dtype) for t in (D, state))
+        dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, lengths)
+        if length == 0:
+            return x, x.new_zeros(last, dtype=dtype) if state is None else state
+        y, state = run(x, dt, A, B, C, D, state, segments, chunk)
+    return y.to(x.dtype), state
+
+
+def selective_scan_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    *,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, inf),
+) -> Tensor:
+    """One position of `selective_scan`: x, dt (B, E), B and C (B, G, S) -> y (B, E); `state` advances in place.
+
+    The other arguments are those of `selective_scan`. Gradients are not computed.
+
+    Raises:
+        ShapeError: shapes that do not fit.
+    """
+    rows, width = x.shape
+    groups, size = B.shape[1:]
+    check_groups("selective_scan_step", width, groups)
+    shapes = {"dt": (dt, (rows, width)), "C": (C, (rows, groups, size)), "state": (state, (rows, width, size))}
+    check_shapes("selective_scan_step", shapes)
+    dtype = state.dtype
+    with without_autocast(x.device), torch.no_grad():
+        inputs, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
+        dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, None)
+        state.mul_((dt[..., None] * A).exp_())
+        u = (inputs * dt).view(rows, groups, -1, 1)
+        by_group = state.view(rows, groups, -1, size).addcmul_(u, B[:, :, None])
+        y = torch.matmul(by_group, C[..., None]).view(rows, width)
+        if D is not None:
+            y.addcmul_(inputs, D.to(dtype))
+    return y.to(x.dtype)

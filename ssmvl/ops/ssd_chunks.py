@@ -1,0 +1,237 @@
+"""The torch backend's SSD: matrix products within chunks of a sequence, a state from chunk to chunk.
+
+Letters: B rows, L positions, Z chunks, Q (at most) positions of a chunk, G groups, R heads of a group, H = G*R heads,
+P head width, S state size. With a[t] = dt[t] A, u[t] = dt[t] x[t] and s[t] the sum of a since the chunk's start:
+
+    y[q] = sum_{k <= q} (C[q]·B[k]) exp(s[q] - s[k]) u[k] + exp(s[q]) h C[q] + D x[q]
+    h'   = exp(s[Q]) h + sum_k exp(s[Q] - s[k]) u[k] ⊗ B[k]
+
+Forward keeps the state before each chunk; backward computes everything else again, chunk by chunk, so no tensor is
+larger than the inputs and what a chunk needs stays in the cache. The gradient of s[t] is dy[t]·(y[t] - D x[t]) -
+du[t]·u[t], because y depends on s[q] - s[k] only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+LOWEST = -60.0  # exp(-60) = 9e-27 stands for every smaller decay: numbers near 1e-40 are a hundred times slower
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor | None,
+    segments: Tensor | None,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The op `ssmvl.ops.ssd.ssd` for L >= 1 and step sizes that are ready, in the dtype of `dt`."""
+    x, B, C = (t.to(dt.dtype) for t in (x, B, C))
+    return _SSD.apply(x, dt, dt * A, B, C, D, state, segments, min(chunk or (256 if x.is_cuda else 64), x.shape[1]))
+
+
+class _Chunk(NamedTuple):
+    """What one chunk of q positions is computed from, and buffers to do it in.
+
+    Buffers by head, (B, G, R, q, P), are for one product a head; those by group, (B, G, q, R, P), for one a group.
+    """
+
+    x: Tensor  # (B, q, G, R, P)
+    dt: Tensor  # (B, q, G, R, 1)
+    B: Tensor  # (B*G, q, S)
+    C: Tensor  # (B*G, q, S)
+    sums: Tensor  # (B, G, R, q): s, counted from the middle of the chunk's total
+    since_start: Tensor  # (B, q, G, R, 1): exp(s); 0 in a segment that starts later
+    to_end: Tensor  # (B, q, G, R, 1): exp(s[Q] - s); 0 in a segment that ends earlier
+    through: Tensor  # (B, H, 1, 1): exp(s[Q])
+    same: Tensor  # (B or 1, 1, q, q): 1 where k <= q, both of one segment
+    u: Tensor  # by head
+    by_head: Tensor
+    by_group: Tensor
+    square: Tensor  # (B, G, R, q, q)
+
+    def scores(self) -> tuple[Tensor, Tensor]:
+        """C[q]·B[k] (B, G, 1, q, q), 0 where k > q, and exp(s[q] - s[k]) in `square`; fills `u` too."""
+        torch.mul(self.x, self.dt, out=self.u.movedim(3, 1))
+        products = torch.bmm(self.C, self.B.transpose(1, 2)).unflatten(0, self.u.shape[:2]).mul_(self.same)
+        torch.sub(self.sums[..., None], self.sums[..., None, :], out=self.square)
+        return products[:, :, None], self.square.clamp_(LOWEST, 0).exp_()
+
+    def group_matrix(self) -> Tensor:
+        """`by_group` as (B*G, q, R*P)."""
+        rows, groups, q = self.by_group.shape[:3]
+        return self.by_group.view(rows * groups, q, -1)
+
+
+def _cut(x: Tensor, dt: Tensor, log: Tensor, B: Tensor, C: Tensor, segments: Tensor | None, chunk: int) -> list[_Chunk]:
+    rows, length, groups, size = B.shape
+    tail = -length % chunk
+    # In fp64 and from the middle: the fp32 difference of two sums is then good to 6e-5 at 20 a step.
+    steps = F.pad(log.clamp(min=LOWEST).double(), [0, 0, 0, tail]).unflatten(1, (-1, chunk))
+    sums = steps.cumsum(2)  # (B, Z, Q, H)
+    total = sums[:, :, -1:]
+    centred = (sums - total / 2).to(log.dtype).transpose(2, 3).contiguous()
+    since, to_end, through = (t.clamp(min=LOWEST).exp().to(log.dtype) for t in (sums, total - sums, total[:, :, 0]))
+    same = x.new_ones(chunk, chunk).tril().expand(1, steps.shape[1], 1, chunk, chunk)
+    if segments is not None:  # the filling at the end belongs to the last segment
+        ids = torch.cat([segments, segments[:, -1:].expand(-1, tail)], dim=1).unflatten(1, (-1, chunk))
+        last = ids[:, :, -1:]
+        before = F.pad(last, [0, 0, 1, -1])
+        since = since * (ids == before)[..., None]
+        to_end = to_end * (ids == last)[..., None]
+        through = through * (last == before)
+        same = same * (ids[..., :, None] == ids[..., None, :])[:, :, None]
+    since, to_end = (t.unflatten(3, (groups, -1))[..., None] for t in (since, to_end))
+    decays = centred.unflatten(2, (groups, -1)), since, to_end, through[..., None, None], same
+    views: Iterable[tuple[Tensor, ...]] = zip(
+        *(_pieces(t, groups, chunk) for t in (x, dt[..., None])),
+        *(t.transpose(1, 2).reshape(-1, length, size).split(chunk, 1) for t in (B, C)),
+        *(t.unbind(1) for t in decays),
+        strict=True,
+    )
+    chunks: list[_Chunk] = []
+    for *inputs, centred, since, to_end, through, same in views:
+        _, q, _, per_group, width = inputs[0].shape
+        if not chunks or q < chunk:
+            shapes = (per_group, q, width), (per_group, q, width), (q, per_group, width), (per_group, q, q)
+            buffers = [x.new_empty(rows, groups, *shape) for shape in shapes]
+        cropped = [centred[..., :q], since[:, :q], to_end[:, :q], through, same[..., :q, :q]]
+        chunks.append(_Chunk._make([*inputs, *cropped, *buffers]))
+    return chunks
+
+
+def _pieces(t: Tensor, groups: int, chunk: int) -> tuple[Tensor, ...]:
+    """(B, L, H, *) -> a view (B, q, G, R, *) of each chunk."""
+    return t.unflatten(2, (groups, -1)).split(chunk, 1)
+
+
+def _matrix(h: Tensor, groups: int) -> Tensor:
+    """A view (B*G, R*P, S) of a state (B, H, P, S)."""
+    return h.view(h.shape[0] * groups, -1, h.shape[-1])
+
+
+class _SSD(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        log: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        state: Tensor | None,
+        segments: Tensor | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        groups, keep = B.shape[2], any(ctx.needs_input_grad)
+        skip = None if D is None else D.view(groups, -1, 1)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        entering = []
+        h: Any = None if state is None else state.clone(memory_format=torch.contiguous_format)
+        for part, yz in zip(_cut(x, dt, log, B, C, segments, chunk), _pieces(y, groups, chunk), strict=True):
+            entering.append(h)
+            products, decays = part.scores()
+            torch.bmm(decays.mul_(products).flatten(0, 2), part.u.flatten(0, 2), out=part.by_head.flatten(0, 2))
+            from_inputs, by_group = part.by_head.movedim(3, 1), part.by_group.movedim(2, 1)
+            if h is None:
+                yz.copy_(from_inputs)
+            else:
+                torch.bmm(part.C, _matrix(h, groups).transpose(1, 2), out=part.group_matrix())
+                torch.addcmul(from_inputs, by_group, part.since_start, out=yz)
+            if skip is not None:
+                yz.addcmul_(part.x, skip)
+            torch.mul(part.u.movedim(3, 1), part.to_end, out=by_group)
+            if h is None:
+                h = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
+            else:
+                h = h * part.through if keep else h.mul_(part.through)
+            _matrix(h, groups).baddbmm_(part.group_matrix().transpose(1, 2), part.B)
+        ctx.set_materialize_grads(False)
+        if keep:
+            ctx.chunk = chunk
+            ctx.save_for_backward(x, dt, log, B, C, D, segments, y, h, *entering)
+        return y, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, dt, log, B, C, D, segments, y, last, *entering = ctx.saved_tensors
+        groups, chunk = B.shape[2], ctx.chunk
+        dy = torch.zeros_like(y) if dy is None else dy
+        skip = None if D is None else D.view(groups, -1, 1)
+        chunks = _cut(x, dt, log, B, C, segments, chunk)
+        dx, d_dt, d_sum, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, dt, B, C))
+        d_skip = torch.zeros_like(skip) if skip is not None else None
+        dh = None if dh is None else dh.contiguous()
+        # What reaches a step's decay from beyond its chunk: <dh, h> of the state that leaves the chunk.
+        beyond = x.new_zeros(len(chunks), x.shape[0], x.shape[2])
+        by_head = zip(*(_pieces(t, groups, chunk) for t in (dy, y, dx, d_dt[..., None], d_sum[..., None])), strict=True)
+        by_group = zip(*(t.split(chunk, 1) for t in (dB, dC)), strict=True)
+        views = [*zip(chunks, by_head, by_group, entering, [*entering[1:], last], beyond, strict=True)]
+        for part, (dyz, yz, dxz, d_dtz, d_sumz), (dBz, dCz), before, after, beyond_z in reversed(views):
+            if dh is not None:
+                torch.sum(dh * after, (2, 3), out=beyond_z)
+            du, dB_flat, dC_flat = _within(part, dyz)
+            dh = _across(part, dyz, du, dB_flat, dC_flat, before, dh)
+            for whole, flat in ((dBz, dB_flat), (dCz, dC_flat)):
+                whole.copy_(flat.unflatten(0, (-1, groups)).transpose(1, 2))
+            products = part.by_group.movedim(2, 1)
+            torch.sum(torch.mul(du, part.x, out=products), -1, keepdim=True, out=d_dtz)
+            torch.sum(torch.mul(dyz, yz, out=products), -1, keepdim=True, out=d_sumz)
+            d_sumz.addcmul_(d_dtz, part.dt, value=-1)
+            torch.mul(du, part.dt, out=dxz)
+            if d_skip is not None:
+                through_skip = torch.mul(dyz, part.x, out=products).sum(-1, keepdim=True)
+                d_sumz.addcmul_(through_skip, skip, value=-1)
+                d_skip += through_skip.sum((0, 1))
+                dxz.addcmul_(dyz, skip)
+        # s[t] holds every step of its chunk up to t, so a step's gradient is the sum over the positions from it on.
+        tail = -x.shape[1] % chunk
+        later = F.pad(d_sum.double(), [0, 0, 0, tail]).unflatten(1, (-1, chunk)).flip(2).cumsum(2).flip(2)
+        d_log = (later + beyond.transpose(0, 1)[:, :, None]).flatten(1, 2)[:, : x.shape[1]].to(x.dtype)
+        dD = None if d_skip is None else d_skip.view_as(D)
+        return dx, d_dt, d_log, dB, dC, dD, None if entering[0] is None else dh, None, None
+
+
+def _within(part: _Chunk, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Back through the sum over the chunk's own inputs: gradients of u (B, q, G, R, P), B and C (B*G, q, S)."""
+    products, decays = part.scores()
+    weights = (decays * products).flatten(0, 2)
+    part.by_head.movedim(3, 1).copy_(dy)
+    dy_heads, u_heads = part.by_head.flatten(0, 2), part.u.flatten(0, 2)
+    du = torch.bmm(weights.transpose(1, 2), dy_heads)
+    d_weights = torch.bmm(dy_heads, u_heads.transpose(1, 2), out=weights).view_as(decays)
+    d_products = d_weights.mul_(decays).sum(2).mul_(part.same).flatten(0, 1)
+    dB, dC = torch.bmm(d_products.transpose(1, 2), part.C), torch.bmm(d_products, part.B)
+    return du.view_as(part.u).movedim(3, 1), dB, dC
+
+
+def _across(
+    part: _Chunk, dy: Tensor, du: Tensor, dB: Tensor, dC: Tensor, before: Tensor | None, dh: Tensor | None
+) -> Tensor | None:
+    """Back through the states: adds to du, dB and dC; dh of the state after the chunk -> that of the one before."""
+    groups, by_group, matrix = part.u.shape[1], part.by_group.movedim(2, 1), part.group_matrix()
+    if dh is not None:
+        torch.mul(part.u.movedim(3, 1), part.to_end, out=by_group)
+        dB.baddbmm_(matrix, _matrix(dh, groups))
+        torch.bmm(part.B, _matrix(dh, groups).transpose(1, 2), out=matrix)
+        du.addcmul_(by_group, part.to_end)
+        dh = dh * part.through
+    if before is None:
+        return dh
+    torch.mul(dy, part.since_start, out=by_group)
+    dC.baddbmm_(matrix, _matrix(before, groups))
+    dh = torch.zeros_like(before) if dh is None else dh
+    _matrix(dh, groups).baddbmm_(matrix.transpose(1, 2), part.C)
+    return dh
