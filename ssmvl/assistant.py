@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from ssmvl.batch import collate, pad
 from ssmvl.build import build_model, build_processor
 from ssmvl.checkpoints import write_folder
 from ssmvl.errors import CheckpointError, DataError
-from ssmvl.interfaces import LanguageModel
+from ssmvl.interfaces import IGNORED, IMAGE_PLACE, LanguageModel
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.text.processor import Processor
 from ssmvl.vision.transforms import ImageLike
@@ -36,6 +36,7 @@ class Assistant:
 
     def __init__(self, model: VisionLanguageModel, processor: Processor, recipe: Recipe) -> None:
         self.model, self.processor, self.recipe = model.eval(), processor, recipe
+        self._step: Callable[..., Tensor] = model.step
 
     @torch.no_grad()  # not inference_mode: what it caches could not be trained with afterwards
     def generate(
@@ -62,15 +63,65 @@ class Assistant:
             raise DataError(f"{len(prompts)} prompts, but {len(images)} images; give one image or None for each prompt")
         if not prompts or max_new_tokens < 1:
             return [""] * len(prompts)
-        device = next(self.model.parameters()).device
         encode = self.processor.encode
         samples = [
             encode([{"role": "user", "content": text}], [] if image is None else [image])
             for text, image in zip(prompts, images, strict=True)
         ]
+        return self._answer(samples, max_new_tokens)
+
+    @torch.no_grad()
+    def generate_ids(
+        self, ids: Tensor, mask: Tensor, images: Sequence[ImageLike] = (), *, max_new_tokens: int = 64
+    ) -> list[str]:
+        """Greedy answers to rows of ids that a caller made, padded on either side: only real positions are read.
+
+        Args:
+            ids: (B, T), -1 at image places, as many for each image as the connector gives tokens.
+            mask: (B, T), true or 1 at real positions.
+            images: in the order of their places.
+            max_new_tokens: length of an answer at the most.
+
+        Raises:
+            DataError: ids and mask differ in shape, a row has no real position, an id is none of the tokenizer's, or
+                image places and images do not match in number.
+        """
+        if ids.ndim != 2 or ids.shape != mask.shape:
+            raise DataError(
+                f"ids and mask must have one shape (B, T), received {tuple(ids.shape)}, {tuple(mask.shape)}"
+            )
+        rows = [row[real] for row, real in zip(ids.cpu(), mask.cpu().bool(), strict=True)]
+        limit, each = cast(int, self.model.language.num_tokens), self.processor.places
+        for number, row in enumerate(rows):
+            if not len(row):
+                raise DataError(f"row {number} has no real position; give it at least one id")
+            wrong = row[(row >= limit) | ((row < 0) & (row != IMAGE_PLACE))]
+            if len(wrong):
+                raise DataError(
+                    f"row {number} has the id {int(wrong[0])}; ids are 0…{limit - 1}, or -1 at image places"
+                )
+        counts = [int((row == IMAGE_PLACE).sum()) for row in rows]
+        if any(count % each for count in counts) or sum(counts) != each * len(images):
+            raise DataError(f"{len(images)} images of {each} places each, but the rows have {counts} image places")
+        pixels = {spec: t.split([c // each for c in counts]) for spec, t in self.processor.pixels(images).items()}
+        samples = [
+            {"ids": row, "labels": torch.full_like(row, IGNORED), "images": {s: t[number] for s, t in pixels.items()}}
+            for number, row in enumerate(rows)
+        ]
+        return self._answer(samples, max_new_tokens) if rows and max_new_tokens > 0 else [""] * len(rows)
+
+    def compile(self) -> None:
+        """Compile the decoding step with torch.compile: equal answers, faster after a slow first one.
+
+        Needs a C++ compiler on a CPU, Triton on a GPU. A new number of prompts compiles again.
+        """
+        self._step = torch.compile(self.model.step, fullgraph=True, dynamic=False)
+
+    def _answer(self, samples: Sequence[Mapping[str, Any]], max_new_tokens: int) -> list[str]:
+        device = next(self.model.parameters()).device
         inputs = pad(collate(samples))
         visual = self.model.encode({spec: pixels.to(device) for spec, pixels in inputs["images"].items()})
-        state = cast(LanguageModel, self.model.language).new_state(len(prompts), device)
+        state = cast(LanguageModel, self.model.language).new_state(len(samples), device)
         moved = [inputs[key].to(device) for key in ("ids", "lengths", "image_positions")]
         logits = self.model.prefill(moved[0], moved[1], visual, moved[2], state)
         answers = self._continue(logits, state, max_new_tokens)
@@ -87,7 +138,7 @@ class Assistant:
             done |= ids == end
             if number + 1 == limit or bool(done.all()):
                 break
-            logits = self.model.step(ids, state)
+            logits = self._step(ids, state)
         rows = torch.stack(steps, dim=1).tolist()
         return [row[: row.index(end)] if end in row else row for row in rows]
 

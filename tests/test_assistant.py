@@ -9,6 +9,7 @@ from PIL import Image
 
 import ssmvl
 from ssmvl.assistant import Assistant
+from ssmvl.batch import collate, pad
 from ssmvl.build import build_processor
 from ssmvl.checkpoints import read_tensors
 from ssmvl.errors import CheckpointError, DataError
@@ -42,6 +43,26 @@ def test_answers_do_not_depend_on_the_batch(assistant: Assistant, images: list[I
         together += assistant.generate(PROMPTS[part], images[part], max_new_tokens=16)
     assert together == alone
     assert len(set(alone)) > 2
+
+
+@pytest.mark.parametrize("extra", [1, 40])
+def test_answers_do_not_depend_on_what_stands_in_the_padding(
+    assistant: Assistant, images: list[Image.Image | None], extra: int
+) -> None:
+    model, processor = assistant.model, assistant.processor
+    pairs = zip(PROMPTS, images, strict=True)
+    samples = [processor.encode([{"role": "user", "content": p}], [] if i is None else [i]) for p, i in pairs]
+    inputs = pad(collate(samples))
+    rows, length = inputs["ids"].shape
+    padded = torch.randint(257, (rows, length + extra))
+    for row, sample in zip(padded, samples, strict=True):
+        row[: len(sample["ids"])] = sample["ids"]
+    places = inputs["image_positions"]
+    with torch.no_grad():
+        visual, state = model.encode(inputs["images"]), model.language.new_state(rows)
+        logits = model.prefill(padded, inputs["lengths"], visual, places + places // length * extra, state)
+        answers = [processor.decode(ids) for ids in assistant._continue(logits, state, 16)]
+    assert answers == assistant.generate(PROMPTS, images, max_new_tokens=16)
 
 
 def test_greedy_equals_reading_the_whole_text_again(assistant: Assistant, images: list[Image.Image | None]) -> None:

@@ -16,6 +16,7 @@ VERBS = {
     "show": "print a recipe with its overrides merged",
     "list": "list recipes and components, and plugins that failed",
     "generate": "ask a trained model about an image",
+    "bench": "measure speed and memory, as shares of what the machine allows",
     "doctor": "report versions, backends, plugins and stale shared memory",
 }
 

@@ -14,6 +14,7 @@ from ssmvl.layers.block import Block, scale_residual
 from ssmvl.layers.mamba1 import Mamba1Mixer
 from ssmvl.layers.mamba2 import Mamba2Mixer
 from ssmvl.layers.norm import RMSNorm
+from ssmvl.ops.checks import check_rows
 
 STRETCH = 1024  # positions of a prefill that pass through the layers at once
 
@@ -68,9 +69,10 @@ class MambaLM(nn.Module):
         """Embeds (B, T, D) right-padded, lengths (B,) -> hidden (B, T, D), normed; advances `state`.
 
         Raises:
-            ShapeError: the state belongs to another model, or to another number of rows.
+            ShapeError: the state belongs to another model, or to another number of rows, or lengths do not fit.
         """
         state.check(self._name, len(embeds))
+        check_rows("prefill", embeds.shape[0], embeds.shape[1], lengths, None)
         hidden = []
         # In stretches, so that memory does not grow with T: each continues from the state that the last one left.
         for start in range(0, max(embeds.shape[1], 1), STRETCH):

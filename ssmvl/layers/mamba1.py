@@ -75,9 +75,9 @@ class Mamba1Mixer(nn.Module):
         """X (B, L, D), paths (K, L), segments (B, L) -> (B, L, D).
 
         Raises:
-            ShapeError: `paths` is not one for each of the mixer's paths, or comes with segments.
+            ShapeError: `paths` is not one of L positions for each of the mixer's paths, or comes with segments.
         """
-        self.folding.check(paths, segments)
+        self.folding.check(x.shape[1], paths, segments)
         x, z = self._project(x)
         x, _ = causal_conv(self.folding.fold(x, paths), self._taps, self.conv1d.bias, segments=segments)
         y, _ = selective_scan(*self._scan_inputs(x), **self._scan_parameters(), segments=segments)

@@ -97,9 +97,9 @@ class Mamba2Mixer(nn.Module):
         """X (B, L, D), paths (K, L), segments (B, L) -> (B, L, D).
 
         Raises:
-            ShapeError: `paths` is not one for each of the mixer's paths, or comes with segments.
+            ShapeError: `paths` is not one of L positions for each of the mixer's paths, or comes with segments.
         """
-        self.folding.check(paths, segments)
+        self.folding.check(x.shape[1], paths, segments)
         z, xBC, dt = self._project(x)
         xBC, dt = self.folding.fold(xBC, paths), self.folding.fold(dt, paths)
         xBC, _ = causal_conv(xBC, self._taps, self.conv1d.bias, segments=segments)
@@ -154,10 +154,10 @@ class Mamba2Mixer(nn.Module):
 
     def _ssd_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """XBC (*, K*C) after the conv and dt (*, K*H) -> x (*, K*H, P), dt, A (K*H,), B and C (*, K*G, S)."""
-        size, lead = self.num_groups * self.d_state, xBC.shape[:-1]
-        x, B, C = xBC.view(*lead, -1, self.channels).split([self.inner, size, size], dim=-1)
-        x = x.reshape(*lead, -1, self.head_dim)
-        B, C = B.reshape(*lead, -1, self.d_state), C.reshape(*lead, -1, self.d_state)
+        size, own, lead = self.num_groups * self.d_state, self.folding.own, xBC.shape[:-1]
+        x, B, C = xBC.view(*lead, own, self.channels).split([self.inner, size, size], dim=-1)
+        x = x.reshape(*lead, own * self.heads, self.head_dim)
+        B, C = (t.reshape(*lead, own * self.num_groups, self.d_state) for t in (B, C))
         return x, dt, negative_exp(self.A_log), B, C
 
     def _ssd_parameters(self) -> dict[str, Any]:

@@ -28,15 +28,17 @@ class PathFolding:
         self.own = count if parameters == "own" else 1
         """Sets of parameters."""
 
-    def check(self, paths: Tensor | None, segments: Tensor | None) -> None:
+    def check(self, length: int, paths: Tensor | None, segments: Tensor | None) -> None:
         """Check the arguments of a mixer's `forward`.
 
         Raises:
-            ShapeError: `paths` is not one for each of the mixer's, or comes with segments.
+            ShapeError: `paths` is not one of L positions for each of the mixer's, or comes with segments.
         """
         if (1 if paths is None else paths.shape[0]) != self.count:
             got = "none" if paths is None else str(paths.shape[0])
             raise ShapeError(f"a mixer built for num_paths={self.count} received {got} paths")
+        if paths is not None and paths.shape[1:] != (length,):
+            raise ShapeError(f"paths {tuple(paths.shape)} must run over the {length} positions of the input")
         if paths is not None and segments is not None:
             raise ShapeError(
                 "paths and segments exclude each other: a path runs over one grid, not over packed samples"
@@ -63,7 +65,7 @@ class PathFolding:
     def unfold(self, y: Tensor, paths: Tensor | None) -> Tensor:
         """What became of a folded x -> (B, L, K, C), in raster order."""
         if self.own == self.count:
-            y = y.unflatten(2, (self.count, -1))
+            y = y.unflatten(2, (self.count, y.shape[2] // self.count))
         else:
             y = y.unflatten(0, (-1, self.count)).transpose(1, 2)
         return y if paths is None else along(y, inverse(paths))

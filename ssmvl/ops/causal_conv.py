@@ -70,6 +70,7 @@ def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, window: Ten
     Raises:
         ShapeError: shapes that do not fit.
     """
+    check_rows("causal_conv_step", len(x), 1, None, None)
     check_shapes("causal_conv_step", {"window": (window, (len(x), weight.shape[-1] - 1, x.shape[1]))})
     with without_autocast(x.device), torch.no_grad():
         inputs = torch.cat([window.to(x.dtype), x[:, None]], dim=1)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from ssmvl.ops.precision import backward_without_autocast
 
 
 def causal_conv(
@@ -19,7 +20,7 @@ def causal_conv(
     reach = weight.shape[1] - 1
     same = None
     if segments is not None:  # (W-1, B, L, 1): 1 where the input `reach - j` positions back is of the same segment
-        shifted = [F.pad(segments, [reach - j, j - reach], value=-2)[:, : x.shape[1]] for j in range(reach)]
+        shifted = [F.pad(segments, [reach - j, 0], value=-2)[:, : x.shape[1]] for j in range(reach)]
         same = (torch.stack([segments, *shifted])[1:] == segments)[..., None].to(dtype)
     given = (None if t is None else t.to(dtype) for t in (x, weight.t(), bias, window))
     return _CausalConv.apply(*given, same)
@@ -40,7 +41,7 @@ class _CausalConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @backward_without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, taps, bias, window, same = ctx.saved_tensors
         dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)

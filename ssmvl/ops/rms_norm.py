@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ssmvl.ops.precision import without_autocast
+from ssmvl.ops.precision import backward_without_autocast, without_autocast
 
 TILE = 256  # tokens whose intermediate values stay in the cache
 FEW = 2**15  # numbers for which one call of torch's own is faster than tiles, as in decoding
@@ -68,7 +67,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @backward_without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gate = ctx.saved_tensors
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -112,6 +112,7 @@ def selective_scan_step(
     """
     rows, width = x.shape
     groups, size = B.shape[1:]
+    check_rows("selective_scan_step", rows, 1, None, None)
     check_groups("selective_scan_step", width, groups)
     shapes = {"dt": (dt, (rows, width)), "C": (C, (rows, groups, size)), "state": (state, (rows, width, size))}
     check_shapes("selective_scan_step", shapes)

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from ssmvl.ops.precision import backward_without_autocast
 
 
 def selective_scan(
@@ -101,7 +102,7 @@ class _SelectiveScan(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    @once_differentiable
+    @backward_without_autocast
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, goes_on, *entering = ctx.saved_tensors
         dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if dy is None else dy

@@ -110,6 +110,7 @@ def ssd_step(
     """
     rows, heads, width = x.shape
     groups, size = B.shape[1:]
+    check_rows("ssd_step", rows, 1, None, None)
     check_groups("ssd_step", heads, groups)
     shapes = {"dt": (dt, (rows, heads)), "C": (C, (rows, groups, size)), "state": (state, (rows, heads, width, size))}
     check_shapes("ssd_step", shapes)

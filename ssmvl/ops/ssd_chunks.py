@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from ssmvl.ops.precision import backward_without_autocast
 
 LOWEST = -60.0  # exp(-60) = 9e-27 stands for every smaller decay: numbers near 1e-40 are a hundred times slower
 
@@ -164,7 +165,7 @@ class _SSD(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    @once_differentiable
+    @backward_without_autocast
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, log, B, C, D, segments, y, last, *entering = ctx.saved_tensors
         groups, chunk = B.shape[2], ctx.chunk

@@ -83,11 +83,19 @@ class Processor:
             raise DataError(
                 f"nothing to learn in this sample: no supervised token in {list(map(dict, conversation))!r}"
             )
-        decoded = [read_image(image) for image in images]
-        pixels = {spec: _stack([to_pixels(image, spec) for image in decoded], spec) for spec in self.image_specs}
+        pixels = self.pixels(images)
         return Sample(
             ids=torch.tensor(ids, dtype=torch.long), labels=torch.tensor(labels, dtype=torch.long), images=pixels
         )
+
+    def pixels(self, images: Sequence[ImageLike]) -> dict[ImageSpec, Tensor]:
+        """Images -> uint8 (I, 3, S, S) for each input of the encoders.
+
+        Raises:
+            DataError: an image cannot be decoded.
+        """
+        decoded = [read_image(image) for image in images]
+        return {spec: _stack([to_pixels(image, spec) for image in decoded], spec) for spec in self.image_specs}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids -> text, special tokens left out."""

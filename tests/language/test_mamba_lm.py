@@ -1,42 +1,167 @@
+"""Both language models: read at once, in parts, by steps, padded and packed."""
+
 from __future__ import annotations
 
 import functools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from ssmvl.language.mamba_lm import MambaLM
+from ssmvl.errors import ShapeError
+from ssmvl.language.mamba_lm import Mamba1LM, MambaLM
+from ssmvl.language.state import RecurrentState
+from ssmvl.layers.mamba1 import Mamba1Mixer
 from ssmvl.layers.mamba2 import Mamba2Mixer
 
+close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
 
-@pytest.fixture
-def lm() -> MambaLM:
-    return MambaLM(width=8, num_layers=2, num_tokens=20, mixer=functools.partial(Mamba2Mixer, d_state=4, head_dim=4))
+
+def states_close(found: RecurrentState, expected: RecurrentState) -> None:
+    for mine, theirs in zip(found.layers, expected.layers, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            close(a, b)
+
+
+def full(rows: int, length: int) -> Tensor:
+    return torch.full((rows,), length)
+
+
+def started(lm: MambaLM, rows: int) -> RecurrentState:
+    """A state that has seen 5 positions, others in each row."""
+    state = lm.new_state(rows)
+    lm.prefill(torch.randn(rows, 5, 8), full(rows, 5), state)
+    return state
 
 
 def test_vocabulary_is_padded_and_the_head_is_the_embedding(lm: MambaLM) -> None:
-    assert (lm.num_tokens, lm.vocab_rows) == (20, 32)
+    rows = 24 if isinstance(lm, Mamba1LM) else 32
+    assert (lm.num_tokens, lm.vocab_rows) == (20, rows)
     hidden = torch.randn(3, 8)
-    torch.testing.assert_close(lm.head(hidden), hidden @ lm.embedding.weight.T)
-    assert sum("32" in str(tuple(p.shape)) for p in lm.parameters()) == 1
+    close(lm.head(hidden), hidden @ lm.embedding.weight.T)
+    assert [name for name, p in lm.named_parameters() if p.shape == (rows, 8)] == ["embedding.weight"]
 
 
-@pytest.mark.parametrize("cut", range(0, 71, 7))
-def test_prefill_in_parts_equals_backbone(lm: MambaLM, cut: int) -> None:
-    with torch.no_grad():
-        embeds = lm.embed(torch.randint(20, (2, 70)))
-        state = lm.new_state(2)
-        first = lm.prefill(embeds[:, :cut], torch.full((2,), cut), state)
-        second = lm.prefill(embeds[:, cut:], torch.full((2,), 70 - cut), state)
-        torch.testing.assert_close(torch.cat([first, second], 1), lm.backbone(embeds), atol=1e-5, rtol=1e-4)
+def test_models_are_of_their_own_mixers() -> None:
+    sizes = {"width": 64, "num_layers": 1, "num_tokens": 4}
+    assert isinstance(MambaLM(**sizes).layers[0].mixer, Mamba2Mixer)
+    assert isinstance(Mamba1LM(**sizes).layers[0].mixer, Mamba1Mixer)
 
 
-def test_steps_equal_backbone(lm: MambaLM) -> None:
-    with torch.no_grad():
-        embeds = lm.embed(torch.randint(20, (2, 9)))
-        state = lm.new_state(2)
-        steps = [lm.step(embeds[:, t], state) for t in range(9)]
-        torch.testing.assert_close(torch.stack(steps, 1), lm.backbone(embeds), atol=1e-5, rtol=1e-4)
+@torch.no_grad()
+def test_prefill_equals_backbone(lm: MambaLM) -> None:
+    embeds = lm.embed(torch.randint(20, (2, 70)))
+    close(lm.prefill(embeds, full(2, 70), lm.new_state(2)), lm.backbone(embeds))
+
+
+@pytest.mark.parametrize("cut", range(71))
+@torch.no_grad()
+def test_prefill_in_two_parts_equals_prefill(lm: MambaLM, cut: int) -> None:
+    embeds = lm.embed(torch.randint(20, (2, 70)))
+    whole, parts = lm.new_state(2), lm.new_state(2)
+    expected = lm.prefill(embeds, full(2, 70), whole)
+    first = lm.prefill(embeds[:, :cut], full(2, cut), parts)
+    second = lm.prefill(embeds[:, cut:], full(2, 70 - cut), parts)
+    close(torch.cat([first, second], 1), expected)
+    states_close(parts, whole)
+
+
+@torch.no_grad()
+def test_steps_equal_prefill(lm: MambaLM) -> None:
+    embeds = lm.embed(torch.randint(20, (2, 70)))
+    whole, stepped = lm.new_state(2), lm.new_state(2)
+    expected = lm.prefill(embeds, full(2, 70), whole)
+    steps = [lm.step(embeds[:, t], stepped) for t in range(70)]
+    close(torch.stack(steps, 1), expected)
+    states_close(stepped, whole)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=5))
+@torch.no_grad()
+def test_rows_of_any_lengths_equal_the_row_alone(lm: MambaLM, lengths: list[int]) -> None:
+    embeds, together = torch.randn(len(lengths), 20, 8), started(lm, len(lengths))
+    alone = [together.rows([row]) for row in range(len(lengths))]
+    hidden = lm.prefill(embeds, torch.tensor(lengths), together)
+    for row, length in enumerate(lengths):
+        expected = lm.prefill(embeds[row : row + 1, :length], full(1, length), alone[row])
+        close(hidden[row : row + 1, :length], expected)
+        states_close(together.rows([row]), alone[row])
+
+
+@pytest.mark.parametrize("lengths", [[21, 21], [24, 16], [20, 0], [3, 8], [1, 17]])
+@torch.no_grad()
+def test_stretches_equal_one(lm: MambaLM, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    embeds, once = torch.randn(2, 24, 8), started(lm, 2)
+    stretched = once.clone()
+    expected = lm.prefill(embeds, torch.tensor(lengths), once)
+    monkeypatch.setattr("ssmvl.language.mamba_lm.STRETCH", 8)
+    hidden = lm.prefill(embeds, torch.tensor(lengths), stretched)
+    assert hidden.shape == expected.shape
+    for row, length in enumerate(lengths):
+        close(hidden[row, :length], expected[row, :length])
+    states_close(stretched, once)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 3))
+def test_packed_row_equals_samples_apart_forward_and_backward(lm: MambaLM, lengths: list[int], padding: int) -> None:
+    real = sum(lengths)
+    embeds, weight = torch.randn(1, real + padding, 8, requires_grad=True), torch.randn(1, real, 8)
+    numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    segments = torch.cat([numbers, torch.full((padding,), -1)])[None].int()
+    packed = lm.backbone(embeds, segments)[:, :real]
+    apart = torch.cat([lm.backbone(part) for part in embeds[:, :real].split(lengths, dim=1)], 1)
+    close(packed, apart)
+    wanted = [embeds, *(p for name, p in lm.named_parameters() if name != "embedding.weight")]
+    gradients = (torch.autograd.grad((y * weight).sum(), wanted) for y in (packed, apart))
+    for one, other in zip(*gradients, strict=True):
+        close(one, other, atol=1e-4 * max(1.0, float(other.abs().max())))
+
+
+def refused(lm: MambaLM, rows: int, state: RecurrentState, message: str, length: int = 4) -> None:
+    for run in (
+        lambda: lm.prefill(torch.randn(rows, length, 8), full(rows, length), state),
+        lambda: lm.step(torch.randn(rows, 8), state),
+    ):
+        with pytest.raises(ShapeError, match=message) as caught, torch.no_grad():
+            run()
+        assert "\n" not in str(caught.value)
+
+
+def test_state_of_another_model_is_refused(lm: MambaLM) -> None:
+    mixer = type(lm.layers[0].mixer).__name__
+    deeper = type(lm)(width=64, num_layers=3, num_tokens=20)
+    refused(lm, 2, deeper.new_state(2), f"state of {mixer} LM, width 64, 3 layers cannot .* {mixer} LM, width 8, 2")
+    other = MambaLM if isinstance(lm, Mamba1LM) else Mamba1LM
+    refused(lm, 2, other(width=64, num_layers=1, num_tokens=20).new_state(2), rf"cannot be used by {mixer} LM")
+
+
+def test_state_of_another_size_is_refused(lm: MambaLM) -> None:
+    mixer = functools.partial(
+        type(lm.layers[0].mixer), d_state=6, **({} if isinstance(lm, Mamba1LM) else {"head_dim": 4})
+    )
+    larger = type(lm)(width=8, num_layers=2, num_tokens=20, mixer=mixer)
+    refused(lm, 2, larger.new_state(2), r"(window|state) must have shape .*, received ")
+
+
+def test_state_of_other_rows_is_refused(lm: MambaLM) -> None:
+    refused(lm, 2, lm.new_state(3), r"a state of 3 rows cannot take 2; make one with new_state\(2\)")
+
+
+def test_a_batch_of_no_rows_is_refused(lm: MambaLM) -> None:
+    refused(lm, 0, lm.new_state(0), "a batch of no rows")
+    refused(lm, 0, lm.new_state(0), "a batch of no rows", length=0)
+    with pytest.raises(ShapeError, match="a batch of no rows"):
+        lm.backbone(torch.randn(0, 4, 8))
+
+
+@pytest.mark.parametrize("lengths", [[4, 5], [4, -1], [4]])
+def test_lengths_that_the_rows_do_not_have_are_refused(lm: MambaLM, lengths: list[int]) -> None:
+    with pytest.raises(ShapeError, match=r"lengths\[1\] is (5|-1); rows have 0…4|lengths must have shape \(2,\)"):
+        lm.prefill(torch.randn(2, 4, 8), torch.tensor(lengths), lm.new_state(2))
 
 
 def test_shard_units_leave_the_tied_embedding_out(lm: MambaLM) -> None:

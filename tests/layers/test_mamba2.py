@@ -1,4 +1,8 @@
+"""What is Mamba-2's own: one path written out straight, shapes, options. See test_mixers for what all mixers do."""
+
 from __future__ import annotations
+
+from math import inf
 
 import pytest
 import torch
@@ -6,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmvl.errors import ShapeError
-from ssmvl.interfaces import Grid
+from ssmvl.interfaces import Grid, ScanOrder
 from ssmvl.layers.mamba2 import Mamba2Mixer
-from ssmvl.scans import bsm, csm
+from ssmvl.scans import bsm, csm, raster
 
 SMALL = {"d_state": 5, "head_dim": 4, "d_conv": 3}
 
@@ -36,7 +40,7 @@ def one_path(mixer: Mamba2Mixer, x: Tensor, path: Tensor, k: int) -> Tensor:
     ).transpose(1, 2)
     u, B, C = xBC.split([inner, size, size], -1)
     own = slice(k * heads, (k + 1) * heads)
-    dt = F.softplus(dt + mixer.dt_bias[own])
+    dt = F.softplus(dt + mixer.dt_bias[own]).clamp(*mixer.dt_limit)
     A, D = -mixer.A_log[own].exp(), mixer.D[own]
     u = u.unflatten(-1, (heads, -1))
     per_head = heads // mixer.num_groups
@@ -48,18 +52,64 @@ def one_path(mixer: Mamba2Mixer, x: Tensor, path: Tensor, k: int) -> Tensor:
         y[:, t] = (h * C[:, t, :, None]).sum(-1) + D[:, None] * u[:, t]
     back = torch.empty_like(y)
     back[:, path] = y
-    gated = back.flatten(2) * F.silu(z)
-    return gated * torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + 1e-5) * mixer.norm.weight
+    gated = (back.flatten(2) * F.silu(z)).unflatten(-1, (mixer.norm.groups, -1))
+    return (gated * torch.rsqrt(gated.pow(2).mean(-1, keepdim=True) + 1e-5)).flatten(2) * mixer.norm.weight
 
 
-@pytest.mark.parametrize(("order", "groups", "merge"), [(bsm, 1, "mean"), (csm, 2, "mean"), (bsm, 1, "sum")])
-def test_paths_equal_each_written_out_straight(order: object, groups: int, merge: str) -> None:
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    ("order", "groups", "merge"), [(raster, 2, "mean"), (bsm, 1, "mean"), (csm, 2, "mean"), (bsm, 1, "sum")]
+)
+def test_paths_equal_each_written_out_straight(order: ScanOrder, groups: int, merge: str, own: bool) -> None:
     paths = order(Grid(1, 2, 3))
-    mixer = trained(Mamba2Mixer(8, len(paths), num_groups=groups, merge=merge, **SMALL))
-    x = torch.randn(2, 6, 8)
-    each = torch.stack([one_path(mixer, x, path, k) for k, path in enumerate(paths)])
+    parameters = "own" if own else "shared"
+    options = {"num_groups": groups, "merge": merge, "path_parameters": parameters, **SMALL}
+    mixer, x = trained(Mamba2Mixer(8, len(paths), **options)), torch.randn(2, 6, 8)
+    each = torch.stack([one_path(mixer, x, path, k if own else 0) for k, path in enumerate(paths)])
     merged = each.mean(0) if merge == "mean" else each.sum(0)
     torch.testing.assert_close(mixer(x, paths), merged @ mixer.out_proj.weight.T, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+@pytest.mark.parametrize("norm_groups", [2, 4, 16])
+def test_each_norm_group_is_normalised_apart(norm_groups: int, num_groups: int) -> None:
+    check_option(Mamba2Mixer(8, num_groups=num_groups, **SMALL), norm_groups=norm_groups)
+
+
+@pytest.mark.parametrize("limit", [(0.0, 0.02), (0.3, inf), (0.04, 0.06)])
+def test_step_sizes_stay_within_their_limits(limit: tuple[float, float]) -> None:
+    check_option(Mamba2Mixer(8, **SMALL), dt_limit=limit)
+
+
+@torch.no_grad()
+def check_option(without: Mamba2Mixer, **option: object) -> None:
+    """Forward, prefill and steps equal the path written out, and differ from a mixer `without` the option."""
+    mixer, x = trained(Mamba2Mixer(8, num_groups=without.num_groups, **SMALL, **option)), torch.randn(2, 9, 8)
+    expected = one_path(mixer, x, torch.arange(9), 0) @ mixer.out_proj.weight.T
+    read, stepped = mixer.new_state(2), mixer.new_state(2)
+    steps = torch.stack([mixer.step(x[:, t], stepped) for t in range(9)], 1)
+    for y in (mixer(x), mixer.prefill(x, torch.tensor([9, 9]), read), steps):
+        torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
+    without.load_state_dict(mixer.state_dict())
+    assert (without(x) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("parameters", "count"), [("own", 3), ("shared", 1)])
+def test_shapes(parameters: str, count: int) -> None:
+    mixer = Mamba2Mixer(8, 3, num_groups=2, norm_groups=2, path_parameters=parameters, **SMALL)
+    heads, channels = 4, 16 + 2 * 2 * 5
+    assert {name: tuple(p.shape) for name, p in mixer.named_parameters()} == {
+        "in_proj.weight": (16 + channels + heads, 8),
+        "conv1d.weight": (count * channels, 1, 3),
+        "conv1d.bias": (count * channels,),
+        "dt_bias": (count * heads,),
+        "A_log": (count * heads,),
+        "D": (count * heads,),
+        "norm.weight": (16,),
+        "out_proj.weight": (8, 16),
+    }
+    state = Mamba2Mixer(8, num_groups=2, **SMALL).new_state(7)
+    assert (state.conv.shape, state.ssm.shape) == ((7, 2, channels), (7, heads, 4, 5))
 
 
 def test_paths_start_as_copies_of_the_first() -> None:
@@ -69,78 +119,20 @@ def test_paths_start_as_copies_of_the_first() -> None:
         assert all(torch.equal(first, other) for other in others)
 
 
-def test_causal() -> None:
-    mixer, x = Mamba2Mixer(8, **SMALL), torch.randn(1, 9, 8)
-    y = mixer(x)
-    x[:, 5] += 1
-    changed = (mixer(x) - y).abs().amax((0, 2)) > 0
-    assert changed.tolist() == [False] * 5 + [True] * 4
-
-
-@pytest.mark.parametrize("cut", range(13))
-def test_prefill_in_two_parts_and_steps_equal_forward(cut: int) -> None:
-    mixer, x = trained(Mamba2Mixer(8, num_groups=2, **SMALL)), torch.randn(2, 12, 8)
-    with torch.no_grad():
-        y = mixer(x)
-        state = mixer.new_state(2)
-        first = mixer.prefill(x[:, :cut], torch.full((2,), cut), state)
-        after = [t.clone() for t in state]
-        second = mixer.prefill(x[:, cut:], torch.full((2,), 12 - cut), state)
-        torch.testing.assert_close(torch.cat([first, second], 1), y, atol=1e-5, rtol=1e-4)
-        stepped = type(state)(*after)
-        for t in range(cut, 12):
-            torch.testing.assert_close(mixer.step(x[:, t], stepped), y[:, t], atol=1e-5, rtol=1e-4)
-        for a, b in zip(stepped, state, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-
-def test_rows_of_mixed_lengths_equal_the_row_alone() -> None:
-    mixer, x, lengths = trained(Mamba2Mixer(8, **SMALL)), torch.randn(3, 9, 8), [9, 2, 5]
-    with torch.no_grad():
-        state = mixer.new_state(3)
-        y = mixer.prefill(x, torch.tensor(lengths), state)
-        for row, length in enumerate(lengths):
-            alone = mixer.new_state(1)
-            expected = mixer.prefill(x[row : row + 1, :length], torch.tensor([length]), alone)
-            torch.testing.assert_close(y[row : row + 1, :length], expected, atol=1e-5, rtol=1e-4)
-            for mixed, single in zip(state, alone, strict=True):
-                torch.testing.assert_close(mixed[row : row + 1], single, atol=1e-5, rtol=1e-4)
-
-
-def test_packed_row_equals_samples_apart_forward_and_backward() -> None:
-    mixer = trained(Mamba2Mixer(8, **SMALL))
-    x = torch.randn(1, 10, 8, requires_grad=True)
-    segments = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, 2, 2]], dtype=torch.int32)
-    packed = mixer(x, None, segments)
-    apart = torch.cat([mixer(part) for part in x.split([3, 1, 6], dim=1)], 1)
-    torch.testing.assert_close(packed, apart, atol=1e-5, rtol=1e-4)
-    (one,), (other,) = torch.autograd.grad(packed.sum(), x), torch.autograd.grad(apart.sum(), x)
-    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-
-
-def test_state_stays_fp32_in_bf16() -> None:
-    state = Mamba2Mixer(8, **SMALL).bfloat16().new_state(1)
-    assert (state.conv.dtype, state.ssm.dtype) == (torch.bfloat16, torch.float32)
-
-
-def test_gradients_in_fp64() -> None:
-    mixer = trained(Mamba2Mixer(4, 2, d_state=2, head_dim=4, d_conv=2).double())
-    x = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
-    paths = bsm(Grid(1, 2, 2))
-    assert torch.autograd.gradcheck(lambda x: mixer(x, paths), (x,))
+def test_step_sizes_start_between_a_thousandth_and_a_tenth() -> None:
+    dt = F.softplus(Mamba2Mixer(512, **SMALL).dt_bias)
+    assert 0.00099 < dt.min() < 0.003
+    assert 0.03 < dt.max() < 0.1001
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"head_dim": 5}, "head_dim 5 must divide expand .* 2 . 8 = 16"), ({"num_groups": 3}, "num_groups 3 must divide")],
+    [
+        ({"head_dim": 5}, r"head_dim 5 must divide expand \* width = 2 \* 8 = 16"),
+        ({"num_groups": 3}, "num_groups 3 must divide the number of heads, 16 / 4 = 4"),
+        ({"norm_groups": 3}, "norm_groups 3 must divide the inner width 16"),
+    ],
 )
-def test_shapes_that_do_not_divide_say_which_number_to_change(options: dict[str, int], message: str) -> None:
-    with pytest.raises(ShapeError, match=message):
+def test_what_does_not_divide_says_which_number_to_change(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ShapeError, match=f"^{message}$"):
         Mamba2Mixer(8, **{**SMALL, **options})
-
-
-def test_another_number_of_paths_is_refused() -> None:
-    with pytest.raises(ShapeError, match="num_paths=4 received 2 paths"):
-        Mamba2Mixer(8, 4, **SMALL)(torch.randn(1, 6, 8), bsm(Grid(1, 2, 3)))
-    with pytest.raises(ShapeError, match="num_paths=4 received none paths"):
-        Mamba2Mixer(8, 4, **SMALL)(torch.randn(1, 6, 8))

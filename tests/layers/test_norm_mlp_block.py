@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -29,6 +30,20 @@ def test_norm_statistics_are_fp32_in_bf16() -> None:
 def test_gated_norm_gates_before_it_norms() -> None:
     norm, x, gate = GatedRMSNorm(6), torch.randn(3, 6), torch.randn(3, 6)
     torch.testing.assert_close(norm(x, gate), RMSNorm(6)(x * F.silu(gate)))
+
+
+@pytest.mark.parametrize("tokens", [3, 700])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_groups_are_normalised_apart_forward_and_backward(groups: int, tokens: int) -> None:
+    norm, x, gate = GatedRMSNorm(64, groups=groups), torch.randn(tokens, 2, 64), torch.randn(tokens, 64)
+    nn.init.normal_(norm.weight)
+    values = [t.requires_grad_() for t in (x, gate, norm.weight)]
+    parts = [v / (v.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() for v in (x * F.silu(gate)[:, None]).chunk(groups, -1)]
+    expected, y = torch.cat(parts, -1) * norm.weight, norm(x, gate)
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
+    weight = torch.randn_like(y)
+    for one, other in zip(*(torch.autograd.grad((t * weight).sum(), values) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_swiglu() -> None:

@@ -1,0 +1,1 @@
+"""What `ssmvl bench` measures, always as a share of what the machine itself allows in the same run."""

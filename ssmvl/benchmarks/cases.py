@@ -1,0 +1,187 @@
+"""The cases: each a figure, what the machine would allow at the same moment, and the share reached."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssmvl.benchmarks.limits import Shape, product_rate, read_rate, seconds, ssd_operations
+from ssmvl.benchmarks.memory import SLACK, activation_bytes, build, peak, train
+from ssmvl.language.mamba_lm import MambaLM
+from ssmvl.language.state import RecurrentState
+from ssmvl.ops.ssd import ssd
+
+PEER_TOKENS = 256
+
+
+class Row(NamedTuple):
+    """One line of the table; `limit` and `of_limit` are None where nothing is compared."""
+
+    case: str
+    value: float
+    unit: str
+    limit: float | None = None
+    of_limit: float | None = None
+    peer: str | None = None
+
+
+def cases(shape: Shape, device: str) -> Iterator[Row]:
+    """Every row, one after the other."""
+    model = build(shape, device).eval()
+    with torch.no_grad():
+        yield from _prefill(model, shape, device)
+        yield from _decode(model, shape, device)
+    yield from _train_step(model, shape, device)
+    with torch.no_grad():
+        yield from _scan(shape, device)
+        yield from _length(model, shape, device)
+    yield from _memory(model, shape, device)
+
+
+def _compare(
+    case: str, unit: str, limit: Callable[[], float], value: Callable[[], float], rounds: int = 5, **more: Any
+) -> Row:
+    """The round of median share: limit and value are measured in turn, because a machine's speed drifts."""
+    pairs = sorted(((value(), limit()) for _ in range(rounds)), key=lambda pair: pair[0] / pair[1])
+    found, allowed = pairs[rounds // 2]
+    return Row(case, found, unit, allowed, found / allowed, **more)
+
+
+def _operations(model: MambaLM, shape: Shape) -> float:
+    """Operations of one token's forward, the head's excepted."""
+    inside = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
+    return 2 * inside + ssd_operations(shape)
+
+
+def _prefill(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
+    embeds = model.embed(torch.randint(shape.num_tokens, (1, shape.prompt), device=device))
+
+    def run() -> None:
+        model.prefill(embeds, torch.tensor([shape.prompt], device=device), model.new_state(1))
+
+    yield Row("prefill, first call", seconds(run, device), "s")
+    yield _compare(
+        "prefill",
+        "tok/s",
+        lambda: product_rate(shape, shape.prompt, device) / _operations(model, shape),
+        lambda: shape.prompt / seconds(run, device),
+        peer=_peer(shape) if device == "cpu" else None,
+    )
+
+
+def _decode(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
+    def step(ids: Tensor, state: RecurrentState) -> Tensor:
+        return model.head(model.step(model.embed(ids), state))
+
+    yield from _decode_with(step, "decode", 1, model, device)
+    yield from _decode_with(step, "decode_16", 16, model, device)
+    if device == "cuda" or shutil.which("g++"):  # what torch.compile needs
+        yield from _decode_with(torch.compile(step, fullgraph=True, dynamic=False), "decode_compiled", 1, model, device)
+
+
+def _decode_with(step: Callable[..., Tensor], case: str, rows: int, model: MambaLM, device: str) -> Iterator[Row]:
+    state, ids = model.new_state(rows), torch.arange(rows, device=device)
+    touched = sum(p.nbytes for p in model.parameters()) + 2 * state.nbytes  # the state is read and written
+    yield Row(f"{case}, first call", seconds(lambda: step(ids, state), device), "s")
+
+    def tokens_a_second(steps: int = 8) -> float:
+        return steps * rows / seconds(lambda: [step(ids, state) for _ in range(steps)], device)
+
+    yield _compare(case, "tok/s", lambda: rows * read_rate(device) / touched, tokens_a_second)
+
+
+def _train_step(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def run() -> None:
+        train(model, shape, device)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    tokens = shape.rows * shape.row_length
+    yield Row("train_step, first call", seconds(run, device), "s")
+    yield _compare(
+        "train_step",
+        "tok/s",
+        lambda: product_rate(shape, tokens, device) / (3 * _operations(model, shape)),
+        lambda: tokens / seconds(run, device),
+        rounds=3,
+    )
+
+
+def _scan(shape: Shape, device: str) -> Iterator[Row]:
+    """K paths folded into the heads of one call of `ssd`, against K calls."""
+
+    def call(paths: int) -> Callable[[], object]:
+        sizes = {
+            "x": (shape.heads, shape.head_dim),
+            "B": (1, shape.d_state),
+            "C": (1, shape.d_state),
+            "dt": (shape.heads,),
+        }
+        inputs: dict[str, Any] = {
+            name: torch.rand(1, shape.patches, paths * size[0], *size[1:], device=device)
+            for name, size in sizes.items()
+        }
+        return lambda: ssd(**inputs, A=-torch.ones(paths * shape.heads, device=device))
+
+    one = call(1)
+    for paths in (1, 2, 4):
+        folded = call(paths)
+        folded(), one()
+        yield _compare(
+            f"scan, K = {paths}",
+            "scans/s",
+            lambda paths=paths: 1 / seconds(lambda: [one() for _ in range(paths)], device),  # type: ignore[misc]
+            lambda folded=folded: 1 / seconds(folded, device),  # type: ignore[misc]
+            rounds=25,
+        )
+
+
+def _length(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
+    def tokens_a_second(length: int) -> float:
+        embeds = model.embed(torch.zeros(1, length, dtype=torch.long, device=device))
+        lengths, state = torch.tensor([length], device=device), model.new_state(1)
+        return length / seconds(lambda: model.prefill(embeds, lengths, state), device)
+
+    length = shape.prompt
+    while length <= shape.longest:
+        yield _compare(
+            f"length, {length}",
+            "tok/s",
+            lambda: tokens_a_second(shape.prompt),
+            lambda length=length: tokens_a_second(length),  # type: ignore[misc]
+            rounds=3,
+        )
+        length *= 2
+
+
+def _memory(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
+    weights = sum(p.nbytes for p in model.parameters())
+    found, allowed = peak(shape, device), 2 * weights + SLACK * activation_bytes(shape)
+    yield Row("memory", found / 1e6, "MB", allowed / 1e6, found / allowed)
+
+
+def _peer(shape: Shape) -> str | None:
+    """Tokens a second of transformers' prefill, timed once; None where it is not installed."""
+    try:
+        from transformers import Mamba2Config, Mamba2ForCausalLM, logging
+    except ImportError:
+        return None
+    logging.set_verbosity_error()  # it warns that its kernels are missing
+    config = Mamba2Config(
+        hidden_size=shape.width,
+        num_hidden_layers=shape.num_layers,
+        vocab_size=shape.num_tokens,
+        state_size=shape.d_state,
+        head_dim=shape.head_dim,
+        num_heads=shape.heads,
+        n_groups=1,
+    )
+    model, tokens = Mamba2ForCausalLM(config).eval(), min(PEER_TOKENS, shape.prompt)
+    ids = torch.randint(shape.num_tokens, (1, tokens))
+    return f"transformers {tokens / seconds(lambda: model(ids, use_cache=True), 'cpu'):.1f} tok/s at {tokens} tokens"

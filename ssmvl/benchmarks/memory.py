@@ -1,0 +1,85 @@
+"""Memory of a training step: what its blocks must keep for backward, and the peak that a fresh process reaches."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+import torch
+from torch.nn import functional as F
+
+from ssmvl.benchmarks.limits import CHUNK, Shape
+from ssmvl.language.mamba_lm import MambaLM
+
+SLACK = 1.3  # on the activations: the gradients and buffers of the block that is at work
+
+
+def activations(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Each fp32 tensor that forward must keep for backward, by name and shape: one block's, then the model's."""
+    rows, length, width, inner, heads = shape.rows, shape.row_length, shape.width, shape.inner, shape.heads
+    chunks, answers = -(-length // CHUNK), rows * shape.answer
+    blocks = shape.num_layers
+    return {
+        "the residual, for the norm": (blocks, rows, length, width),
+        "the normed residual, for in_proj": (blocks, rows, length, width),
+        "z, x, B, C and dt before the convolution": (blocks, rows, length, shape.products[0][1]),
+        "x, B and C after it, for the SSD": (blocks, rows, length, shape.channels),
+        "dt + bias, the step sizes and their log decays": (blocks, 3, rows, length, heads),
+        "the state that enters each chunk, and the last": (blocks, chunks, rows, heads, shape.head_dim, shape.d_state),
+        "y, for the gated norm": (blocks, rows, length, inner),
+        "the gated norm's result, for out_proj": (blocks, rows, length, inner),
+        "the residual after the last block": (rows, length, width),
+        "the normed residual, for the head": (rows, length, width),
+        "logits of the supervised tokens, and their log-softmax": (2, answers, shape.num_tokens),
+    }
+
+
+def activation_bytes(shape: Shape) -> int:
+    """Bytes of all of them."""
+    return sum(4 * torch.Size(size).numel() for size in activations(shape).values())
+
+
+def build(shape: Shape, device: str) -> MambaLM:
+    """The language model of `shape`."""
+    from functools import partial
+
+    from ssmvl.layers.mamba2 import Mamba2Mixer
+
+    mixer = partial(Mamba2Mixer, d_state=shape.d_state, head_dim=shape.head_dim)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return MambaLM(width=shape.width, num_layers=shape.num_layers, num_tokens=shape.num_tokens, mixer=mixer)
+
+
+def train(model: MambaLM, shape: Shape, device: str) -> None:
+    """Forward and backward over a batch whose rows end with `answer` supervised tokens."""
+    ids = torch.randint(shape.num_tokens, (shape.rows, shape.row_length), device=device)
+    hidden = model.backbone(model.embed(ids))[:, -shape.answer - 1 : -1]
+    F.cross_entropy(model.head(hidden.flatten(0, 1)), ids[:, -shape.answer :].flatten()).backward()
+
+
+def peak(shape: Shape, device: str) -> int:
+    """Bytes at most in use by the model and two training steps, without an optimizer."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        _two_steps(shape, device)
+        return torch.cuda.max_memory_allocated()
+    command = [sys.executable, "-m", __name__, json.dumps(shape)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _two_steps(shape: Shape, device: str) -> None:
+    model = build(shape, device)
+    for _ in range(2):
+        train(model, shape, device)
+        model.zero_grad()
+
+
+if __name__ == "__main__":  # a process of its own: what it holds at most is what the system says it held
+    wanted = Shape(*json.loads(sys.argv[1]))
+    _two_steps(wanted._replace(width=128, num_layers=1, num_tokens=512), "cpu")  # threads, libraries, buffers
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _two_steps(wanted, "cpu")
+    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))

@@ -1,0 +1,37 @@
+"""`ssmvl bench [--suite cpu|cuda] [--json FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The device, and where the figures go."""
+    parser.add_argument("--suite", choices=("cpu", "cuda"), default="cpu", help="the device to measure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the machine and the rows there")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the machine, then each row as soon as it is measured."""
+    from ssmvl.benchmarks.cases import cases
+    from ssmvl.benchmarks.limits import Shape, machine
+
+    found = machine(options.suite)
+    print(" · ".join(f"{key} {value}" for key, value in found.items()), end="\n\n")
+    print(LINE.format("case", "value", "unit", "limit", "share", "bar", "peer"))
+    rows = []
+    for row in cases(Shape(), options.suite):
+        limit, share = ("", "") if row.limit is None else (f"{row.limit:.1f}", f"{row.of_limit:.0%}")
+        line = LINE.format(row.case, f"{row.value:.1f}", row.unit, limit, share, BARS.get(row.case, ""), row.peer or "")
+        print(line.rstrip(), flush=True)
+        rows.append(row._asdict())
+    if options.json:
+        options.json.write_text(json.dumps({"machine": found, "rows": rows}, indent=2) + "\n")
+    return 0
+
+
+LINE = "{:26} {:>9} {:8} {:>9} {:>6}  {:8} {}"
+BARS = {"prefill": "≥ 60 %", "decode": "≥ 85 %", "train_step": "≥ 45 %", "scan, K = 4": "≥ 95 %", "memory": "≤ 100 %"}
+BARS["length, 8192"] = "≥ 91 %"

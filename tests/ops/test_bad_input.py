@@ -1,0 +1,230 @@
+"""Arguments that do not fit are a ShapeError of one line, which names the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import SEQUENCES, Values, inputs
+from torch import Tensor
+
+from ssmvl.errors import ShapeError
+from ssmvl.ops.causal_conv import causal_conv, causal_conv_step
+from ssmvl.ops.selective_scan import selective_scan, selective_scan_step
+from ssmvl.ops.ssd import ssd, ssd_step
+
+ROWS, LENGTH = 2, 6
+
+
+def convolution() -> Values:
+    """Arguments of `causal_conv`."""
+    shapes = {"x": (ROWS, LENGTH, 3), "weight": (3, 4), "bias": (3,), "window": (ROWS, 3, 3)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+OPS: dict[str, Callable[..., Any]] = {"ssd": ssd, "selective_scan": selective_scan, "causal_conv": causal_conv}
+STEPS: dict[str, Callable[..., Any]] = {"ssd": ssd_step, "selective_scan": selective_scan_step}
+every_op = pytest.mark.parametrize("op", OPS)
+both = pytest.mark.parametrize("op", STEPS)
+
+
+def valid(op: str) -> Values:
+    return convolution() if op == "causal_conv" else inputs(op, ROWS, LENGTH)
+
+
+def without_a_state(op: str) -> Values:
+    return {name: value for name, value in valid(op).items() if name not in ("state", "window")}
+
+
+def one_position(op: str) -> Values:
+    return {name: value[:, 0] if name in SEQUENCES else value for name, value in inputs(op, ROWS, LENGTH).items()}
+
+
+def refused(run: Callable[..., Any], values: Values, *parts: str) -> None:
+    with pytest.raises(ShapeError) as error:
+        run(**values)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in (f"{run.__name__}: ", *parts):
+        assert part in message
+
+
+def test_the_arguments_that_the_others_change_are_accepted() -> None:
+    for op, run in OPS.items():
+        run(**valid(op))
+    for op, step in STEPS.items():
+        step(**one_position(op))
+
+
+def longer(tensor: Tensor, axis: int) -> Tensor:
+    return torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
+
+
+SHAPES = {
+    "ssd": {
+        "dt": (2, 6, 4),
+        "A": (4,),
+        "B": (2, 6, 2, 5),
+        "C": (2, 6, 2, 5),
+        "D": (4,),
+        "dt_bias": (4,),
+        "state": (2, 4, 3, 5),
+    },
+    "selective_scan": {
+        "dt": (2, 6, 4),
+        "A": (4, 5),
+        "B": (2, 6, 2, 5),
+        "C": (2, 6, 2, 5),
+        "D": (4,),
+        "dt_bias": (4,),
+        "state": (2, 4, 5),
+    },
+    "causal_conv": {"weight": (3, 4), "bias": (3,), "window": (2, 3, 3)},
+}
+LEADS = {"B": (2, 3), "weight": (1,)}  # axes of an argument that say what the others must be
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "axis"),
+    [
+        (op, name, axis)
+        for op, shapes in SHAPES.items()
+        for name, shape in shapes.items()
+        for axis in range(len(shape))
+        if axis not in LEADS.get(name, ())
+    ],
+)
+def test_one_number_too_many(op: str, name: str, axis: int) -> None:
+    shape = SHAPES[op][name]
+    wrong = longer(torch.rand(shape), axis)
+    refused(OPS[op], valid(op) | {name: wrong}, f"{name} must have shape {shape}, received {tuple(wrong.shape)}")
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, shapes in SHAPES.items() for name in shapes if name != "B"]
+)
+def test_an_axis_missing(op: str, name: str) -> None:
+    shape = SHAPES[op][name]
+    wrong = torch.rand(shape[1:])
+    # The last axis of a weight is its taps.
+    expected = (3, *wrong.shape[-1:]) if name == "weight" else shape
+    refused(OPS[op], valid(op) | {name: wrong}, f"{name} must have shape {expected}, received {tuple(wrong.shape)}")
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [("ssd", "x"), ("ssd", "B"), ("selective_scan", "x"), ("selective_scan", "B"), ("causal_conv", "x")]
+)
+def test_an_axis_missing_of_what_the_others_are_checked_by(op: str, name: str) -> None:
+    wrong = valid(op)[name][0]
+    refused(OPS[op], valid(op) | {name: wrong}, f"{tuple(wrong.shape)}")
+
+
+@both
+@pytest.mark.parametrize(("heads", "groups"), [(3, 2), (2, 3), (4, 3), (4, 0)])
+def test_heads_that_are_no_multiple_of_groups(op: str, heads: int, groups: int) -> None:
+    message = f"{heads} heads cannot share {groups} groups; num_groups must divide the number of heads"
+    values = inputs(op, ROWS, LENGTH, heads, groups)
+    refused(OPS[op], values, message)
+    now = {name: value[:, 0] if name in SEQUENCES else value for name, value in values.items()}
+    refused(STEPS[op], now, message)
+
+
+@every_op
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([6, 7], "lengths[1] is 7; rows have 0…6 positions"),
+        ([-1, 9], "lengths[0] is -1; rows have 0…6 positions"),
+        ([3, 3, 3], "lengths must have shape (2,), received (3,)"),
+        ([3], "lengths must have shape (2,), received (1,)"),
+        ([[3, 3]], "lengths must have shape (2,), received (1, 2)"),
+    ],
+)
+def test_lengths(op: str, lengths: list[int], message: str) -> None:
+    refused(OPS[op], valid(op) | {"lengths": torch.tensor(lengths)}, message)
+
+
+@every_op
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([1, 1, 1, 1, 1, 1], "segments[1, 0] is 1"),
+        ([-2, 0, 0, 0, 0, 0], "segments[1, 0] is -2"),
+        ([0, 1, 0, 0, 0, 0], "segments[1, 2]: 1 is followed by 0"),
+        ([0, 0, 2, 2, 2, 2], "segments[1, 2]: 0 is followed by 2"),
+        ([0, 0, 0, 1, 1, 3], "segments[1, 5]: 1 is followed by 3"),
+        ([0, 0, 0, 1, -2, -2], "segments[1, 4]: 1 is followed by -2"),
+        ([0, 0, 0, -1, 0, 0], "segments[1, 4]: -1 is followed by 0"),
+        ([0, 1, -1, -1, -1, 2], "segments[1, 5]: -1 is followed by 2"),
+        ([-1, -1, 0, 0, 0, 0], "segments[1, 2]: -1 is followed by 0"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_segments(op: str, segments: list[int], message: str, dtype: torch.dtype) -> None:
+    rows = torch.tensor([[0, 0, 1, 1, 2, -1], segments], dtype=dtype)
+    refused(OPS[op], without_a_state(op) | {"segments": rows}, message)
+    refused(OPS[op], without_a_state(op) | {"segments": rows}, "segments", "count 0, 1, 2, …")
+
+
+@every_op
+@pytest.mark.parametrize("shape", [(2, 5), (2, 7), (1, 6), (6,), (2, 6, 1)])
+def test_segments_of_the_wrong_shape(op: str, shape: tuple[int, ...]) -> None:
+    segments = torch.zeros(shape, dtype=torch.int32)
+    message = f"segments must have shape (2, 6), received {shape}"
+    refused(OPS[op], without_a_state(op) | {"segments": segments}, message)
+
+
+@every_op
+def test_no_rows(op: str) -> None:
+    by_row = (*SEQUENCES, "state", "window")
+    values = {name: value[:0] if name in by_row else value for name, value in valid(op).items()}
+    refused(OPS[op], values, "a batch of no rows; give at least one (a row may have length 0)")
+
+
+@every_op
+def test_what_excludes_each_other(op: str) -> None:
+    segments = torch.zeros(ROWS, LENGTH, dtype=torch.int32)
+    state = "window" if op == "causal_conv" else "state"
+    refused(OPS[op], valid(op) | {"segments": segments}, f"a {state} and segments exclude each other")
+    lengths = torch.tensor([1, 2])
+    both_marks = without_a_state(op) | {"segments": segments, "lengths": lengths}
+    refused(OPS[op], both_marks, "lengths and segments exclude each other", "-1")
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "axis"),
+    [
+        *((op, name, axis) for op in STEPS for name, axes in (("dt", 2), ("C", 3)) for axis in range(axes)),
+        *(("ssd", "state", axis) for axis in range(4)),
+        *(("selective_scan", "state", axis) for axis in range(3)),
+    ],
+)
+def test_a_step_with_one_number_too_many(op: str, name: str, axis: int) -> None:
+    now = one_position(op)
+    wrong = longer(now[name], axis)
+    message = f"{name} must have shape {tuple(now[name].shape)}, received {tuple(wrong.shape)}"
+    refused(STEPS[op], now | {name: wrong}, message)
+
+
+@both
+@pytest.mark.parametrize(("name", "wrong"), [("A", 1), ("A", 5), ("B", 3), ("D", 1), ("D", 5), ("dt_bias", 1)])
+def test_a_step_with_weights_that_do_not_fit(op: str, name: str, wrong: int) -> None:
+    now = one_position(op) | {"dt_bias": torch.rand(4)}
+    state = now["state"].clone()
+    tensor = now[name][[0] * wrong]
+    refused(STEPS[op], now | {name: tensor}, f"{tuple(now[name].shape)}", f"{tuple(tensor.shape)}")
+    assert torch.equal(now["state"], state)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3), (2, 4, 3), (1, 3, 3), (2, 3, 4), (3, 3)])
+def test_a_convolution_step_with_a_wrong_window(shape: tuple[int, ...]) -> None:
+    values = convolution() | {"x": torch.randn(2, 3), "window": torch.zeros(shape)}
+    refused(causal_conv_step, values, f"window must have shape (2, 3, 3), received {shape}")
+
+
+@pytest.mark.parametrize(("name", "shape"), [("weight", (1, 4)), ("bias", (1,))])
+def test_a_convolution_step_with_weights_that_do_not_fit(name: str, shape: tuple[int, ...]) -> None:
+    values = convolution() | {"x": torch.randn(2, 3), name: torch.randn(shape)}
+    refused(causal_conv_step, values, f"{shape}")

@@ -1,0 +1,171 @@
+"""Gradients of both state-space ops: by differences, and of the recurrence written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracle import Values, inputs, recurrence
+from torch import Tensor
+
+from ssmvl.ops.selective_scan import selective_scan
+from ssmvl.ops.ssd import ssd
+
+OPS = {"ssd": ssd, "selective_scan": selective_scan}
+both = pytest.mark.parametrize("op", OPS)
+
+
+def small(op: str, rows: int = 2, length: int = 7, heads: int = 4, groups: int = 2) -> Values:
+    return inputs(op, rows, length, heads, groups, width=2, size=2, dtype=torch.float64)
+
+
+def gradcheck(
+    op: str, values: Values, pick: Callable[..., object] = lambda outputs: outputs, every_entry: bool = False
+) -> None:
+    """By differences, along random directions or of every entry."""
+    leaves = {k: v.requires_grad_() for k, v in values.items() if torch.is_tensor(v) and v.is_floating_point()}
+
+    def run(*tensors: Tensor) -> object:
+        return pick(OPS[op](**values | dict(zip(leaves, tensors, strict=True))))
+
+    assert torch.autograd.gradcheck(run, tuple(leaves.values()), fast_mode=not every_entry)
+
+
+OPTIONS: dict[str, Values] = {
+    "D and a state": {},
+    "neither": {"D": None, "state": None},
+    "softplus and a bias": {"dt_softplus": True, "dt_bias": torch.linspace(-1, 1, 4, dtype=torch.float64)},
+    "lengths": {"lengths": torch.tensor([0, 5])},
+    "segments": {"segments": torch.tensor([[0, 0, 1, 1, 1, 2, 2], [0, 1, 2, 2, 2, -1, -1]]), "state": None},
+    "all but segments": {
+        "lengths": torch.tensor([4, 7]),
+        "dt_softplus": True,
+        "dt_bias": torch.linspace(-1, 1, 4, dtype=torch.float64),
+        "dt_limit": (0.2, 3.0),
+    },
+}
+
+
+@both
+@pytest.mark.parametrize("chunk", [3, 64])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradcheck(op: str, options: str, chunk: int) -> None:
+    gradcheck(op, small(op) | OPTIONS[options] | {"chunk": chunk})
+
+
+@both
+def test_gradcheck_of_every_entry(op: str) -> None:
+    biased = {"dt_softplus": True, "dt_bias": torch.randn(2, dtype=torch.float64)}
+    gradcheck(op, small(op, 1, 7, 2, 1) | biased | {"chunk": 3}, every_entry=True)
+
+
+@both
+@pytest.mark.parametrize(("heads", "groups"), [(2, 1), (3, 3)])
+@pytest.mark.parametrize(("length", "chunk"), [(1, 1), (4, 1), (5, 2)])
+def test_gradcheck_of_groups_and_chunks(op: str, heads: int, groups: int, length: int, chunk: int) -> None:
+    gradcheck(op, small(op, 1, length, heads, groups) | {"chunk": chunk})
+
+
+@both
+@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("state", [True, False])
+def test_gradcheck_through_one_output(op: str, output: int, state: bool) -> None:
+    values = small(op, 1, 5, 2, 1)
+    if not state:
+        del values["state"]
+    gradcheck(op, values | {"chunk": 2}, lambda outputs: outputs[output])
+
+
+@both
+@pytest.mark.parametrize("name", ["x", "dt", "A", "B", "C", "D", "state"])
+def test_one_input_alone_asks_for_a_gradient(op: str, name: str) -> None:
+    values = small(op) | {"chunk": 3}
+    compare(op, values, [name], lambda y, h: (y * y).sum() + h.sum())
+
+
+def compare(op: str, values: Values, names: list[str], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """The op's gradients of `names` are those of the recurrence."""
+    found = []
+    for run in (OPS[op], recurrence):
+        leaves = {name: values[name].detach().requires_grad_() for name in names}
+        total = loss(*run(**values | leaves))
+        found.append(torch.autograd.grad(total, tuple(leaves.values()), materialize_grads=True))
+    for name, ours, theirs in zip(names, *found, strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a sum": lambda y, h: y.sum(),
+    "a sum of the state": lambda y, h: h.sum(),
+    "both sums": lambda y, h: y.sum() + h.sum(),
+    "transposed": lambda y, h: (
+        y.transpose(1, 2).contiguous().pow(2).sum() + h.transpose(1, 2).contiguous().pow(2).sum()
+    ),
+    "transposed, weighted": lambda y, h: (y.transpose(0, -1).reshape(-1) * torch.arange(y.numel())).sum(),
+    "every other position": lambda y, h: y[:, ::2].pow(2).sum() + h[:, 1:].pow(2).sum(),
+    "backwards": lambda y, h: y.flip(1).cumsum(1).pow(2).sum() + h.flip(-1).cumsum(-1).pow(2).sum(),
+    "one number": lambda y, h: y[0, 3].sum() * h[1].sum(),
+    "one row": lambda y, h: y[:1].expand(3, *y.shape[1:]).pow(2).sum(),
+}
+
+
+@both
+@pytest.mark.parametrize("loss", LOSSES)
+def test_incoming_gradients_of_any_layout(op: str, loss: str) -> None:
+    values = small(op) | {"chunk": 3}
+    compare(op, values, [name for name in values if name != "chunk"], LOSSES[loss])
+
+
+@both
+def test_inputs_that_are_views_of_one_projection(op: str) -> None:
+    values = small(op)
+    names = ("x", "B", "C", "dt")
+    sizes = [values[name][0, 0].numel() for name in names]
+    loss = LOSSES["transposed"]
+
+    def run(function: Callable[..., tuple[Tensor, Tensor]], projected: Tensor) -> Tensor:
+        parts = zip(names, projected.split(sizes, -1), strict=True)
+        views = {name: part.unflatten(-1, values[name].shape[2:]) for name, part in parts}
+        return loss(*function(**values | views, dt_softplus=True, chunk=3))
+
+    projected = torch.randn(2, 7, sum(sizes) + 3, dtype=torch.float64)[..., :-3].requires_grad_()
+    ours, theirs = (torch.autograd.grad(run(function, projected), projected)[0] for function in (OPS[op], recurrence))
+    torch.testing.assert_close(ours, theirs)
+    assert torch.autograd.gradcheck(lambda t: run(OPS[op], t), (projected,), fast_mode=True)
+
+
+def scattered(t: Tensor) -> Tensor:
+    """The same values, with the axes in memory the other way round and gaps between the numbers."""
+    reverse = [*reversed(range(t.ndim))]
+    return torch.stack([t.permute(reverse), t.permute(reverse)], -1)[..., 0].permute(reverse)
+
+
+@both
+def test_inputs_of_any_layout(op: str) -> None:
+    values = small(op) | {"dt_bias": torch.rand(4, dtype=torch.float64)}
+    apart = {name: scattered(value) for name, value in values.items()}
+    assert not any(value.is_contiguous() for value in apart.values())
+    for ours, theirs in zip(OPS[op](**apart, chunk=3), recurrence(**values), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    compare(op, apart | {"chunk": 3}, [*apart], LOSSES["transposed"])
+
+
+@both
+def test_expanded_inputs(op: str) -> None:
+    values = small(op) | {"chunk": 3}
+    one = torch.ones((), dtype=torch.float64)
+    values |= {name: one.expand(values[name].shape) for name in ("dt", "B", "D")}
+    values["A"] = -one.expand(values["A"].shape)
+    values["state"] = values["state"][:1].expand_as(values["state"])
+    compare(op, values, ["x", "dt", "A", "B", "C", "D", "state"], LOSSES["both sums"])
+
+
+@both
+def test_very_long_decay_has_finite_gradients(op: str) -> None:
+    for scale in (1e-10, 1e4, 1e6):
+        values = {k: v.requires_grad_() for k, v in inputs(op, 1, 130, scale=scale).items()}
+        y, state = OPS[op](**values)
+        (y.sum() + state.sum()).backward()
+        assert y.isfinite().all()
+        assert all(value.grad.isfinite().all() for value in values.values())
