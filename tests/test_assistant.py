@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,58 @@ def test_answers_do_not_depend_on_what_stands_in_the_padding(
         logits = model.prefill(padded, inputs["lengths"], visual, places + places // length * extra, state)
         answers = [processor.decode(ids) for ids in assistant._continue(logits, state, 16)]
     assert answers == assistant.generate(PROMPTS, images, max_new_tokens=16)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_rows_that_a_caller_padded_on_either_side_give_the_same_text(
+    assistant: Assistant, images: list[Image.Image | None], size: int, side: str
+) -> None:
+    expected = assistant.generate(PROMPTS, images, max_new_tokens=16)
+    answers: list[str] = []
+    for start in range(0, 7, size):
+        prompts, shown = PROMPTS[start : start + size], images[start : start + size]
+        own = [i for i in shown if i is not None]
+        pairs = zip(prompts, ([] if i is None else [i] for i in shown), strict=True)
+        rows = [assistant.processor.encode([{"role": "user", "content": p}], i)["ids"] for p, i in pairs]
+        width = max(map(len, rows)) + 5
+        ids, mask = torch.randint(257, (len(rows), width)), torch.zeros(len(rows), width, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            before = {"left": width - len(row), "right": 0, "both": (width - len(row)) // 2}[side]
+            ids[number, before : before + len(row)] = row
+            mask[number, before : before + len(row)] = True
+        answers += assistant.generate_ids(ids, mask, own, max_new_tokens=16)
+    assert answers == expected
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([[1, 2]], [[1]], r"one shape \(B, T\), received \(1, 2\), \(1, 1\)"),
+        ([[1, 2], [3, 4]], [[1, 1], [0, 0]], "row 1 has no real position"),
+        ([[1, 9999]], [[1, 1]], "row 0 has the id 9999; ids are 0…"),
+        ([[1, -7]], [[1, 1]], "row 0 has the id -7"),
+        ([[1, -1]], [[1, 1]], r"0 images of 9 places each, but the rows have \[1\] image places"),
+    ],
+)
+def test_ids_that_cannot_be_read_are_refused(
+    assistant: Assistant, ids: list[list[int]], mask: list[list[int]], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        assistant.generate_ids(torch.tensor(ids), torch.tensor(mask))
+
+
+def test_ids_of_no_rows(assistant: Assistant) -> None:
+    assert assistant.generate_ids(torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_answers_are_the_same(assistant: Assistant, images: list[Image.Image | None]) -> None:
+    compiled = Assistant(assistant.model, assistant.processor, assistant.recipe)
+    compiled.compile()
+    expected = assistant.generate(PROMPTS[:2], images[:2], max_new_tokens=16)
+    assert compiled.generate(PROMPTS[:2], images[:2], max_new_tokens=16) == expected
 
 
 def test_greedy_equals_reading_the_whole_text_again(assistant: Assistant, images: list[Image.Image | None]) -> None:

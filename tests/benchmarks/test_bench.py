@@ -1,0 +1,84 @@
+"""`ssmvl bench` on a model small enough for a test; what it measures is not judged here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssmvl.benchmarks import cases, limits, memory
+from ssmvl.cli import main
+from ssmvl.ops import rms_norm
+
+TINY = limits.Shape(
+    width=32,
+    num_layers=2,
+    num_tokens=64,
+    d_state=8,
+    head_dim=16,
+    prompt=32,
+    longest=64,
+    rows=2,
+    row_length=80,
+    answer=4,
+    patches=9,
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits.Shape, "__new__", lambda cls: TINY)
+    monkeypatch.setattr(cases, "read_rate", lambda device: 1e9)
+    monkeypatch.setattr(cases.shutil, "which", lambda name: None)  # no compilation
+    monkeypatch.setattr(cases, "peak", lambda shape, device: 10**6)
+
+
+def test_prints_a_table_and_writes_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--suite", "cpu", "--json", str(tmp_path / "rows.json")]) == 0
+    shown, found = capsys.readouterr().out, json.loads((tmp_path / "rows.json").read_text())
+    rows = {row["case"]: row for row in found["rows"]}
+    names = list(rows)
+    assert found["machine"]["torch"] == torch.__version__
+    assert all(set(row) == {"case", "value", "unit", "limit", "of_limit", "peer"} for row in found["rows"])
+    assert all(f"\n{name} " in shown for name in names)
+    for name in ("prefill", "decode", "train_step"):
+        assert rows[name]["unit"] == "tok/s"
+        assert rows[name]["of_limit"] == pytest.approx(rows[name]["value"] / rows[name]["limit"])
+        assert rows[f"{name}, first call"]["unit"] == "s"
+    assert names.index("decode") < names.index("decode_16")
+    assert {"scan, K = 1", "scan, K = 2", "scan, K = 4", "length, 32", "length, 64", "memory"} <= set(names)
+    assert rows["prefill"]["peer"].startswith("transformers ")
+
+
+def test_operations_are_those_of_the_modules() -> None:
+    model = memory.build(TINY, "cpu")
+    mixer = model.layers[0].mixer
+    products = ((mixer.in_proj.in_features, mixer.in_proj.out_features), (mixer.inner, mixer.out_proj.out_features))
+    assert TINY.products == products
+    assert (TINY.heads, TINY.channels) == (mixer.heads, mixer.channels)
+
+
+def test_activations_are_what_backward_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formula against every tensor that autograd saves, parameters and ids left out."""
+    monkeypatch.setattr(rms_norm, "FEW", 0)  # as at any size that matters
+    model = memory.build(TINY, "cpu")
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.is_floating_point():
+            saved[storage.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        memory.train(model, TINY, "cpu")
+    found = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    assert found <= 1.05 * memory.activation_bytes(TINY)
+    assert found >= 0.9 * memory.activation_bytes(TINY)
+
+
+def test_the_peak_is_measured_in_a_process_of_its_own() -> None:
+    assert memory.peak(TINY, "cpu") >= 0
