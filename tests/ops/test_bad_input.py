@@ -183,6 +183,18 @@ def test_no_rows(op: str) -> None:
     refused(OPS[op], values, "a batch of no rows; give at least one (a row may have length 0)")
 
 
+@both
+def test_a_step_of_no_rows(op: str) -> None:
+    by_row = (*SEQUENCES, "state")
+    values = {name: value[:0] if name in by_row else value for name, value in one_position(op).items()}
+    refused(STEPS[op], values, "a batch of no rows")
+
+
+def test_a_convolution_step_of_no_rows() -> None:
+    values = convolution() | {"x": torch.zeros(0, 3), "window": torch.zeros(0, 3, 3)}
+    refused(causal_conv_step, values, "a batch of no rows")
+
+
 @every_op
 def test_what_excludes_each_other(op: str) -> None:
     segments = torch.zeros(ROWS, LENGTH, dtype=torch.int32)

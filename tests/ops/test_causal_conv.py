@@ -153,3 +153,13 @@ def test_dtypes(autocast: bool) -> None:
     assert (y.dtype, after.dtype, exact.dtype) == (torch.bfloat16, torch.bfloat16, torch.float64)
     torch.testing.assert_close(y.float(), expected, atol=0.1, rtol=0.05)
     torch.testing.assert_close(exact.float(), expected)
+
+
+def test_gradients_under_autocast_equal_those_without() -> None:
+    given = [t.requires_grad_() for t in tensors(2, 30, 4)]
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y, _ = causal_conv(*given[:3], window=given[3])
+            found.append(torch.autograd.grad(y.square().sum(), given))
+    assert all(map(torch.equal, *found))

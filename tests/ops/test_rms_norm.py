@@ -131,3 +131,14 @@ def test_dtypes(path: str) -> None:
     halved = rms_norm(x.bfloat16(), weight.bfloat16(), EPS, gate.bfloat16())
     assert halved.dtype == torch.bfloat16
     torch.testing.assert_close(halved.float(), expected, atol=0.05, rtol=0.05)
+
+
+@by_groups
+def test_gradients_under_autocast_equal_those_without(path: str, groups: int) -> None:
+    given = [t.requires_grad_() for t in tensors("two paths share a gate")]
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = rms_norm(given[0], given[1], EPS, given[2], groups)
+            found.append(torch.autograd.grad(y.square().sum(), given))
+    assert all(map(torch.equal, *found))
