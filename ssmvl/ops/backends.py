@@ -104,7 +104,7 @@ def _why_missing(module: str) -> str:
         if module:
             importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: built for a GPU, and there is none
-        return f"{module} cannot be imported ({type(error).__name__}: {str(error).splitlines()[0]})"
+        return f"{module} cannot be imported ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     return ""
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ssmvl.errors import ShapeError
 from ssmvl.ops.backends import choose
-from ssmvl.ops.checks import check_rows, check_shapes
+from ssmvl.ops.checks import check_axes, check_rows
 from ssmvl.ops.precision import without_autocast
 
 
@@ -42,11 +42,10 @@ def causal_conv(
         ShapeError: shapes, lengths or segments that do not fit, or both a window and segments.
         BackendError: the backend asked for cannot do this.
     """
-    rows, length, channels = x.shape
-    taps = weight.shape[-1]
+    sizes = check_axes("causal_conv", {"x": (x, "BLC"), "weight": (weight, "CW"), "bias": (bias, "C")})
+    rows, length, channels, taps = (sizes[a] for a in "BLCW")
+    check_axes("causal_conv", {"window": (window, "BVC")}, sizes | {"V": taps - 1})
     check_rows("causal_conv", rows, length, lengths, segments)
-    shapes = {"weight": (weight, (channels, taps)), "bias": (bias, (channels,))}
-    check_shapes("causal_conv", shapes | {"window": (window, (rows, taps - 1, channels))})
     if window is not None and segments is not None:
         raise ShapeError("causal_conv: a window and segments exclude each other; a packed row starts from nothing")
     uses = {
@@ -70,8 +69,9 @@ def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, window: Ten
     Raises:
         ShapeError: shapes that do not fit.
     """
-    check_rows("causal_conv_step", len(x), 1, None, None)
-    check_shapes("causal_conv_step", {"window": (window, (len(x), weight.shape[-1] - 1, x.shape[1]))})
+    sizes = check_axes("causal_conv_step", {"x": (x, "BC"), "weight": (weight, "CW"), "bias": (bias, "C")})
+    check_axes("causal_conv_step", {"window": (window, "BVC")}, sizes | {"V": sizes["W"] - 1})
+    check_rows("causal_conv_step", sizes["B"], 1, None, None)
     with without_autocast(x.device), torch.no_grad():
         inputs = torch.cat([window.to(x.dtype), x[:, None]], dim=1)
         window.copy_(inputs[:, 1:])

@@ -10,15 +10,33 @@ from torch import Tensor
 from ssmvl.errors import ShapeError
 
 
-def check_shapes(op: str, found: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    """Compare the shapes of named tensors, None left out, with what they must be.
+def check_axes(
+    op: str, tensors: Mapping[str, tuple[Tensor | None, str]], sizes: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Compare the shapes of named tensors, None left out, with their axes, one letter each.
+
+    Args:
+        op: for the message.
+        tensors: name -> tensor and axes, as "BLH"; a letter means the size at which it is first met.
+        sizes: letters that are known already.
+
+    Returns:
+        Every letter's size.
 
     Raises:
-        ShapeError: the first that differs, with its name, its shape and the allowed one.
+        ShapeError: the first that does not fit, with its name, its shape and the allowed one.
     """
-    for name, (tensor, shape) in found.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ShapeError(f"{op}: {name} must have shape {shape}, received {tuple(tensor.shape)}")
+    found = dict(sizes or {})
+    for name, (tensor, axes) in tensors.items():
+        if tensor is None:
+            continue
+        shape = tuple(tensor.shape)
+        if len(shape) == len(axes):
+            found = dict(zip(axes, shape, strict=True)) | found
+        if shape != tuple(found.get(a) for a in axes):
+            allowed = ", ".join(str(found.get(a, a)) for a in axes) + ("," if len(axes) == 1 else "")
+            raise ShapeError(f"{op}: {name} must have shape ({allowed}), received {shape}")
+    return found
 
 
 def check_rows(op: str, rows: int, length: int, lengths: Tensor | None, segments: Tensor | None) -> None:
@@ -34,7 +52,7 @@ def check_rows(op: str, rows: int, length: int, lengths: Tensor | None, segments
         raise ShapeError(f"{op}: a batch of no rows; give at least one (a row may have length 0)")
     if lengths is not None and segments is not None:
         raise ShapeError(f"{op}: lengths and segments exclude each other; mark padding in segments with -1")
-    check_shapes(op, {"lengths": (lengths, (rows,)), "segments": (segments, (rows, length))})
+    check_axes(op, {"lengths": (lengths, "B"), "segments": (segments, "BL")}, {"B": rows, "L": length})
     values = lengths if lengths is not None else segments
     if values is None or values.device.type != "cpu" or values.numel() == 0 or torch.compiler.is_compiling():
         return

@@ -6,7 +6,10 @@ Step sizes arrive ready and in fp32, so no kernel applies softplus. What the ker
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from ssmvl.errors import BackendError
 
 
 def ssd(
@@ -65,7 +68,20 @@ def selective_scan(
             left = (since * A[:, s]).exp() * state[:, None, :, s]
             y = y + left * C[..., s].repeat_interleave(x.shape[2] // C.shape[2], 2)
         last = last + (since[:, -1, :, None] * A).exp() * state
+    if last.requires_grad:
+        last.register_hook(_refuse)
     return y, last
+
+
+def _refuse(grad: Tensor) -> None:
+    raise BackendError("selective_scan: mamba_ssm gives no gradient through the final state; use backend='torch'")
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """(B, L, C) -> (B, C, L), laid out as the convolution wants it: channels together, other strides multiples of 8."""
+    if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.transpose(1, 2)
 
 
 def causal_conv(
@@ -74,14 +90,12 @@ def causal_conv(
     """The op `ssmvl.ops.causal_conv.causal_conv`."""
     from causal_conv1d import causal_conv1d_fn
 
-    if any(stride % 8 for stride in x.stride()[:2]):  # the kernel reads eight channels at once
-        x = x.contiguous()
     y = causal_conv1d_fn(
-        x.transpose(1, 2),
+        _channels_last(x),
         weight,
         bias,
         seq_idx=None if segments is None else segments.int().contiguous(),
-        initial_states=None if window is None else window.to(x.dtype).transpose(1, 2),
+        initial_states=None if window is None else _channels_last(window.to(x.dtype)),
         activation="silu",
     )
     return y.transpose(1, 2)

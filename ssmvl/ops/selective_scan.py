@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssmvl.errors import ShapeError
 from ssmvl.ops.backends import choose
-from ssmvl.ops.checks import check_groups, check_rows, check_shapes
+from ssmvl.ops.checks import check_axes, check_groups, check_rows
 from ssmvl.ops.precision import without_autocast
 from ssmvl.ops.steps import step_sizes
 
@@ -67,15 +67,11 @@ def selective_scan(
             state and segments.
         BackendError: the backend asked for cannot do this.
     """
-    rows, length, width = x.shape
-    groups, size = B.shape[2:]
-    check_rows("selective_scan", rows, length, lengths, segments)
-    check_groups("selective_scan", width, groups)
-    per_group, last = (rows, length, groups, size), (rows, width, size)
-    shapes = {"dt": (dt, (rows, length, width)), "A": (A, (width, size)), "B": (B, per_group), "C": (C, per_group)}
-    check_shapes(
-        "selective_scan", shapes | {"D": (D, (width,)), "dt_bias": (dt_bias, (width,)), "state": (state, last)}
-    )
+    sequences = {"x": (x, "BLE"), "dt": (dt, "BLE"), "B": (B, "BLGS"), "C": (C, "BLGS")}
+    rest = {"A": (A, "ES"), "D": (D, "E"), "dt_bias": (dt_bias, "E"), "state": (state, "BES")}
+    sizes = check_axes("selective_scan", sequences | rest)
+    check_rows("selective_scan", sizes["B"], sizes["L"], lengths, segments)
+    check_groups("selective_scan", sizes["E"], sizes["G"])
     if state is not None and segments is not None:
         raise ShapeError("selective_scan: a state and segments exclude each other; a packed row starts from nothing")
     run = choose("selective_scan", x, {"segments": segments}, backend)
@@ -84,8 +80,8 @@ def selective_scan(
         dt, A = dt.to(dtype), A.to(dtype)
         D, state = (None if t is None else t.to(dtype) for t in (D, state))
         dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, lengths)
-        if length == 0:
-            return x, x.new_zeros(last, dtype=dtype) if state is None else state
+        if sizes["L"] == 0:
+            return x, x.new_zeros([sizes[a] for a in "BES"], dtype=dtype) if state is None else state
         y, state = run(x, dt, A, B, C, D, state, segments, chunk)
     return y.to(x.dtype), state
 
@@ -110,20 +106,21 @@ def selective_scan_step(
     Raises:
         ShapeError: shapes that do not fit.
     """
-    rows, width = x.shape
-    groups, size = B.shape[1:]
+    inputs = {"x": (x, "BE"), "dt": (dt, "BE"), "B": (B, "BGS"), "C": (C, "BGS"), "state": (state, "BES")}
+    sizes = check_axes("selective_scan_step", inputs | {"A": (A, "ES"), "D": (D, "E"), "dt_bias": (dt_bias, "E")})
+    rows, groups = sizes["B"], sizes["G"]
     check_rows("selective_scan_step", rows, 1, None, None)
-    check_groups("selective_scan_step", width, groups)
-    shapes = {"dt": (dt, (rows, width)), "C": (C, (rows, groups, size)), "state": (state, (rows, width, size))}
-    check_shapes("selective_scan_step", shapes)
+    check_groups("selective_scan_step", sizes["E"], groups)
+    if not state.is_contiguous():
+        raise ShapeError("selective_scan_step: a state that is not contiguous cannot advance in place")
     dtype = state.dtype
     with without_autocast(x.device), torch.no_grad():
-        inputs, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
+        given, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
         dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, None)
         state.mul_((dt[..., None] * A).exp_())
-        u = (inputs * dt).view(rows, groups, -1, 1)
-        by_group = state.view(rows, groups, -1, size).addcmul_(u, B[:, :, None])
-        y = torch.matmul(by_group, C[..., None]).view(rows, width)
+        u = (given * dt).reshape(rows, groups, -1, 1)
+        by_group = state.view(rows, groups, -1, sizes["S"]).addcmul_(u, B[:, :, None])
+        y = torch.matmul(by_group, C[..., None]).view(rows, sizes["E"])
         if D is not None:
-            y.addcmul_(inputs, D.to(dtype))
+            y.addcmul_(given, D.to(dtype))
     return y.to(x.dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssmvl.errors import ShapeError
 from ssmvl.ops.backends import choose
-from ssmvl.ops.checks import check_groups, check_rows, check_shapes
+from ssmvl.ops.checks import check_axes, check_groups, check_rows
 from ssmvl.ops.precision import without_autocast
 from ssmvl.ops.steps import step_sizes
 
@@ -67,13 +67,11 @@ def ssd(
             and segments.
         BackendError: the backend asked for cannot do this.
     """
-    rows, length, heads, width = x.shape
-    groups, size = B.shape[2:]
-    check_rows("ssd", rows, length, lengths, segments)
-    check_groups("ssd", heads, groups)
-    per_group, last = (rows, length, groups, size), (rows, heads, width, size)
-    shapes = {"dt": (dt, (rows, length, heads)), "A": (A, (heads,)), "B": (B, per_group), "C": (C, per_group)}
-    check_shapes("ssd", shapes | {"D": (D, (heads,)), "dt_bias": (dt_bias, (heads,)), "state": (state, last)})
+    sequences = {"x": (x, "BLHP"), "dt": (dt, "BLH"), "B": (B, "BLGS"), "C": (C, "BLGS")}
+    rest = {"A": (A, "H"), "D": (D, "H"), "dt_bias": (dt_bias, "H"), "state": (state, "BHPS")}
+    sizes = check_axes("ssd", sequences | rest)
+    check_rows("ssd", sizes["B"], sizes["L"], lengths, segments)
+    check_groups("ssd", sizes["H"], sizes["G"])
     if state is not None and segments is not None:
         raise ShapeError("ssd: a state and segments exclude each other; a packed row starts from nothing")
     run = choose("ssd", x, {"state": state, "segments": segments}, backend)
@@ -82,8 +80,8 @@ def ssd(
         dt, A = dt.to(dtype), A.to(dtype)
         D, state = (None if t is None else t.to(dtype) for t in (D, state))
         dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, lengths)
-        if length == 0:
-            return x, x.new_zeros(last, dtype=dtype) if state is None else state
+        if sizes["L"] == 0:
+            return x, x.new_zeros([sizes[a] for a in "BHPS"], dtype=dtype) if state is None else state
         y, state = run(x, dt, A, B, C, D, state, segments, chunk)
     return y.to(x.dtype), state
 
@@ -106,26 +104,27 @@ def ssd_step(
     The other arguments are those of `ssd`. Gradients are not computed.
 
     Raises:
-        ShapeError: shapes that do not fit.
+        ShapeError: shapes that do not fit, or a state that is not contiguous.
     """
-    rows, heads, width = x.shape
-    groups, size = B.shape[1:]
+    inputs = {"x": (x, "BHP"), "dt": (dt, "BH"), "B": (B, "BGS"), "C": (C, "BGS"), "state": (state, "BHPS")}
+    sizes = check_axes("ssd_step", inputs | {"A": (A, "H"), "D": (D, "H"), "dt_bias": (dt_bias, "H")})
+    rows, groups = sizes["B"], sizes["G"]
     check_rows("ssd_step", rows, 1, None, None)
-    check_groups("ssd_step", heads, groups)
-    shapes = {"dt": (dt, (rows, heads)), "C": (C, (rows, groups, size)), "state": (state, (rows, heads, width, size))}
-    check_shapes("ssd_step", shapes)
+    check_groups("ssd_step", sizes["H"], groups)
+    if not state.is_contiguous():
+        raise ShapeError("ssd_step: a state that is not contiguous cannot advance in place")
     dtype = state.dtype
     with without_autocast(x.device), torch.no_grad():
-        inputs, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
+        given, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
         dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, None)
-        u = inputs * dt[..., None]
-        y = torch.empty_like(u)
+        u = given * dt[..., None]
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)
         decay = (dt * A).exp()[..., None, None]
         # Row by row, so that a row's state is read from memory once and written once.
-        views = state, decay, *(t.view(rows, groups, -1, 1) for t in (u, y)), B[:, :, None], C[..., None]
+        views = state, decay, u.reshape(rows, groups, -1, 1), y.view(rows, groups, -1, 1), B[:, :, None], C[..., None]
         for h, through, u_row, y_row, B_row, C_row in zip(*(t.unbind(0) for t in views), strict=True):
-            by_group = h.mul_(through).view(groups, -1, size).baddbmm_(u_row, B_row)
+            by_group = h.mul_(through).view(groups, -1, sizes["S"]).baddbmm_(u_row, B_row)
             torch.bmm(by_group, C_row, out=y_row)
         if D is not None:
-            y.addcmul_(inputs, D.to(dtype)[:, None])
+            y.addcmul_(given, D.to(dtype)[:, None])
     return y.to(x.dtype)

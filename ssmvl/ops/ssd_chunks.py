@@ -7,8 +7,9 @@ P head width, S state size. With a[t] = dt[t] A, u[t] = dt[t] x[t] and s[t] the 
     h'   = exp(s[Q]) h + sum_k exp(s[Q] - s[k]) u[k] ⊗ B[k]
 
 Forward keeps the state before each chunk; backward computes everything else again, chunk by chunk, so no tensor is
-larger than the inputs and what a chunk needs stays in the cache. The gradient of s[t] is dy[t]·(y[t] - D x[t]) -
-du[t]·u[t], because y depends on s[q] - s[k] only.
+larger than the inputs and what a chunk needs stays in the cache. The gradient of a[t] is the sum over everything that
+passes from a position before t to one from t on. It is added up as such: dy·y - du·u, summed from t on, is the same
+number, but a difference of large ones where decays are strong.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from ssmvl.ops.precision import backward_without_autocast
 
 LOWEST = -60.0  # exp(-60) = 9e-27 stands for every smaller decay: numbers near 1e-40 are a hundred times slower
 
+LONGEST_CHUNK = 128  # beyond, fp32 differences of log decays are not good to 1e-4 at 20 a step
+
 
 def ssd(
     x: Tensor,
@@ -38,7 +41,9 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """The op `ssmvl.ops.ssd.ssd` for L >= 1 and step sizes that are ready, in the dtype of `dt`."""
     x, B, C = (t.to(dt.dtype) for t in (x, B, C))
-    return _SSD.apply(x, dt, dt * A, B, C, D, state, segments, min(chunk or (256 if x.is_cuda else 64), x.shape[1]))
+    small = x[0, 0].numel() * B.shape[3] <= 2**16  # then calls cost more than products
+    wanted = chunk or (LONGEST_CHUNK if x.is_cuda or small else 64)
+    return _SSD.apply(x, dt, dt * A, B, C, D, state, segments, min(wanted, LONGEST_CHUNK, x.shape[1]))
 
 
 class _Chunk(NamedTuple):
@@ -161,78 +166,102 @@ class _SSD(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if keep:
             ctx.chunk = chunk
-            ctx.save_for_backward(x, dt, log, B, C, D, segments, y, h, *entering)
+            ctx.save_for_backward(x, dt, log, B, C, D, segments, *entering)
         return y, h
 
     @staticmethod
     @backward_without_autocast
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, log, B, C, D, segments, y, last, *entering = ctx.saved_tensors
+        x, dt, log, B, C, D, segments, *entering = ctx.saved_tensors
         groups, chunk = B.shape[2], ctx.chunk
-        dy = torch.zeros_like(y) if dy is None else dy
-        skip = None if D is None else D.view(groups, -1, 1)
-        chunks = _cut(x, dt, log, B, C, segments, chunk)
-        dx, d_dt, d_sum, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, dt, B, C))
-        d_skip = torch.zeros_like(skip) if skip is not None else None
+        dy = torch.zeros_like(x) if dy is None else dy
         dh = None if dh is None else dh.contiguous()
-        # What reaches a step's decay from beyond its chunk: <dh, h> of the state that leaves the chunk.
-        beyond = x.new_zeros(len(chunks), x.shape[0], x.shape[2])
-        by_head = zip(*(_pieces(t, groups, chunk) for t in (dy, y, dx, d_dt[..., None], d_sum[..., None])), strict=True)
+        skip = None if D is None else D.view(groups, -1, 1)
+        dx, d_dt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
+        # What passes a step of the log decay: within its chunk, into it from before, out of it, and through all of it.
+        within, entered, left = (torch.zeros_like(d_dt) for _ in range(3))
+        through = x.new_zeros(len(entering), x.shape[0], x.shape[2])
+        d_skip = torch.zeros_like(skip) if skip is not None else None
+        sequences = (t if t.ndim == 4 else t[..., None] for t in (dy, dx, d_dt, within, entered, left))
+        by_head = zip(*(_pieces(t, groups, chunk) for t in sequences), strict=True)
         by_group = zip(*(t.split(chunk, 1) for t in (dB, dC)), strict=True)
-        views = [*zip(chunks, by_head, by_group, entering, [*entering[1:], last], beyond, strict=True)]
-        for part, (dyz, yz, dxz, d_dtz, d_sumz), (dBz, dCz), before, after, beyond_z in reversed(views):
-            if dh is not None:
-                torch.sum(dh * after, (2, 3), out=beyond_z)
-            du, dB_flat, dC_flat = _within(part, dyz)
-            dh = _across(part, dyz, du, dB_flat, dC_flat, before, dh)
-            for whole, flat in ((dBz, dB_flat), (dCz, dC_flat)):
+        chunks = _cut(x, dt, log, B, C, segments, chunk)
+        later, earlier = x.new_ones(chunk, chunk).triu(), x.new_ones(chunk, chunk).tril(-1)
+        views = [*zip(chunks, by_head, by_group, entering, through, strict=True)]
+        for part, (dyz, dxz, d_dtz, within_z, entered_z, left_z), wholes, before, through_z in reversed(views):
+            du, dB_flat, dC_flat = _within(part, dyz, within_z, later, earlier)
+            dh = _across(part, dyz, before, dh, du, dB_flat, dC_flat, entered_z, left_z, through_z)
+            for whole, flat in zip(wholes, (dB_flat, dC_flat), strict=True):
                 whole.copy_(flat.unflatten(0, (-1, groups)).transpose(1, 2))
             products = part.by_group.movedim(2, 1)
             torch.sum(torch.mul(du, part.x, out=products), -1, keepdim=True, out=d_dtz)
-            torch.sum(torch.mul(dyz, yz, out=products), -1, keepdim=True, out=d_sumz)
-            d_sumz.addcmul_(d_dtz, part.dt, value=-1)
             torch.mul(du, part.dt, out=dxz)
             if d_skip is not None:
-                through_skip = torch.mul(dyz, part.x, out=products).sum(-1, keepdim=True)
-                d_sumz.addcmul_(through_skip, skip, value=-1)
-                d_skip += through_skip.sum((0, 1))
+                d_skip += torch.mul(dyz, part.x, out=products).sum((0, 1)).sum(-1, keepdim=True)
                 dxz.addcmul_(dyz, skip)
-        # s[t] holds every step of its chunk up to t, so a step's gradient is the sum over the positions from it on.
         tail = -x.shape[1] % chunk
-        later = F.pad(d_sum.double(), [0, 0, 0, tail]).unflatten(1, (-1, chunk)).flip(2).cumsum(2).flip(2)
-        d_log = (later + beyond.transpose(0, 1)[:, :, None]).flatten(1, 2)[:, : x.shape[1]].to(x.dtype)
+        entered, left = (F.pad(t.double(), [0, 0, 0, tail]).unflatten(1, (-1, chunk)) for t in (entered, left))
+        passed = entered.flip(2).cumsum(2).flip(2) + (left.cumsum(2) - left) + through.transpose(0, 1)[:, :, None]
+        d_log = within + passed.flatten(1, 2)[:, : x.shape[1]]
         dD = None if d_skip is None else d_skip.view_as(D)
-        return dx, d_dt, d_log, dB, dC, dD, None if entering[0] is None else dh, None, None
+        return dx, d_dt, d_log.to(x.dtype), dB, dC, dD, None if entering[0] is None else dh, None, None
 
 
-def _within(part: _Chunk, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Back through the sum over the chunk's own inputs: gradients of u (B, q, G, R, P), B and C (B*G, q, S)."""
+def _within(part: _Chunk, dy: Tensor, passed: Tensor, later: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Back through the sum over the chunk's own inputs: gradients of u (B, q, G, R, P), of B and C (B*G, q, S).
+
+    What passes each step, k < t <= q, goes to `passed` (B, q, G, R, 1); `later` and `earlier` are ones where column >=
+    row and where column < row.
+    """
     products, decays = part.scores()
     weights = (decays * products).flatten(0, 2)
     part.by_head.movedim(3, 1).copy_(dy)
     dy_heads, u_heads = part.by_head.flatten(0, 2), part.u.flatten(0, 2)
-    du = torch.bmm(weights.transpose(1, 2), dy_heads)
-    d_weights = torch.bmm(dy_heads, u_heads.transpose(1, 2), out=weights).view_as(decays)
-    d_products = d_weights.mul_(decays).sum(2).mul_(part.same).flatten(0, 1)
-    dB, dC = torch.bmm(d_products.transpose(1, 2), part.C), torch.bmm(d_products, part.B)
-    return du.view_as(part.u).movedim(3, 1), dB, dC
+    du = torch.bmm(weights.transpose(1, 2), dy_heads).view_as(part.u).movedim(3, 1)
+    d_products = torch.bmm(dy_heads, u_heads.transpose(1, 2), out=weights).view_as(decays).mul_(decays)
+    flat = d_products.sum(2).mul_(part.same).flatten(0, 1)
+    dB, dC = torch.bmm(flat.transpose(1, 2), part.C), torch.bmm(flat, part.B)
+    from_k_to_q, q = d_products.mul_(products).flatten(0, 2), dy.shape[1]
+    from_k = torch.bmm(later[:q, :q].expand_as(from_k_to_q), from_k_to_q, out=decays.view_as(from_k_to_q))
+    passed.copy_(from_k.mul_(earlier[:q, :q]).sum(-1).view(part.sums.shape).movedim(3, 1)[..., None])
+    return du, dB, dC
 
 
 def _across(
-    part: _Chunk, dy: Tensor, du: Tensor, dB: Tensor, dC: Tensor, before: Tensor | None, dh: Tensor | None
+    part: _Chunk,
+    dy: Tensor,
+    before: Tensor | None,
+    dh: Tensor | None,
+    du: Tensor,
+    dB: Tensor,
+    dC: Tensor,
+    entered: Tensor,
+    left: Tensor,
+    through: Tensor,
 ) -> Tensor | None:
-    """Back through the states: adds to du, dB and dC; dh of the state after the chunk -> that of the one before."""
+    """Back through the states: adds to du, dB and dC; dh of the state after the chunk -> that of the one before.
+
+    What each position receives from the state goes to `entered`, what it leaves in it to `left` (B, q, G, R, 1), what
+    passes the whole chunk to `through` (B, H).
+    """
     groups, by_group, matrix = part.u.shape[1], part.by_group.movedim(2, 1), part.group_matrix()
     if dh is not None:
         torch.mul(part.u.movedim(3, 1), part.to_end, out=by_group)
         dB.baddbmm_(matrix, _matrix(dh, groups))
         torch.bmm(part.B, _matrix(dh, groups).transpose(1, 2), out=matrix)
-        du.addcmul_(by_group, part.to_end)
+        by_group *= part.to_end
+        du += by_group
+        torch.sum(by_group.mul_(part.u.movedim(3, 1)), -1, keepdim=True, out=left)
         dh = dh * part.through
-    if before is None:
-        return dh
-    torch.mul(dy, part.since_start, out=by_group)
-    dC.baddbmm_(matrix, _matrix(before, groups))
-    dh = torch.zeros_like(before) if dh is None else dh
-    _matrix(dh, groups).baddbmm_(matrix.transpose(1, 2), part.C)
+    if before is not None:
+        if dh is None:
+            dh = torch.zeros_like(before)
+        else:
+            torch.sum(dh * before, (2, 3), out=through)
+        torch.bmm(part.C, _matrix(before, groups).transpose(1, 2), out=matrix)
+        by_group *= part.since_start
+        torch.sum(by_group.mul_(dy), -1, keepdim=True, out=entered)
+        torch.mul(dy, part.since_start, out=by_group)
+        dC.baddbmm_(matrix, _matrix(before, groups))
+        _matrix(dh, groups).baddbmm_(matrix.transpose(1, 2), part.C)
     return dh

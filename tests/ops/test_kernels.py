@@ -93,11 +93,19 @@ def test_the_door_equals_the_torch_backend(call: str) -> None:
     compare(op, values())
 
 
-@pytest.mark.parametrize("op", ["ssd", "selective_scan"])
 @pytest.mark.parametrize("state", [True, False])
-def test_gradients_through_the_final_state(op: str, state: bool) -> None:
-    values = inputs(op, 2, 9)
-    compare(op, values if state else values | {"state": None}, (0, 1))
+def test_gradients_through_the_final_state(state: bool) -> None:
+    values = inputs("ssd", 2, 9)
+    compare("ssd", values if state else values | {"state": None}, (0, 1))
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_the_scan_refuses_gradients_through_the_final_state(state: bool) -> None:
+    values = inputs("selective_scan", 2, 9)
+    x = values["x"].requires_grad_()
+    _, last = selective_scan(**values | ({} if state else {"state": None}), backend="mamba_ssm")
+    with pytest.raises(BackendError, match="no gradient through the final state"):
+        torch.autograd.grad(last.sum(), x)
 
 
 @pytest.mark.parametrize("op", ["ssd", "selective_scan"])
