@@ -113,9 +113,9 @@ class Assistant:
     def compile(self) -> None:
         """Compile the decoding step with torch.compile: equal answers, faster after a slow first one.
 
-        Needs a C++ compiler on a CPU, Triton on a GPU. A new number of prompts compiles again.
+        Needs a C++ compiler on a CPU, Triton on a GPU. A new number of prompts compiles again, eight times at most.
         """
-        self._step = torch.compile(self.model.step, fullgraph=True, dynamic=False)
+        self._step = torch.compile(self.model.step, dynamic=False)
 
     def _answer(self, samples: Sequence[Mapping[str, Any]], max_new_tokens: int) -> list[str]:
         device = next(self.model.parameters()).device

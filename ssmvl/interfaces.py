@@ -91,10 +91,10 @@ class Mixer(Protocol):
         """X (B, L, D), paths (K, L), segments (B, L) -> (B, L, D); training and connectors, no state."""
 
     def prefill(self, x: Tensor, lengths: Tensor, state: Any) -> Tensor:
-        """X (B, L, D) right-padded, lengths (B,) -> (B, L, D); causal; advances `state`."""
+        """X (B, L, D) right-padded, lengths (B,) -> (B, L, D); causal; advances `state`; no gradients."""
 
     def step(self, x: Tensor, state: Any) -> Tensor:
-        """X (B, D) -> (B, D); advances `state` in place."""
+        """X (B, D) -> (B, D); advances `state` in place; no gradients."""
 
     def new_state(self, rows: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
         """A state of `rows` rows that has seen nothing."""

@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
 
     from ssmvl.core_plugin import components
     from ssmvl.data.shared_memory import clean_stale_segments, stale_segments
-    from ssmvl.ops.backends import report
+    from ssmvl.ops.backends import describe
 
     print(f"python          {platform.python_version()} on {platform.platform()}")
     missing = [name for name in PACKAGES if not _print_version(name, "MISSING: pip install -e .")]
@@ -29,9 +29,8 @@ def run(options: argparse.Namespace) -> int:
         _print_version(name, "not installed: pip install 'ssmvl[train]'")
     cuda = f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no device"
     print(f"cuda            {cuda}")
-    for name, ops in report("cuda" if torch.cuda.is_available() else "cpu").items():
-        for op, reason in ops.items():
-            print(f"backend         {name:9} {op:14} {f'not used: {reason}' if reason else 'used'}")
+    for op, answer in describe("cuda" if torch.cuda.is_available() else "cpu").items():
+        print(f"backend         {op}: {answer}")
     registry = components()
     for source in sorted({entry.source for entry in registry.entries()}):
         print(f"plugin          {source}")

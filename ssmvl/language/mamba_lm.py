@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmvl.interfaces import Count, MixerPart
+from ssmvl.interfaces import Count, Mixer, MixerPart
 from ssmvl.language.state import RecurrentState
 from ssmvl.layers.block import Block, scale_residual
 from ssmvl.layers.mamba1 import Mamba1Mixer
@@ -52,7 +54,6 @@ class MambaLM(nn.Module):
         scale_residual(blocks, num_layers)
         self.layers = nn.ModuleList(blocks)
         self.norm_f = RMSNorm(width)
-        self._name = f"{type(blocks[0].mixer).__name__} LM, width {width}, {num_layers} layers"
 
     def embed(self, ids: Tensor) -> Tensor:
         """Ids (B, T) -> (B, T, D)."""
@@ -65,14 +66,15 @@ class MambaLM(nn.Module):
             x = block(x, None, segments)
         return self.norm_f(x)
 
+    @torch.no_grad()
     def prefill(self, embeds: Tensor, lengths: Tensor, state: RecurrentState) -> Tensor:
-        """Embeds (B, T, D) right-padded, lengths (B,) -> hidden (B, T, D), normed; advances `state`.
+        """Embeds (B, T, D) right-padded, lengths (B,) -> hidden (B, T, D), normed; advances `state`; no gradients.
 
         Raises:
-            ShapeError: the state belongs to another model, or to another number of rows, or lengths do not fit.
+            ShapeError: the state belongs to another model, or to other rows, dtype or device, or lengths do not fit.
         """
-        state.check(self._name, len(embeds))
-        check_rows("prefill", embeds.shape[0], embeds.shape[1], lengths, None)
+        state.check(self._name, len(embeds), self.embedding.weight)
+        check_rows("prefill", embeds.shape[0], embeds.shape[1], lengths, None, embeds.device)
         hidden = []
         # In stretches, so that memory does not grow with T: each continues from the state that the last one left.
         for start in range(0, max(embeds.shape[1], 1), STRETCH):
@@ -83,13 +85,14 @@ class MambaLM(nn.Module):
             hidden.append(self.norm_f(x))
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
 
+    @torch.no_grad()
     def step(self, embeds: Tensor, state: RecurrentState) -> Tensor:
-        """Embeds (B, D) -> hidden (B, D), normed; advances `state` in place.
+        """Embeds (B, D) -> hidden (B, D), normed; advances `state` in place; no gradients.
 
         Raises:
-            ShapeError: the state belongs to another model, or to another number of rows.
+            ShapeError: the state belongs to another model, or to other rows, dtype or device.
         """
-        state.check(self._name, len(embeds))
+        state.check(self._name, len(embeds), self.embedding.weight)
         x = _residual(embeds)
         for block, layer in zip(self.layers, state.layers, strict=True):
             x = block.step(x, layer)
@@ -104,6 +107,14 @@ class MambaLM(nn.Module):
     ) -> RecurrentState:
         """A state of `rows` rows that has seen nothing; device and dtype default to the weights'."""
         return RecurrentState(self._name, [b.mixer.new_state(rows, device, dtype) for b in self.layers])
+
+    @functools.cached_property
+    def _name(self) -> str:
+        mixer = cast(Mixer, self.layers[0].mixer)
+        sizes = [
+            f"{name} {'x'.join(map(str, t.shape[1:]))}" for name, t in mixer.new_state(1, "meta")._asdict().items()
+        ]
+        return f"{type(mixer).__name__} LM, width {self.width}, {len(self.layers)} layers, {', '.join(sizes)}"
 
     def shard_units(self) -> Sequence[nn.Module]:
         """Each block; never the embedding, which is the head too."""

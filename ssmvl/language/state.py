@@ -31,15 +31,19 @@ class RecurrentState:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for _, tensor in self._named())
 
-    def check(self, model: str, rows: int) -> None:
-        """Check that this is a state of `model`, of `rows` rows.
+    def check(self, model: str, rows: int, weight: Tensor) -> None:
+        """Check that this is a state of `model`, of `rows` rows, in the dtype and on the device of its `weight`.
 
         Raises:
             ShapeError: it is not.
         """
         if model != self.model:
             raise ShapeError(f"a state of {self.model} cannot be used by {model}; make one with its new_state({rows})")
-        own = self.layers[0][0].shape[0]
+        first: Tensor = self.layers[0][0]
+        own = first.shape[0]
+        if (first.dtype, first.device) != (weight.dtype, weight.device):
+            needs = f"{weight.dtype} on {weight.device}"
+            raise ShapeError(f"the model needs a state in {needs}, received one in {first.dtype} on {first.device}")
         if rows != own:
             raise ShapeError(
                 f"a state of {own} rows cannot take {rows}; make one with new_state({rows}), or use rows()"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmvl.interfaces import Count
-from ssmvl.layers.mamba2 import initial_dt_bias, negative_exp
+from ssmvl.layers.discretisation import initial_dt_bias, negative_exp
 from ssmvl.layers.paths import PathFolding, PathParameters, per_path
 from ssmvl.ops.causal_conv import causal_conv, causal_conv_step
 from ssmvl.ops.selective_scan import selective_scan, selective_scan_step
@@ -84,8 +84,9 @@ class Mamba1Mixer(nn.Module):
         y = self.folding.merge(self.folding.unfold(y, paths))
         return self.out_proj(y * F.silu(z))
 
+    @torch.no_grad()
     def prefill(self, x: Tensor, lengths: Tensor, state: Mamba1State) -> Tensor:
-        """X (B, L, D) right-padded, lengths (B,) -> (B, L, D); causal; advances `state` in place."""
+        """X (B, L, D) right-padded, lengths (B,) -> (B, L, D); causal; advances `state` in place; no gradients."""
         x, z = self._project(x)
         x, window = causal_conv(x, self._taps, self.conv1d.bias, window=state.conv, lengths=lengths)
         inputs = self._scan_inputs(x)
@@ -94,8 +95,9 @@ class Mamba1Mixer(nn.Module):
         state.ssm.copy_(ssm)
         return self.out_proj(y * F.silu(z))
 
+    @torch.no_grad()
     def step(self, x: Tensor, state: Mamba1State) -> Tensor:
-        """X (B, D) -> (B, D); advances `state` in place."""
+        """X (B, D) -> (B, D); advances `state` in place; no gradients."""
         x, z = self._project(x)
         x = causal_conv_step(x, self._taps, self.conv1d.bias, state.conv)
         y = selective_scan_step(*self._scan_inputs(x), state.ssm, **self._scan_parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from math import inf
 from typing import Any, Literal, NamedTuple
 
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 
 from ssmvl.errors import ShapeError
 from ssmvl.interfaces import Count
+from ssmvl.layers.discretisation import initial_dt_bias, negative_exp
 from ssmvl.layers.norm import GatedRMSNorm
 from ssmvl.layers.paths import PathFolding, PathParameters
 from ssmvl.ops.causal_conv import causal_conv, causal_conv_step
-from ssmvl.ops.precision import without_autocast
 from ssmvl.ops.ssd import ssd, ssd_step
 
 
@@ -107,8 +106,9 @@ class Mamba2Mixer(nn.Module):
         y = self.norm(self.folding.unfold(y.flatten(2), paths), z)
         return self.out_proj(self.folding.merge(y))
 
+    @torch.no_grad()
     def prefill(self, x: Tensor, lengths: Tensor, state: Mamba2State) -> Tensor:
-        """X (B, L, D) right-padded, lengths (B,) -> (B, L, D); causal; advances `state` in place."""
+        """X (B, L, D) right-padded, lengths (B,) -> (B, L, D); causal; advances `state` in place; no gradients."""
         z, xBC, dt = self._project(x)
         xBC, window = causal_conv(xBC, self._taps, self.conv1d.bias, window=state.conv, lengths=lengths)
         inputs = self._ssd_inputs(xBC, dt)
@@ -117,8 +117,9 @@ class Mamba2Mixer(nn.Module):
         state.ssm.copy_(ssm)
         return self._leave(y.flatten(2), z)
 
+    @torch.no_grad()
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
-        """X (B, D) -> (B, D); advances `state` in place."""
+        """X (B, D) -> (B, D); advances `state` in place; no gradients."""
         z, xBC, dt = self._project(x)
         xBC = causal_conv_step(xBC, self._taps, self.conv1d.bias, state.conv)
         y = ssd_step(*self._ssd_inputs(xBC, dt), state.ssm, **self._ssd_parameters())
@@ -162,15 +163,3 @@ class Mamba2Mixer(nn.Module):
 
     def _ssd_parameters(self) -> dict[str, Any]:
         return {"D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
-
-
-def negative_exp(log: Tensor) -> Tensor:
-    """-exp(log), in fp32 at least."""
-    with without_autocast(log.device):
-        return log.to(torch.promote_types(log.dtype, torch.float32)).exp().neg()
-
-
-def initial_dt_bias(count: int) -> Tensor:
-    """(count,) whose softplus is a step size between 0.001 and 0.1, log-uniformly. Source: arXiv 2312.00752, §3.6."""
-    dt = torch.exp(torch.empty(count).uniform_(math.log(0.001), math.log(0.1))).clamp(min=1e-4)
-    return dt + torch.log(-torch.expm1(-dt))

@@ -24,30 +24,24 @@ class Offer(NamedTuple):
         target: "module:attribute".
         needs: a module that must be importable.
         device: the type of device it runs on; any if empty.
-        cannot: what a call may use that it does not take; a tuple is refused only where all of it is used together.
+        cannot: what a call may use that it does not take.
     """
 
     target: str
     needs: str = ""
     device: str = ""
-    cannot: tuple[tuple[str, ...], ...] = ()
+    cannot: tuple[str, ...] = ()
 
 
-def _kernel(op: str, needs: str, *cannot: tuple[str, ...]) -> Offer:
-    return Offer(f"ssmvl.ops.kernels:{op}", needs, "cuda", (("torch.float64",), *cannot))
+def _kernel(op: str, needs: str, *cannot: str) -> Offer:
+    return Offer(f"ssmvl.ops.kernels:{op}", needs, "cuda", ("torch.float64", *cannot))
 
 
 BACKENDS: Mapping[str, Mapping[str, Offer]] = {
     "mamba_ssm": {
-        "ssd": _kernel("ssd", "mamba_ssm"),
-        "selective_scan": _kernel("selective_scan", "mamba_ssm", ("segments",)),
-        "causal_conv": _kernel(
-            "causal_conv",
-            "causal_conv1d",
-            ("segments", "a window"),
-            ("channels no multiple of 8",),
-            ("taps other than 2 to 4",),
-        ),
+        "ssd": _kernel("ssd", "mamba_ssm", "float32 where TF32 is not allowed"),
+        "selective_scan": _kernel("selective_scan", "mamba_ssm", "segments", "more than 256 states"),
+        "causal_conv": _kernel("causal_conv", "causal_conv1d", "channels no multiple of 8", "taps other than 2 to 4"),
     },
     "torch": {
         "ssd": Offer("ssmvl.ops.ssd_chunks:ssd"),
@@ -92,9 +86,9 @@ def _choose(op: str, device: str, used: frozenset[str], wanted: str) -> Callable
 def _why_not(offer: Offer, device: str, used: Iterable[str] = ()) -> str:
     if offer.device and device != offer.device:
         return f"it runs on {offer.device}, the input is on {device}"
-    refused = next((names for names in offer.cannot if set(names) <= set(used)), ())
+    refused = [name for name in offer.cannot if name in used]
     if refused:
-        return f"it does not take {' together with '.join(refused)}"
+        return f"it does not take {' and '.join(refused)}"
     return _why_missing(offer.needs)
 
 
@@ -103,11 +97,27 @@ def _why_missing(module: str) -> str:
     try:
         if module:
             importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: built for a GPU, and there is none
+    except Exception as error:  # foreign code: a missing GPU, or a Triton that does not fit, raises what it likes
         return f"{module} cannot be imported ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     return ""
 
 
 def report(device: str) -> dict[str, dict[str, str]]:
-    """Backend -> op -> why it is never used on `device`; "" where it is, for the calls that it can do."""
+    """Backend -> op -> why it is never used on `device`; "" where it is, for the calls that it takes."""
     return {name: {op: _why_not(offer, device) for op, offer in ops.items()} for name, ops in BACKENDS.items()}
+
+
+def describe(device: str) -> dict[str, str]:
+    """Op -> a line that says which backends it tries on `device`, in their order, and why not the others."""
+    wanted = os.environ.get("SSMVL_BACKEND") or "auto"
+    lines = {}
+    for op in BACKENDS["torch"]:
+        used, refused = [], []
+        for name, reasons in report(device).items():
+            if reasons[op]:
+                refused.append(f"; not {name}: {reasons[op]}")
+            elif wanted in ("auto", name):
+                cannot = BACKENDS[name][op].cannot
+                used.append(name + (f" (unless a call uses {', '.join(cannot)})" if cannot else ""))
+        lines[op] = f"{wanted} = {', then '.join(used) or 'none'}{''.join(refused)}"
+    return lines

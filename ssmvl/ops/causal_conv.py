@@ -44,13 +44,11 @@ def causal_conv(
     """
     sizes = check_axes("causal_conv", {"x": (x, "BLC"), "weight": (weight, "CW"), "bias": (bias, "C")})
     rows, length, channels, taps = (sizes[a] for a in "BLCW")
-    check_axes("causal_conv", {"window": (window, "BVC")}, sizes | {"V": taps - 1})
-    check_rows("causal_conv", rows, length, lengths, segments)
+    check_axes("causal_conv", {"window": (window, "BVC")}, {**sizes, "V": taps - 1})
+    check_rows("causal_conv", rows, length, lengths, segments, x.device)
     if window is not None and segments is not None:
         raise ShapeError("causal_conv: a window and segments exclude each other; a packed row starts from nothing")
     uses = {
-        "segments": segments,
-        "a window": window,
         "channels no multiple of 8": channels % 8 != 0,
         "taps other than 2 to 4": not 2 <= taps <= 4,
     }
@@ -70,10 +68,11 @@ def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, window: Ten
         ShapeError: shapes that do not fit.
     """
     sizes = check_axes("causal_conv_step", {"x": (x, "BC"), "weight": (weight, "CW"), "bias": (bias, "C")})
-    check_axes("causal_conv_step", {"window": (window, "BVC")}, sizes | {"V": sizes["W"] - 1})
-    check_rows("causal_conv_step", sizes["B"], 1, None, None)
+    check_axes("causal_conv_step", {"window": (window, "BVC")}, {**sizes, "V": sizes["W"] - 1})
+    check_rows("causal_conv_step", sizes["B"], 1, None, None, x.device)
     with without_autocast(x.device), torch.no_grad():
-        inputs = torch.cat([window.to(x.dtype), x[:, None]], dim=1)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        inputs = torch.cat([window.to(dtype), x.to(dtype)[:, None]], dim=1)
         window.copy_(inputs[:, 1:])
         y = (inputs * weight.t()).sum(dim=1)
         y = F.silu(y if bias is None else y.add_(bias), inplace=True)

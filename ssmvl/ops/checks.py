@@ -39,19 +39,24 @@ def check_axes(
     return found
 
 
-def check_rows(op: str, rows: int, length: int, lengths: Tensor | None, segments: Tensor | None) -> None:
+def check_rows(
+    op: str, rows: int, length: int, lengths: Tensor | None, segments: Tensor | None, device: torch.device
+) -> None:
     """Check a batch of rows, and its lengths or segments.
 
     Values are looked at only where that costs no synchronisation: not on a GPU, not while compiling.
 
     Raises:
         ShapeError: there are no rows; lengths are not (B,) in 0…L; segments are not (B, L), start above 0, decrease
-            or skip a number before the padding (-1); or both are given.
+            or skip a number before the padding (-1); either is no integer tensor on `device`; or both are given.
     """
     if rows == 0:
         raise ShapeError(f"{op}: a batch of no rows; give at least one (a row may have length 0)")
     if lengths is not None and segments is not None:
         raise ShapeError(f"{op}: lengths and segments exclude each other; mark padding in segments with -1")
+    for name, given in (("lengths", lengths), ("segments", segments)):
+        if given is not None and (given.is_floating_point() or given.is_complex() or given.device != device):
+            raise ShapeError(f"{op}: {name} must be integers on {device}, received {given.dtype} on {given.device}")
     check_axes(op, {"lengths": (lengths, "B"), "segments": (segments, "BL")}, {"B": rows, "L": length})
     values = lengths if lengths is not None else segments
     if values is None or values.device.type != "cpu" or values.numel() == 0 or torch.compiler.is_compiling():

@@ -73,13 +73,14 @@ def selective_scan(
     return y, last
 
 
-def _refuse(grad: Tensor) -> None:
-    raise BackendError("selective_scan: mamba_ssm gives no gradient through the final state; use backend='torch'")
+def _refuse(grad: Tensor | None) -> None:
+    if grad is not None:  # None where the state was not used
+        raise BackendError("selective_scan: mamba_ssm gives no gradient through the final state; use backend='torch'")
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """(B, L, C) -> (B, C, L), laid out as the convolution wants it: channels together, other strides multiples of 8."""
-    if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8:
+    """(B, L, C) -> (B, C, L), laid out as the convolution wants it: channels together, groups of 8 aligned."""
+    if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     return x.transpose(1, 2)
 

@@ -19,7 +19,7 @@ from ssmvl.errors import ShapeError
 from ssmvl.ops.backends import choose
 from ssmvl.ops.checks import check_axes, check_groups, check_rows
 from ssmvl.ops.precision import without_autocast
-from ssmvl.ops.steps import step_sizes
+from ssmvl.ops.steps import LOWEST, step_sizes
 
 
 def selective_scan(
@@ -70,18 +70,18 @@ def selective_scan(
     sequences = {"x": (x, "BLE"), "dt": (dt, "BLE"), "B": (B, "BLGS"), "C": (C, "BLGS")}
     rest = {"A": (A, "ES"), "D": (D, "E"), "dt_bias": (dt_bias, "E"), "state": (state, "BES")}
     sizes = check_axes("selective_scan", sequences | rest)
-    check_rows("selective_scan", sizes["B"], sizes["L"], lengths, segments)
+    check_rows("selective_scan", sizes["B"], sizes["L"], lengths, segments, x.device)
     check_groups("selective_scan", sizes["E"], sizes["G"])
     if state is not None and segments is not None:
         raise ShapeError("selective_scan: a state and segments exclude each other; a packed row starts from nothing")
-    run = choose("selective_scan", x, {"segments": segments}, backend)
+    run = choose("selective_scan", x, {"segments": segments, "more than 256 states": sizes["S"] > 256}, backend)
     dtype = torch.promote_types(x.dtype, torch.float32)
     with without_autocast(x.device):
         dt, A = dt.to(dtype), A.to(dtype)
         D, state = (None if t is None else t.to(dtype) for t in (D, state))
         dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, lengths)
         if sizes["L"] == 0:
-            return x, x.new_zeros([sizes[a] for a in "BES"], dtype=dtype) if state is None else state
+            return x, x.new_zeros([sizes[a] for a in "BES"], dtype=dtype) if state is None else state.clone()
         y, state = run(x, dt, A, B, C, D, state, segments, chunk)
     return y.to(x.dtype), state
 
@@ -107,9 +107,9 @@ def selective_scan_step(
         ShapeError: shapes that do not fit.
     """
     inputs = {"x": (x, "BE"), "dt": (dt, "BE"), "B": (B, "BGS"), "C": (C, "BGS"), "state": (state, "BES")}
-    sizes = check_axes("selective_scan_step", inputs | {"A": (A, "ES"), "D": (D, "E"), "dt_bias": (dt_bias, "E")})
+    sizes = check_axes("selective_scan_step", {**inputs, "A": (A, "ES"), "D": (D, "E"), "dt_bias": (dt_bias, "E")})
     rows, groups = sizes["B"], sizes["G"]
-    check_rows("selective_scan_step", rows, 1, None, None)
+    check_rows("selective_scan_step", rows, 1, None, None, x.device)
     check_groups("selective_scan_step", sizes["E"], groups)
     if not state.is_contiguous():
         raise ShapeError("selective_scan_step: a state that is not contiguous cannot advance in place")
@@ -117,7 +117,7 @@ def selective_scan_step(
     with without_autocast(x.device), torch.no_grad():
         given, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
         dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, None)
-        state.mul_((dt[..., None] * A).exp_())
+        state.mul_((dt[..., None] * A).clamp_(min=LOWEST).exp_())
         u = (given * dt).reshape(rows, groups, -1, 1)
         by_group = state.view(rows, groups, -1, sizes["S"]).addcmul_(u, B[:, :, None])
         y = torch.matmul(by_group, C[..., None]).view(rows, sizes["E"])

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmvl.ops.precision import backward_without_autocast
+from ssmvl.ops.steps import LOWEST
 
 
 def selective_scan(
@@ -35,7 +36,11 @@ def selective_scan(
     goes_on = None
     if segments is not None:  # (B, L, 1, 1, 1): 0 where a segment starts
         goes_on = (segments == F.pad(segments, [1, -1], value=-2)).to(x.dtype)[..., None, None, None]
-    h = None if state is None else state.unflatten(1, (groups, -1)).transpose(2, 3).contiguous()
+    h = (
+        None
+        if state is None
+        else state.unflatten(1, (groups, -1)).transpose(2, 3).clone(memory_format=torch.contiguous_format)
+    )
     given = (t.unflatten(2, (groups, 1, -1)) for t in (x, dt))
     rates = A.unflatten(0, (groups, -1)).transpose(1, 2).contiguous()
     y, h = _SelectiveScan.apply(*given, rates, B[..., None], C[..., None], h, goes_on, chunk)
@@ -54,7 +59,7 @@ class _Tile(NamedTuple):
 
     def run(self, A: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
         """Decays and states (B, T, G, S, R), from the state h (B, G, S, R) before the first position."""
-        decays = (self.dt * A).exp_()
+        decays = (self.dt * A).clamp_(min=LOWEST).exp_()
         if self.goes_on is not None:
             decays *= self.goes_on
         states = (self.dt * self.x) * self.B
@@ -66,7 +71,8 @@ class _Tile(NamedTuple):
 
 
 def _cut(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, goes_on: Tensor | None, chunk: int | None) -> list[_Tile]:
-    tile = chunk or max(4, 2**19 // (x[:, 0].numel() * B.shape[3]))  # a tile's states are about two mebibytes
+    # A tile's states are about two mebibytes; with S positions or more, those kept for backward are no more than x.
+    tile = chunk or max(B.shape[3], 2**19 // (x[:, 0].numel() * B.shape[3]))
     cut = [t.split(tile, 1) for t in (x, dt, B, C)]
     masks = [None] * len(cut[0]) if goes_on is None else goes_on.split(tile, 1)
     return [_Tile(*views) for views in zip(*cut, masks, strict=True)]

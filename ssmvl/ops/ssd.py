@@ -19,7 +19,7 @@ from ssmvl.errors import ShapeError
 from ssmvl.ops.backends import choose
 from ssmvl.ops.checks import check_axes, check_groups, check_rows
 from ssmvl.ops.precision import without_autocast
-from ssmvl.ops.steps import step_sizes
+from ssmvl.ops.steps import LOWEST, step_sizes
 
 
 def ssd(
@@ -70,18 +70,19 @@ def ssd(
     sequences = {"x": (x, "BLHP"), "dt": (dt, "BLH"), "B": (B, "BLGS"), "C": (C, "BLGS")}
     rest = {"A": (A, "H"), "D": (D, "H"), "dt_bias": (dt_bias, "H"), "state": (state, "BHPS")}
     sizes = check_axes("ssd", sequences | rest)
-    check_rows("ssd", sizes["B"], sizes["L"], lengths, segments)
+    check_rows("ssd", sizes["B"], sizes["L"], lengths, segments, x.device)
     check_groups("ssd", sizes["H"], sizes["G"])
     if state is not None and segments is not None:
         raise ShapeError("ssd: a state and segments exclude each other; a packed row starts from nothing")
-    run = choose("ssd", x, {"state": state, "segments": segments}, backend)
+    exact = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    run = choose("ssd", x, {"float32 where TF32 is not allowed": exact}, backend)
     dtype = torch.promote_types(x.dtype, torch.float32)
     with without_autocast(x.device):
         dt, A = dt.to(dtype), A.to(dtype)
         D, state = (None if t is None else t.to(dtype) for t in (D, state))
         dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, lengths)
         if sizes["L"] == 0:
-            return x, x.new_zeros([sizes[a] for a in "BHPS"], dtype=dtype) if state is None else state
+            return x, x.new_zeros([sizes[a] for a in "BHPS"], dtype=dtype) if state is None else state.clone()
         y, state = run(x, dt, A, B, C, D, state, segments, chunk)
     return y.to(x.dtype), state
 
@@ -107,9 +108,9 @@ def ssd_step(
         ShapeError: shapes that do not fit, or a state that is not contiguous.
     """
     inputs = {"x": (x, "BHP"), "dt": (dt, "BH"), "B": (B, "BGS"), "C": (C, "BGS"), "state": (state, "BHPS")}
-    sizes = check_axes("ssd_step", inputs | {"A": (A, "H"), "D": (D, "H"), "dt_bias": (dt_bias, "H")})
+    sizes = check_axes("ssd_step", {**inputs, "A": (A, "H"), "D": (D, "H"), "dt_bias": (dt_bias, "H")})
     rows, groups = sizes["B"], sizes["G"]
-    check_rows("ssd_step", rows, 1, None, None)
+    check_rows("ssd_step", rows, 1, None, None, x.device)
     check_groups("ssd_step", sizes["H"], groups)
     if not state.is_contiguous():
         raise ShapeError("ssd_step: a state that is not contiguous cannot advance in place")
@@ -119,12 +120,13 @@ def ssd_step(
         dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, None)
         u = given * dt[..., None]
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
-        decay = (dt * A).exp()[..., None, None]
-        # Row by row, so that a row's state is read from memory once and written once.
-        views = state, decay, u.reshape(rows, groups, -1, 1), y.view(rows, groups, -1, 1), B[:, :, None], C[..., None]
-        for h, through, u_row, y_row, B_row, C_row in zip(*(t.unbind(0) for t in views), strict=True):
-            by_group = h.mul_(through).view(groups, -1, sizes["S"]).baddbmm_(u_row, B_row)
-            torch.bmm(by_group, C_row, out=y_row)
+        decay = (dt * A).clamp_(min=LOWEST).exp_()[..., None, None]
+        # On a CPU row by row, so that a row's state is read from memory once and written once.
+        views = state, decay, u, y, B, C
+        for h, through, u_, y_, B_, C_ in zip(*(t.split(rows if x.is_cuda else 1) for t in views), strict=True):
+            matrix = h.mul_(through).view(len(h) * groups, -1, sizes["S"])
+            column, row = u_.reshape(len(matrix), -1, 1), B_.reshape(len(matrix), 1, -1)
+            torch.bmm(matrix.baddbmm_(column, row), C_.reshape(len(matrix), -1, 1), out=y_.view_as(column))
         if D is not None:
             y.addcmul_(given, D.to(dtype)[:, None])
     return y.to(x.dtype)

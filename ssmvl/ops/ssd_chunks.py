@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmvl.ops.precision import backward_without_autocast
-
-LOWEST = -60.0  # exp(-60) = 9e-27 stands for every smaller decay: numbers near 1e-40 are a hundred times slower
+from ssmvl.ops.steps import LOWEST
 
 LONGEST_CHUNK = 128  # beyond, fp32 differences of log decays are not good to 1e-4 at 20 a step
 
@@ -41,6 +40,8 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """The op `ssmvl.ops.ssd.ssd` for L >= 1 and step sizes that are ready, in the dtype of `dt`."""
     x, B, C = (t.to(dt.dtype) for t in (x, B, C))
+    if D is not None and not torch.is_grad_enabled():
+        D = D.detach()  # else it alone would make forward keep every state
     small = x[0, 0].numel() * B.shape[3] <= 2**16  # then calls cost more than products
     wanted = chunk or (LONGEST_CHUNK if x.is_cuda or small else 64)
     return _SSD.apply(x, dt, dt * A, B, C, D, state, segments, min(wanted, LONGEST_CHUNK, x.shape[1]))

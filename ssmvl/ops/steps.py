@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssmvl.errors import ShapeError
+
+LOWEST = -60.0  # exp(-60) = 9e-27 stands for every smaller decay: numbers near 1e-40 are many times slower
+
 
 def step_sizes(
     dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float], lengths: Tensor | None
@@ -18,10 +22,15 @@ def step_sizes(
         softplus: whether to apply it.
         limit: lowest and highest step size.
         lengths: (B,), only with positions.
+
+    Raises:
+        ShapeError: the limits are no interval of numbers >= 0.
     """
+    low, high = limit
+    if not 0 <= low <= high:
+        raise ShapeError(f"dt_limit must be (lowest, highest) with 0 <= lowest <= highest, received {limit}")
     dt = dt if bias is None else dt + bias.to(dt.dtype)
     dt = F.softplus(dt) if softplus else dt
-    low, high = limit
     if low > 0 or high < float("inf"):
         dt = dt.clamp(low, high)
     if lengths is not None:

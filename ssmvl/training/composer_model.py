@@ -52,13 +52,13 @@ class ComposerVLM(ComposerModel):
 
 
 def adamw(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
-    """AdamW over the trained parameters: vectors (A_log, D, dt_bias, norms, biases) without weight decay."""
+    """AdamW over the trained parameters; A_log, D, dt_bias, norms and biases without weight decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             prefixes = [prefix for prefix in options.lr_of if is_under(name.removeprefix("model."), prefix)]
             lr = options.lr_of[max(prefixes, key=len)] if prefixes else options.lr
-            decay = options.weight_decay if parameter.ndim > 1 else 0.0
+            decay = options.weight_decay if parameter.ndim > 1 and not name.endswith(".A_log") else 0.0
             groups.setdefault((lr, decay), []).append(parameter)
     listed: list[dict[str, Any]] = [{"params": p, "lr": lr, "weight_decay": d} for (lr, d), p in groups.items()]
     return torch.optim.AdamW(listed, lr=options.lr, betas=options.betas)

@@ -156,7 +156,7 @@ def test_doctor_finds_a_healthy_installation(capsys: Capture) -> None:
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert f"plugin          ssmvl {ssmvl.__version__} (ssmvl_ml_mamba)" in shown
-    assert re.search(r"backend +torch +ssd +used", shown)
+    assert re.search(r"backend +ssd: auto = torch; not mamba_ssm: .+", shown)
     assert "nothing left by dead runs" in shown
 
 

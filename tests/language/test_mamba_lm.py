@@ -134,7 +134,7 @@ def refused(lm: MambaLM, rows: int, state: RecurrentState, message: str, length:
 def test_state_of_another_model_is_refused(lm: MambaLM) -> None:
     mixer = type(lm.layers[0].mixer).__name__
     deeper = type(lm)(width=64, num_layers=3, num_tokens=20)
-    refused(lm, 2, deeper.new_state(2), f"state of {mixer} LM, width 64, 3 layers cannot .* {mixer} LM, width 8, 2")
+    refused(lm, 2, deeper.new_state(2), f"state of {mixer} LM, width 64, 3 layers, .* cannot .* {mixer} LM, width 8, 2")
     other = MambaLM if isinstance(lm, Mamba1LM) else Mamba1LM
     refused(lm, 2, other(width=64, num_layers=1, num_tokens=20).new_state(2), rf"cannot be used by {mixer} LM")
 
@@ -144,7 +144,7 @@ def test_state_of_another_size_is_refused(lm: MambaLM) -> None:
         type(lm.layers[0].mixer), d_state=6, **({} if isinstance(lm, Mamba1LM) else {"head_dim": 4})
     )
     larger = type(lm)(width=8, num_layers=2, num_tokens=20, mixer=mixer)
-    refused(lm, 2, larger.new_state(2), r"(window|state) must have shape .*, received ")
+    refused(lm, 2, larger.new_state(2), "cannot be used by")
 
 
 def test_state_of_other_rows_is_refused(lm: MambaLM) -> None:
@@ -168,3 +168,19 @@ def test_shard_units_leave_the_tied_embedding_out(lm: MambaLM) -> None:
     inside = {id(p) for unit in lm.shard_units() for p in unit.parameters()}
     assert id(lm.embedding.weight) not in inside
     assert len(lm.shard_units()) == 2
+
+
+def test_state_of_another_dtype_is_refused(lm: MambaLM) -> None:
+    refused(
+        lm, 2, lm.new_state(2, dtype=torch.bfloat16), "needs a state in torch.float32 on cpu, received one in torch.bf"
+    )
+
+
+def test_the_step_is_one_graph(lm: MambaLM) -> None:
+    """What torch.compile needs; the graph is run as it is, without a compiler."""
+    step = torch.compile(lm.step, backend="eager", fullgraph=True, dynamic=False)
+    state, embeds = lm.new_state(2), torch.randn(2, lm.width)
+    expected = lm.step(embeds, other := state.clone())
+    assert torch.equal(step(embeds, state), expected)
+    for mine, theirs in zip(state.layers, other.layers, strict=True):
+        assert all(map(torch.equal, mine, theirs))

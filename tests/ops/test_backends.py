@@ -130,7 +130,8 @@ def test_kernels_where_they_are_installed(op: str, installed: None) -> None:
         ("selective_scan", {}, torch.float64, "torch.float64"),
         ("causal_conv", {}, torch.float64, "torch.float64"),
         ("selective_scan", {"segments": True}, torch.float32, "segments"),
-        ("causal_conv", {"segments": True, "a window": True}, torch.float32, "segments together with a window"),
+        ("selective_scan", {"more than 256 states": True}, torch.float32, "more than 256 states"),
+        ("ssd", {"float32 where TF32 is not allowed": True}, torch.float32, "float32 where TF32 is not allowed"),
         ("causal_conv", {"channels no multiple of 8": True}, torch.float32, "channels no multiple of 8"),
         ("causal_conv", {"taps other than 2 to 4": True}, torch.float32, "taps other than 2 to 4"),
     ],
@@ -145,11 +146,9 @@ def test_calls_that_the_kernels_do_not_take(
 @pytest.mark.parametrize(
     ("op", "uses"),
     [
-        ("ssd", {"segments": True, "state": True}),
+        ("ssd", {"float32 where TF32 is not allowed": False}),
         ("selective_scan", {"segments": None}),
-        ("causal_conv", {"segments": True}),
-        ("causal_conv", {"a window": True}),
-        ("causal_conv", {"segments": None, "a window": True, "channels no multiple of 8": False}),
+        ("causal_conv", {"channels no multiple of 8": False, "taps other than 2 to 4": None}),
     ],
 )
 def test_calls_that_the_kernels_take(op: str, uses: dict[str, bool], installed: None) -> None:

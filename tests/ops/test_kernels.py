@@ -22,10 +22,12 @@ OPS: dict[str, Callable[..., Any]] = {"ssd": ssd, "selective_scan": selective_sc
 @pytest.fixture(autouse=True)
 def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fake_kernels.install(monkeypatch)
+    torch.set_float32_matmul_precision("high")  # else fp32 is the torch backend's
     for op, offer in backends.BACKENDS["mamba_ssm"].items():
         monkeypatch.setitem(backends.BACKENDS["mamba_ssm"], op, offer._replace(device=""))
     clear()
     yield
+    torch.set_float32_matmul_precision("highest")
     clear()
 
 

@@ -1,0 +1,22 @@
+"""What both mixers make A and dt of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ssmvl.ops.precision import without_autocast
+
+
+def negative_exp(log: Tensor) -> Tensor:
+    """-exp(log), in fp32 at least."""
+    with without_autocast(log.device):
+        return log.to(torch.promote_types(log.dtype, torch.float32)).exp().neg()
+
+
+def initial_dt_bias(count: int) -> Tensor:
+    """(count,) whose softplus is a step size between 0.001 and 0.1, log-uniformly. Source: arXiv 2312.00752, §3.6."""
+    dt = torch.exp(torch.empty(count).uniform_(math.log(0.001), math.log(0.1))).clamp(min=1e-4)
+    return dt + torch.log(-torch.expm1(-dt))
