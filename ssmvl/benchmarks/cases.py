@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,13 +32,11 @@ class Row(NamedTuple):
 def cases(shape: Shape, device: str) -> Iterator[Row]:
     """Every row, one after the other."""
     model = build(shape, device).eval()
-    with torch.no_grad():
-        yield from _prefill(model, shape, device)
-        yield from _decode(model, shape, device)
+    yield from _prefill(model, shape, device)
+    yield from _decode(model, shape, device)
     yield from _train_step(model, shape, device)
-    with torch.no_grad():
-        yield from _scan(shape, device)
-        yield from _length(model, shape, device)
+    yield from _scan(shape, device)
+    yield from _length(model, shape, device)
     yield from _memory(model, shape, device)
 
 
@@ -57,6 +55,7 @@ def _operations(model: MambaLM, shape: Shape) -> float:
     return 2 * inside + ssd_operations(shape)
 
 
+@torch.no_grad()
 def _prefill(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
     embeds = model.embed(torch.randint(shape.num_tokens, (1, shape.prompt), device=device))
 
@@ -73,17 +72,22 @@ def _prefill(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
     )
 
 
+@torch.no_grad()
 def _decode(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
     def step(ids: Tensor, state: RecurrentState) -> Tensor:
         return model.head(model.step(model.embed(ids), state))
 
-    yield from _decode_with(step, "decode", 1, model, device)
-    yield from _decode_with(step, "decode_16", 16, model, device)
+    one = yield from _decode_with(step, "decode", 1, model, device)
+    sixteen = yield from _decode_with(step, "decode_16", 16, model, device)
+    yield Row("decode_16 / decode", sixteen / one, "times")
     if device == "cuda" or shutil.which("g++"):  # what torch.compile needs
         yield from _decode_with(torch.compile(step, fullgraph=True, dynamic=False), "decode_compiled", 1, model, device)
 
 
-def _decode_with(step: Callable[..., Tensor], case: str, rows: int, model: MambaLM, device: str) -> Iterator[Row]:
+@torch.no_grad()
+def _decode_with(
+    step: Callable[..., Tensor], case: str, rows: int, model: MambaLM, device: str
+) -> Generator[Row, None, float]:
     state, ids = model.new_state(rows), torch.arange(rows, device=device)
     touched = sum(p.nbytes for p in model.parameters()) + 2 * state.nbytes  # the state is read and written
     yield Row(f"{case}, first call", seconds(lambda: step(ids, state), device), "s")
@@ -91,7 +95,9 @@ def _decode_with(step: Callable[..., Tensor], case: str, rows: int, model: Mamba
     def tokens_a_second(steps: int = 8) -> float:
         return steps * rows / seconds(lambda: [step(ids, state) for _ in range(steps)], device)
 
-    yield _compare(case, "tok/s", lambda: rows * read_rate(device) / touched, tokens_a_second)
+    row = _compare(case, "tok/s", lambda: rows * read_rate(device) / touched, tokens_a_second)
+    yield row
+    return row.value
 
 
 def _train_step(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
@@ -113,6 +119,7 @@ def _train_step(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
     )
 
 
+@torch.no_grad()
 def _scan(shape: Shape, device: str) -> Iterator[Row]:
     """K paths folded into the heads of one call of `ssd`, against K calls."""
 
@@ -133,6 +140,9 @@ def _scan(shape: Shape, device: str) -> Iterator[Row]:
     for paths in (1, 2, 4):
         folded = call(paths)
         folded(), one()
+        if paths == 1:
+            yield Row("scan, K = 1", 1 / min(seconds(one, device) for _ in range(25)), "scans/s")
+            continue
         yield _compare(
             f"scan, K = {paths}",
             "scans/s",
@@ -142,13 +152,15 @@ def _scan(shape: Shape, device: str) -> Iterator[Row]:
         )
 
 
+@torch.no_grad()
 def _length(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
     def tokens_a_second(length: int) -> float:
         embeds = model.embed(torch.zeros(1, length, dtype=torch.long, device=device))
         lengths, state = torch.tensor([length], device=device), model.new_state(1)
         return length / seconds(lambda: model.prefill(embeds, lengths, state), device)
 
-    length = shape.prompt
+    yield Row(f"length, {shape.prompt}", tokens_a_second(shape.prompt), "tok/s")
+    length = 2 * shape.prompt
     while length <= shape.longest:
         yield _compare(
             f"length, {length}",
@@ -162,12 +174,16 @@ def _length(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
 
 def _memory(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
     weights = sum(p.nbytes for p in model.parameters())
-    found, allowed = peak(shape, device), 2 * weights + SLACK * activation_bytes(shape)
-    yield Row("memory", found / 1e6, "MB", allowed / 1e6, found / allowed)
+    for case, run in (
+        ("memory", shape),
+        ("memory, rows twice as long", shape._replace(row_length=2 * shape.row_length)),
+    ):
+        found, allowed = peak(run, device), 2 * weights + SLACK * activation_bytes(run)
+        yield Row(case, found / 1e6, "MB", allowed / 1e6, found / allowed)
 
 
 def _peer(shape: Shape) -> str | None:
-    """Tokens a second of transformers' prefill, timed once; None where it is not installed."""
+    """Tokens a second of transformers' prefill without its head, one cold call; None where it is not installed."""
     try:
         from transformers import Mamba2Config, Mamba2ForCausalLM, logging
     except ImportError:
@@ -184,4 +200,4 @@ def _peer(shape: Shape) -> str | None:
     )
     model, tokens = Mamba2ForCausalLM(config).eval(), min(PEER_TOKENS, shape.prompt)
     ids = torch.randint(shape.num_tokens, (1, tokens))
-    return f"transformers {tokens / seconds(lambda: model(ids, use_cache=True), 'cpu'):.1f} tok/s at {tokens} tokens"
+    return f"transformers {tokens / seconds(lambda: model.backbone(ids, use_cache=True), 'cpu'):.1f} tok/s at {tokens} tokens"

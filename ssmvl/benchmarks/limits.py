@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -82,7 +83,8 @@ def machine(device: str) -> dict[str, str | int]:
     """What the figures were measured on."""
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    return {"device": name, "threads": torch.get_num_threads(), **versions}
+    backend = os.environ.get("SSMVL_BACKEND") or "auto"
+    return {"device": name, "threads": torch.get_num_threads(), **versions, "backend": backend}
 
 
 def _processor() -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import resource
+import re
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from ssmvl.benchmarks.limits import CHUNK, Shape
 from ssmvl.language.mamba_lm import MambaLM
+from ssmvl.layers.mamba2 import Mamba2Mixer
 
 SLACK = 1.3  # on the activations: the gradients and buffers of the block that is at work
 
@@ -27,12 +30,19 @@ def activations(shape: Shape) -> dict[str, tuple[int, ...]]:
         "z, x, B, C and dt before the convolution": (blocks, rows, length, shape.products[0][1]),
         "x, B and C after it, for the SSD": (blocks, rows, length, shape.channels),
         "dt + bias, the step sizes and their log decays": (blocks, 3, rows, length, heads),
-        "the state that enters each chunk, and the last": (blocks, chunks, rows, heads, shape.head_dim, shape.d_state),
+        "the state that enters each chunk but the first": (
+            blocks,
+            chunks - 1,
+            rows,
+            heads,
+            shape.head_dim,
+            shape.d_state,
+        ),
         "y, for the gated norm": (blocks, rows, length, inner),
         "the gated norm's result, for out_proj": (blocks, rows, length, inner),
         "the residual after the last block": (rows, length, width),
         "the normed residual, for the head": (rows, length, width),
-        "logits of the supervised tokens, and their log-softmax": (2, answers, shape.num_tokens),
+        "log-softmax of the supervised tokens": (answers, shape.num_tokens),
     }
 
 
@@ -43,10 +53,6 @@ def activation_bytes(shape: Shape) -> int:
 
 def build(shape: Shape, device: str) -> MambaLM:
     """The language model of `shape`."""
-    from functools import partial
-
-    from ssmvl.layers.mamba2 import Mamba2Mixer
-
     mixer = partial(Mamba2Mixer, d_state=shape.d_state, head_dim=shape.head_dim)
     torch.manual_seed(0)
     with torch.device(device):
@@ -64,10 +70,17 @@ def peak(shape: Shape, device: str) -> int:
     """Bytes at most in use by the model and two training steps, without an optimizer."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         _two_steps(shape, device)
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - before
     command = [sys.executable, "-m", __name__, json.dumps(shape)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _status(field: str) -> int:
+    """Bytes that Linux gives as VmRSS, resident now, or VmHWM, at most. (`getrusage` starts from the parent's.)"""
+    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
 
 
 def _two_steps(shape: Shape, device: str) -> None:
@@ -80,6 +93,6 @@ def _two_steps(shape: Shape, device: str) -> None:
 if __name__ == "__main__":  # a process of its own: what it holds at most is what the system says it held
     wanted = Shape(*json.loads(sys.argv[1]))
     _two_steps(wanted._replace(width=128, num_layers=1, num_tokens=512), "cpu")  # threads, libraries, buffers
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _status("VmRSS")
     _two_steps(wanted, "cpu")
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    print(_status("VmHWM") - before)

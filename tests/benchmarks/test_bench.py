@@ -27,6 +27,9 @@ TINY = limits.Shape(
 )
 
 
+MEDIUM = TINY._replace(width=512, head_dim=64, d_state=16)
+
+
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits.Shape, "__new__", lambda cls: TINY)
@@ -80,5 +83,13 @@ def test_activations_are_what_backward_keeps(monkeypatch: pytest.MonkeyPatch) ->
     assert found >= 0.9 * memory.activation_bytes(TINY)
 
 
-def test_the_peak_is_measured_in_a_process_of_its_own() -> None:
-    assert memory.peak(TINY, "cpu") >= 0
+def test_the_peak_is_that_of_a_process_of_its_own() -> None:
+    held = torch.ones(2**27)  # half a gibibyte here is not the model's
+    weights = sum(p.nbytes for p in memory.build(MEDIUM, "meta").parameters())
+    assert weights < memory.peak(MEDIUM, "cpu") < 3 * weights + 4 * memory.activation_bytes(MEDIUM) < held.nbytes
+
+
+def test_a_device_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    if not torch.cuda.is_available():
+        assert main(["bench", "--suite", "cuda"]) == 2
+        assert "no CUDA device" in capsys.readouterr().err
