@@ -200,4 +200,5 @@ def _peer(shape: Shape) -> str | None:
     )
     model, tokens = Mamba2ForCausalLM(config).eval(), min(PEER_TOKENS, shape.prompt)
     ids = torch.randint(shape.num_tokens, (1, tokens))
-    return f"transformers {tokens / seconds(lambda: model.backbone(ids, use_cache=True), 'cpu'):.1f} tok/s at {tokens} tokens"
+    rate = tokens / seconds(lambda: model.backbone(ids, use_cache=True), "cpu")
+    return f"transformers {rate:.1f} tok/s at {tokens} tokens"
