@@ -12,6 +12,8 @@ import ssmvl
 from ssmvl.assistant import Assistant
 from ssmvl.batch import collate, pack
 from ssmvl.build import build_processor
+from ssmvl.language.mamba_lm import Mamba1LM, MambaLM
+from ssmvl.ops.selective_scan import selective_scan
 from ssmvl.ops.ssd import ssd
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -26,6 +28,32 @@ def test_ssd_equals_the_cpu_forward_and_backward() -> None:
         y, state = ssd(**moved, A=-torch.ones(8, device=device))
         (y.sum() + state.sum()).backward()
         found.append([t.detach().cpu() for t in (y, state, *(v.grad for v in moved.values()))])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_selective_scan_equals_the_cpu_forward_and_backward() -> None:
+    shapes = {"x": (2, 200, 64), "dt": (2, 200, 64), "B": (2, 200, 2, 16), "C": (2, 200, 2, 16)}
+    values = {name: torch.rand(shape) - (0.5 if name != "dt" else 0) for name, shape in shapes.items()}
+    found = []
+    for device in ("cpu", "cuda"):
+        moved = {name: v.to(device).requires_grad_() for name, v in values.items()}
+        y, _ = selective_scan(**moved, A=-torch.ones(64, 16, device=device))
+        y.sum().backward()
+        found.append([t.detach().cpu() for t in (y, *(v.grad for v in moved.values()))])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("build", [MambaLM, Mamba1LM])
+def test_a_language_model_decodes_as_on_the_cpu(build: type[MambaLM]) -> None:
+    lm, lengths = build(width=64, num_layers=2, num_tokens=50), torch.tensor([40, 7])
+    ids, found = torch.randint(50, (2, 41)), []
+    for device in ("cpu", "cuda"):
+        lm.to(device)
+        state = lm.new_state(2)
+        read = lm.prefill(lm.embed(ids[:, :40].to(device)), lengths.to(device), state)
+        found.append([read[0].cpu(), lm.step(lm.embed(ids[:, 40].to(device)), state).cpu()])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 

@@ -19,7 +19,7 @@ from ssmvl.errors import ShapeError
 from ssmvl.ops.backends import choose
 from ssmvl.ops.checks import check_axes, check_groups, check_rows
 from ssmvl.ops.precision import without_autocast
-from ssmvl.ops.steps import LOWEST, step_sizes
+from ssmvl.ops.steps import LOWEST, prepare, step_sizes
 
 
 def selective_scan(
@@ -70,18 +70,13 @@ def selective_scan(
     sequences = {"x": (x, "BLE"), "dt": (dt, "BLE"), "B": (B, "BLGS"), "C": (C, "BLGS")}
     rest = {"A": (A, "ES"), "D": (D, "E"), "dt_bias": (dt_bias, "E"), "state": (state, "BES")}
     sizes = check_axes("selective_scan", sequences | rest)
-    check_rows("selective_scan", sizes["B"], sizes["L"], lengths, segments, x.device)
-    check_groups("selective_scan", sizes["E"], sizes["G"])
-    if state is not None and segments is not None:
-        raise ShapeError("selective_scan: a state and segments exclude each other; a packed row starts from nothing")
     run = choose("selective_scan", x, {"segments": segments, "more than 256 states": sizes["S"] > 256}, backend)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dt, A, D, state = prepare(
+        "selective_scan", sizes, "E", x, dt, A, D, dt_bias, dt_softplus, dt_limit, state, lengths, segments, chunk
+    )
+    if sizes["L"] == 0:
+        return x, x.new_zeros([sizes[a] for a in "BES"], dtype=dt.dtype) if state is None else state.clone()
     with without_autocast(x.device):
-        dt, A = dt.to(dtype), A.to(dtype)
-        D, state = (None if t is None else t.to(dtype) for t in (D, state))
-        dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, lengths)
-        if sizes["L"] == 0:
-            return x, x.new_zeros([sizes[a] for a in "BES"], dtype=dtype) if state is None else state.clone()
         y, state = run(x, dt, A, B, C, D, state, segments, chunk)
     return y.to(x.dtype), state
 

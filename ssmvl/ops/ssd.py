@@ -19,7 +19,7 @@ from ssmvl.errors import ShapeError
 from ssmvl.ops.backends import choose
 from ssmvl.ops.checks import check_axes, check_groups, check_rows
 from ssmvl.ops.precision import without_autocast
-from ssmvl.ops.steps import LOWEST, step_sizes
+from ssmvl.ops.steps import LOWEST, prepare, step_sizes
 
 
 def ssd(
@@ -70,19 +70,14 @@ def ssd(
     sequences = {"x": (x, "BLHP"), "dt": (dt, "BLH"), "B": (B, "BLGS"), "C": (C, "BLGS")}
     rest = {"A": (A, "H"), "D": (D, "H"), "dt_bias": (dt_bias, "H"), "state": (state, "BHPS")}
     sizes = check_axes("ssd", sequences | rest)
-    check_rows("ssd", sizes["B"], sizes["L"], lengths, segments, x.device)
-    check_groups("ssd", sizes["H"], sizes["G"])
-    if state is not None and segments is not None:
-        raise ShapeError("ssd: a state and segments exclude each other; a packed row starts from nothing")
     exact = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     run = choose("ssd", x, {"float32 where TF32 is not allowed": exact}, backend)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dt, A, D, state = prepare(
+        "ssd", sizes, "H", x, dt, A, D, dt_bias, dt_softplus, dt_limit, state, lengths, segments, chunk
+    )
+    if sizes["L"] == 0:
+        return x, x.new_zeros([sizes[a] for a in "BHPS"], dtype=dt.dtype) if state is None else state.clone()
     with without_autocast(x.device):
-        dt, A = dt.to(dtype), A.to(dtype)
-        D, state = (None if t is None else t.to(dtype) for t in (D, state))
-        dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, lengths)
-        if sizes["L"] == 0:
-            return x, x.new_zeros([sizes[a] for a in "BHPS"], dtype=dtype) if state is None else state.clone()
         y, state = run(x, dt, A, B, C, D, state, segments, chunk)
     return y.to(x.dtype), state
 

@@ -1,12 +1,16 @@
-"""The step sizes dt that both state-space ops discretise with."""
+"""What both state-space ops do before they start: checks, casts, and the step sizes dt."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ssmvl.errors import ShapeError
+from ssmvl.ops.checks import check_groups, check_rows
+from ssmvl.ops.precision import without_autocast
 
 LOWEST = -60.0  # exp(-60) = 9e-27 stands for every smaller decay: numbers near 1e-40 are many times slower
 
@@ -36,3 +40,43 @@ def step_sizes(
     if lengths is not None:
         dt = dt * (torch.arange(dt.shape[1], device=dt.device) < lengths[:, None])[..., None]
     return dt
+
+
+def prepare(
+    op: str,
+    sizes: Mapping[str, int],
+    channels: str,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    softplus: bool,
+    limit: tuple[float, float],
+    state: Tensor | None,
+    lengths: Tensor | None,
+    segments: Tensor | None,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Check what is not a matter of shapes; dt as step sizes, A, D and the state in the computing dtype.
+
+    Args:
+        op: for messages.
+        sizes: of the axes.
+        channels: the letter of the axis that groups share.
+        x, dt, A, D, dt_bias, softplus, limit, state, lengths, segments, chunk: the op's.
+
+    Raises:
+        ShapeError: rows, lengths, segments, groups, limits or a chunk that do not fit, or both a state and segments.
+    """
+    check_rows(op, sizes["B"], sizes["L"], lengths, segments, x.device)
+    check_groups(op, sizes[channels], sizes["G"])
+    if state is not None and segments is not None:
+        raise ShapeError(f"{op}: a state and segments exclude each other; a packed row starts from nothing")
+    if chunk is not None and chunk < 1:
+        raise ShapeError(f"{op}: chunk must be at least 1, received {chunk}")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with without_autocast(x.device):
+        dt = step_sizes(dt.to(dtype), dt_bias, softplus, limit, lengths)
+        D, state = (None if t is None else t.to(dtype) for t in (D, state))
+        return dt, A.to(dtype), D, state

@@ -239,3 +239,23 @@ def test_a_convolution_step_with_a_wrong_window(shape: tuple[int, ...]) -> None:
 def test_a_convolution_step_with_weights_that_do_not_fit(name: str, shape: tuple[int, ...]) -> None:
     values = convolution() | {"x": torch.randn(2, 3), name: torch.randn(shape)}
     refused(causal_conv_step, values, f"{shape}")
+
+
+@both
+def test_a_chunk_of_nothing(op: str) -> None:
+    refused(OPS[op], valid(op) | {"chunk": 0}, "chunk must be at least 1, received 0")
+
+
+@both
+@pytest.mark.parametrize("limit", [(2.0, 1.0), (-1.0, 1.0)])
+def test_limits_that_are_no_interval(op: str, limit: tuple[float, float]) -> None:
+    with pytest.raises(ShapeError, match="0 <= lowest <= highest, received") as caught:
+        OPS[op](**valid(op) | {"dt_limit": limit})
+    assert str(limit) in str(caught.value)
+
+
+@pytest.mark.parametrize("op", list(OPS))
+@pytest.mark.parametrize("lengths", [torch.tensor([1.0, 2.0]), torch.zeros(2, dtype=torch.long, device="meta")])
+def test_lengths_that_are_no_integers_here(op: str, lengths: torch.Tensor) -> None:
+    message = f"lengths must be integers on cpu, received {lengths.dtype} on {lengths.device}"
+    refused(OPS[op], valid(op) | {"lengths": lengths}, message)

@@ -37,8 +37,14 @@ def test_a_batch_without_supervised_tokens_contributes_zero(vlm: ComposerVLM) ->
     assert all(g is not None and not g.any() for g in gradients)
 
 
-def test_vectors_have_no_weight_decay_and_prefixes_their_own_rate() -> None:
-    vlm = ComposerVLM(ssmvl.build_model("quickstart"), ["connector", "language"])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["model.language.name=mamba1_lm", "model.language.width=128", "model.language.num_layers=2"]],
+)
+def test_vectors_have_no_weight_decay_and_prefixes_their_own_rate(overrides: list[str]) -> None:
+    """A_log neither, which is a matrix in Mamba-1."""
+    overrides += ["model.language.num_tokens=257"] if overrides else []
+    vlm = ComposerVLM(ssmvl.build_model("quickstart", *overrides), ["connector", "language"])
     options = Optimizer(lr=1.0, lr_of={"language": 2.0}, weight_decay=0.1)
     names = {parameter: name for name, parameter in vlm.named_parameters()}
     seen = set()
