@@ -57,11 +57,14 @@ class RecurrentState:
         """Overwrite these rows with the rows of `other`.
 
         Raises:
-            ShapeError: `other` belongs to another model, or to one of other shapes.
+            ShapeError: `other` belongs to another model, to one of other shapes, or has not one row for each index.
         """
         if other.model != self.model:
             raise ShapeError(f"a state of {other.model} cannot be written into a state of {self.model}")
         pairs = list(zip(self._named(), other._named(), strict=True))
+        places, rows = len(self.rows(index).layers[0][0]), other.layers[0][0].shape[0]
+        if places != rows:
+            raise ShapeError(f"{places} rows cannot be overwritten with {rows}; give one index for each row")
         for (name, mine), (_, theirs) in pairs:
             if mine.shape[1:] != theirs.shape[1:]:
                 raise ShapeError(f"{name} is {tuple(theirs.shape[1:])} a row there, {tuple(mine.shape[1:])} here")
@@ -101,5 +104,7 @@ class RecurrentState:
 
 
 def _index(index: Tensor | Sequence[int], tensor: Tensor) -> Tensor:
-    found = torch.as_tensor(index, device=tensor.device)
+    found = torch.atleast_1d(torch.as_tensor(index, device=tensor.device))
+    if found.is_floating_point() or found.ndim != 1:
+        raise ShapeError(f"rows are chosen by a list of numbers or a mask, received {index}")
     return found if found.dtype == torch.bool else found.long()

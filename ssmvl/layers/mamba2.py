@@ -45,7 +45,7 @@ class Mamba2Mixer(nn.Module):
         merge: how the K results, back in raster order, become one before `out_proj`.
 
     Raises:
-        ShapeError: head_dim or norm_groups does not divide E, or num_groups does not divide H.
+        ShapeError: head_dim or norm_groups does not divide E, num_groups does not divide H, or dt_limit is no interval.
 
     Source: arXiv 2405.21060 (Mamba-2); ML-Mamba's released connector (several paths).
     """
@@ -72,6 +72,8 @@ class Mamba2Mixer(nn.Module):
         heads = inner // head_dim
         if heads % num_groups:
             raise ShapeError(f"num_groups {num_groups} must divide the number of heads, {inner} / {head_dim} = {heads}")
+        if not 0 <= dt_limit[0] <= dt_limit[-1]:
+            raise ShapeError(f"dt_limit must be (lowest, highest) with 0 <= lowest <= highest, received {dt_limit}")
         self.folding = PathFolding(num_paths, path_parameters, merge)
         self.heads, self.head_dim, self.num_groups, self.d_state, self.inner = (
             heads,

@@ -21,12 +21,20 @@ class PathFolding:
         count: K; 1 for a causal mixer without paths.
         parameters: whether each path has its own.
         merge: how the K results, back in raster order, become one.
+
+    Raises:
+        ShapeError: parameters or merge is none of the allowed words.
     """
 
     def __init__(self, count: int, parameters: PathParameters, merge: Literal["mean", "sum"]) -> None:
+        for name, value, allowed in (
+            ("path_parameters", parameters, ("own", "shared")),
+            ("merge", merge, ("mean", "sum")),
+        ):
+            if value not in allowed:
+                raise ShapeError(f"{name} must be {' or '.join(map(repr, allowed))}, received {value!r}")
         self.count, self.merge_by = count, merge
-        self.own = count if parameters == "own" else 1
-        """Sets of parameters."""
+        self.own = count if parameters == "own" else 1  # sets of parameters
 
     def check(self, length: int, paths: Tensor | None, segments: Tensor | None) -> None:
         """Check the arguments of a mixer's `forward`.

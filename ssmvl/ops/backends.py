@@ -72,8 +72,7 @@ def choose(
 
 @cache
 def _choose(op: str, device: str, used: frozenset[str], wanted: str) -> Callable[..., Any]:
-    if wanted != "auto" and wanted not in BACKENDS:
-        raise BackendError(f"no backend {wanted!r}.{nearest(wanted, ('auto', *BACKENDS))}")
+    _check_name(wanted)
     for name in BACKENDS if wanted == "auto" else (wanted,):
         offer = BACKENDS[name][op]
         reason = _why_not(offer, device, used)
@@ -81,6 +80,11 @@ def _choose(op: str, device: str, used: frozenset[str], wanted: str) -> Callable
             module, _, attribute = offer.target.partition(":")
             return getattr(importlib.import_module(module), attribute)
     raise BackendError(f"backend {wanted!r} cannot do this call of {op}: {reason}; allow another with backend 'auto'")
+
+
+def _check_name(wanted: str) -> None:
+    if wanted != "auto" and wanted not in BACKENDS:
+        raise BackendError(f"no backend {wanted!r}.{nearest(wanted, ('auto', *BACKENDS))}")
 
 
 def _why_not(offer: Offer, device: str, used: Iterable[str] = ()) -> str:
@@ -110,6 +114,7 @@ def report(device: str) -> dict[str, dict[str, str]]:
 def describe(device: str) -> dict[str, str]:
     """Op -> a line that says which backends it tries on `device`, in their order, and why not the others."""
     wanted = os.environ.get("SSMVL_BACKEND") or "auto"
+    _check_name(wanted)
     lines = {}
     for op in BACKENDS["torch"]:
         used, refused = [], []

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ssmvl.errors import ShapeError
 from ssmvl.ops.backends import choose
-from ssmvl.ops.checks import check_axes, check_rows
+from ssmvl.ops.checks import check_axes, check_floats, check_rows
 from ssmvl.ops.precision import without_autocast
 
 
@@ -36,7 +36,7 @@ def causal_conv(
         backend: see `ssmvl.ops.backends`.
 
     Returns:
-        y (B, L, C) in the dtype of `x`, and the window (B, W-1, C) after each row's last real position.
+        y (B, L, C) and the window (B, W-1, C) after each row's last real position, both in the dtype of `x`.
 
     Raises:
         ShapeError: shapes, lengths or segments that do not fit, or both a window and segments.
@@ -45,6 +45,7 @@ def causal_conv(
     sizes = check_axes("causal_conv", {"x": (x, "BLC"), "weight": (weight, "CW"), "bias": (bias, "C")})
     rows, length, channels, taps = (sizes[a] for a in "BLCW")
     check_axes("causal_conv", {"window": (window, "BVC")}, {**sizes, "V": taps - 1})
+    check_floats("causal_conv", x)
     check_rows("causal_conv", rows, length, lengths, segments, x.device)
     if window is not None and segments is not None:
         raise ShapeError("causal_conv: a window and segments exclude each other; a packed row starts from nothing")
@@ -53,7 +54,7 @@ def causal_conv(
         "taps other than 2 to 4": not 2 <= taps <= 4,
     }
     run = choose("causal_conv", x, uses, backend)
-    before = x.new_zeros(rows, taps - 1, channels) if window is None else window.to(x.dtype)
+    before = x.new_zeros(rows, taps - 1, channels) if window is None else window.to(x.dtype, copy=length == 0)
     if length == 0:
         return x, before
     with without_autocast(x.device):

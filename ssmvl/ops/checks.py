@@ -32,7 +32,7 @@ def check_axes(
             continue
         shape = tuple(tensor.shape)
         if len(shape) == len(axes):
-            found = dict(zip(axes, shape, strict=True)) | found
+            found = {**dict(zip(axes, shape, strict=True)), **found}
         if shape != tuple(found.get(a) for a in axes):
             allowed = ", ".join(str(found.get(a, a)) for a in axes) + ("," if len(axes) == 1 else "")
             raise ShapeError(f"{op}: {name} must have shape ({allowed}), received {shape}")
@@ -48,15 +48,19 @@ def check_rows(
 
     Raises:
         ShapeError: there are no rows; lengths are not (B,) in 0…L; segments are not (B, L), start above 0, decrease
-            or skip a number before the padding (-1); either is no integer tensor on `device`; or both are given.
+            or skip a number before the padding (-1); either is no tensor of int32 or int64 on `device`; or both are
+            given.
     """
     if rows == 0:
         raise ShapeError(f"{op}: a batch of no rows; give at least one (a row may have length 0)")
     if lengths is not None and segments is not None:
         raise ShapeError(f"{op}: lengths and segments exclude each other; mark padding in segments with -1")
     for name, given in (("lengths", lengths), ("segments", segments)):
-        if given is not None and (given.is_floating_point() or given.is_complex() or given.device != device):
-            raise ShapeError(f"{op}: {name} must be integers on {device}, received {given.dtype} on {given.device}")
+        if given is None:
+            continue
+        kind = f"{given.dtype} on {given.device}" if isinstance(given, Tensor) else type(given).__name__
+        if kind not in (f"torch.int32 on {device}", f"torch.int64 on {device}"):
+            raise ShapeError(f"{op}: {name} must be a tensor of int32 or int64 on {device}, received {kind}")
     check_axes(op, {"lengths": (lengths, "B"), "segments": (segments, "BL")}, {"B": rows, "L": length})
     values = lengths if lengths is not None else segments
     if values is None or values.device.type != "cpu" or values.numel() == 0 or torch.compiler.is_compiling():
@@ -79,6 +83,16 @@ def check_rows(
         row, place = wrong[0].tolist()
         pair = f"{int(before[row, place])} is followed by {int(after[row, place])}"
         raise ShapeError(f"{op}: segments[{row}, {place + 1}]: {pair}; segments count 0, 1, 2, …, then -1 for padding")
+
+
+def check_floats(op: str, x: Tensor) -> None:
+    """Check that the input is of a floating dtype.
+
+    Raises:
+        ShapeError: it is not.
+    """
+    if not x.is_floating_point():
+        raise ShapeError(f"{op}: x must be of a floating dtype, received {x.dtype}")
 
 
 def check_groups(op: str, heads: int, groups: int) -> None:

@@ -54,8 +54,9 @@ def ssd(
         dt_softplus: whether to apply softplus; without it dt + dt_bias must not be negative.
         dt_limit: lowest and highest step size.
         state: (B, H, P, S), the state before the first position; zeros if None. Not with `segments`.
-        lengths: (B,) real positions of right-padded rows; the returned state is the one after them.
-        segments: (B, L); the state is reset where the segment changes.
+        lengths: (B,) real positions of right-padded rows, what stands in the padding being finite; the returned state
+            is the one after them. Not with `segments`.
+        segments: (B, L); the state is reset where the segment changes. The returned one is that of the last.
         chunk: positions treated as one matrix product; changes speed, not results. By device and shape if None.
         backend: see `ssmvl.ops.backends`.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmvl.errors import ShapeError
-from ssmvl.ops.checks import check_groups, check_rows
+from ssmvl.ops.checks import check_floats, check_groups, check_rows
 from ssmvl.ops.precision import without_autocast
 
 LOWEST = -60.0  # exp(-60) = 9e-27 stands for every smaller decay: numbers near 1e-40 are many times slower
@@ -25,13 +25,13 @@ def step_sizes(
         bias: (*,), added first.
         softplus: whether to apply it.
         limit: lowest and highest step size.
-        lengths: (B,), only with positions.
+        lengths: (B,), only with positions; what stands beyond them must be finite.
 
     Raises:
         ShapeError: the limits are no interval of numbers >= 0.
     """
     low, high = limit
-    if not 0 <= low <= high:
+    if not 0 <= low <= high or low == float("inf"):
         raise ShapeError(f"dt_limit must be (lowest, highest) with 0 <= lowest <= highest, received {limit}")
     dt = dt if bias is None else dt + bias.to(dt.dtype)
     dt = F.softplus(dt) if softplus else dt
@@ -69,6 +69,7 @@ def prepare(
     Raises:
         ShapeError: rows, lengths, segments, groups, limits or a chunk that do not fit, or both a state and segments.
     """
+    check_floats(op, x)
     check_rows(op, sizes["B"], sizes["L"], lengths, segments, x.device)
     check_groups(op, sizes[channels], sizes["G"])
     if state is not None and segments is not None:

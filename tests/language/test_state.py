@@ -175,3 +175,16 @@ def test_missing_file_and_weights_are_refused(model: MambaLM, tmp_path: Path) ->
     assert_refused(model.new_state(3), tmp_path / "none", "cannot be read")
     write_tensors(tmp_path / "weights", {"a": torch.zeros(1)})
     assert_refused(model.new_state(3), tmp_path / "weights", "state_format is None")
+
+
+def test_write_wants_one_row_for_each_index(model: MambaLM) -> None:
+    with pytest.raises(ShapeError, match="2 rows cannot be overwritten with 1"):
+        model.new_state(3).write([0, 1], model.new_state(1))
+
+
+def test_one_number_is_one_row(model: MambaLM) -> None:
+    state = used(model)
+    assert same(state.rows(1), state.rows([1]))
+    for index in ([0.5], [[0, 1]]):
+        with pytest.raises(ShapeError, match="chosen by a list of numbers or a mask"):
+            state.rows(index)

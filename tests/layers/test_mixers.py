@@ -209,3 +209,8 @@ def test_a_batch_of_no_rows_is_refused(build: Build) -> None:
     refused("a batch of no rows", lambda: mixer(x))
     refused("a batch of no rows", lambda: mixer.prefill(x, torch.zeros(0, dtype=torch.int64), mixer.new_state(0)))
     refused("a batch of no rows", lambda: mixer.step(x[:, 0], mixer.new_state(0)))
+
+
+@pytest.mark.parametrize("option", [{"path_parameters": "foo"}, {"merge": "max"}])
+def test_words_that_are_no_choice_are_refused(build: Build, option: dict[str, str]) -> None:
+    refused(" must be '.*' or '.*', received '(foo|max)'", lambda: build(8, 2, **option))

@@ -257,5 +257,15 @@ def test_limits_that_are_no_interval(op: str, limit: tuple[float, float]) -> Non
 @pytest.mark.parametrize("op", list(OPS))
 @pytest.mark.parametrize("lengths", [torch.tensor([1.0, 2.0]), torch.zeros(2, dtype=torch.long, device="meta")])
 def test_lengths_that_are_no_integers_here(op: str, lengths: torch.Tensor) -> None:
-    message = f"lengths must be integers on cpu, received {lengths.dtype} on {lengths.device}"
+    message = f"lengths must be a tensor of int32 or int64 on cpu, received {lengths.dtype} on {lengths.device}"
     refused(OPS[op], valid(op) | {"lengths": lengths}, message)
+
+
+@pytest.mark.parametrize("op", list(OPS))
+def test_inputs_that_are_no_floats(op: str) -> None:
+    refused(OPS[op], valid(op) | {"x": valid(op)["x"].int()}, "x must be of a floating dtype, received torch.int32")
+
+
+@pytest.mark.parametrize("op", list(OPS))
+def test_a_list_of_lengths(op: str) -> None:
+    refused(OPS[op], valid(op) | {"lengths": [1, 2]}, "must be a tensor of int32 or int64 on cpu, received list")
