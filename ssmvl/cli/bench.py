@@ -24,6 +24,8 @@ def run(options: argparse.Namespace) -> int:
 
     if options.suite == "cuda" and not torch.cuda.is_available():
         raise BackendError("torch finds no CUDA device here; run the suite cpu")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     found = machine(options.suite)
     print(" · ".join(f"{key} {value}" for key, value in found.items()), end="\n\n")
     print(LINE.format("case", "value", "unit", "limit", "share", "bar", "peer"))
