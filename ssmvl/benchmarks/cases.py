@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -137,19 +138,16 @@ def _scan(shape: Shape, device: str) -> Iterator[Row]:
         return lambda: ssd(**inputs, A=-torch.ones(paths * shape.heads, device=device))
 
     one = call(1)
-    for paths in (1, 2, 4):
+
+    def rate(run: Callable[[], object], times: int = 1) -> float:
+        return 1 / seconds(lambda: [run() for _ in range(times)], device)
+
+    rate(one)
+    yield Row("scan, K = 1", max(rate(one) for _ in range(25)), "scans/s")
+    for paths in (2, 4):
         folded = call(paths)
-        folded(), one()
-        if paths == 1:
-            yield Row("scan, K = 1", 1 / min(seconds(one, device) for _ in range(25)), "scans/s")
-            continue
-        yield _compare(
-            f"scan, K = {paths}",
-            "scans/s",
-            lambda paths=paths: 1 / seconds(lambda: [one() for _ in range(paths)], device),  # type: ignore[misc]
-            lambda folded=folded: 1 / seconds(folded, device),  # type: ignore[misc]
-            rounds=25,
-        )
+        rate(folded)
+        yield _compare(f"scan, K = {paths}", "scans/s", partial(rate, one, paths), partial(rate, folded), rounds=25)
 
 
 @torch.no_grad()
@@ -165,8 +163,8 @@ def _length(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
         yield _compare(
             f"length, {length}",
             "tok/s",
-            lambda: tokens_a_second(shape.prompt),
-            lambda length=length: tokens_a_second(length),  # type: ignore[misc]
+            partial(tokens_a_second, shape.prompt),
+            partial(tokens_a_second, length),
             rounds=3,
         )
         length *= 2

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
 def product_rate(shape: Shape, tokens: int, device: str) -> float:
     """Operations a second of in_proj's and out_proj's products, each at its fastest of five calls."""
     pairs = [(torch.randn(tokens, i, device=device), torch.randn(o, i, device=device)) for i, o in shape.products]
-    spent = sum(min(seconds(lambda x=x, w=w: F.linear(x, w), device) for _ in range(6)) for x, w in pairs)  # type: ignore[misc]
+    spent = sum(min(seconds(partial(F.linear, x, w), device) for _ in range(6)) for x, w in pairs)
     return 2 * tokens * sum(w.numel() for _, w in pairs) / spent
 
 

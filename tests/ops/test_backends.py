@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import fake_kernels
 import pytest
@@ -51,7 +52,7 @@ def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def given(device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Stands for a tensor on that device."""
-    return SimpleNamespace(device=torch.device(device), dtype=dtype)  # type: ignore[return-value]
+    return cast(torch.Tensor, SimpleNamespace(device=torch.device(device), dtype=dtype))
 
 
 def refusal(op: str, x: torch.Tensor, uses: dict[str, bool], backend: str | None = None) -> str:
