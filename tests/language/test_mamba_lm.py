@@ -16,13 +16,13 @@ from ssmvl.language.state import RecurrentState
 from ssmvl.layers.mamba1 import Mamba1Mixer
 from ssmvl.layers.mamba2 import Mamba2Mixer
 
-close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
+assert_close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
 
 
-def states_close(found: RecurrentState, expected: RecurrentState) -> None:
+def assert_states_close(found: RecurrentState, expected: RecurrentState) -> None:
     for mine, theirs in zip(found.layers, expected.layers, strict=True):
         for a, b in zip(mine, theirs, strict=True):
-            close(a, b)
+            assert_close(a, b)
 
 
 def full(rows: int, length: int) -> Tensor:
@@ -40,7 +40,7 @@ def test_vocabulary_is_padded_and_the_head_is_the_embedding(lm: MambaLM) -> None
     rows = 24 if isinstance(lm, Mamba1LM) else 32
     assert (lm.num_tokens, lm.vocab_rows) == (20, rows)
     hidden = torch.randn(3, 8)
-    close(lm.head(hidden), hidden @ lm.embedding.weight.T)
+    assert_close(lm.head(hidden), hidden @ lm.embedding.weight.T)
     assert [name for name, p in lm.named_parameters() if p.shape == (rows, 8)] == ["embedding.weight"]
 
 
@@ -53,7 +53,7 @@ def test_models_are_of_their_own_mixers() -> None:
 @torch.no_grad()
 def test_prefill_equals_backbone(lm: MambaLM) -> None:
     embeds = lm.embed(torch.randint(20, (2, 70)))
-    close(lm.prefill(embeds, full(2, 70), lm.new_state(2)), lm.backbone(embeds))
+    assert_close(lm.prefill(embeds, full(2, 70), lm.new_state(2)), lm.backbone(embeds))
 
 
 @pytest.mark.parametrize("cut", range(71))
@@ -64,8 +64,8 @@ def test_prefill_in_two_parts_equals_prefill(lm: MambaLM, cut: int) -> None:
     expected = lm.prefill(embeds, full(2, 70), whole)
     first = lm.prefill(embeds[:, :cut], full(2, cut), parts)
     second = lm.prefill(embeds[:, cut:], full(2, 70 - cut), parts)
-    close(torch.cat([first, second], 1), expected)
-    states_close(parts, whole)
+    assert_close(torch.cat([first, second], 1), expected)
+    assert_states_close(parts, whole)
 
 
 @torch.no_grad()
@@ -74,8 +74,8 @@ def test_steps_equal_prefill(lm: MambaLM) -> None:
     whole, stepped = lm.new_state(2), lm.new_state(2)
     expected = lm.prefill(embeds, full(2, 70), whole)
     steps = [lm.step(embeds[:, t], stepped) for t in range(70)]
-    close(torch.stack(steps, 1), expected)
-    states_close(stepped, whole)
+    assert_close(torch.stack(steps, 1), expected)
+    assert_states_close(stepped, whole)
 
 
 @settings(deadline=None, max_examples=50)
@@ -87,8 +87,8 @@ def test_rows_of_any_lengths_equal_the_row_alone(lm: MambaLM, lengths: list[int]
     hidden = lm.prefill(embeds, torch.tensor(lengths), together)
     for row, length in enumerate(lengths):
         expected = lm.prefill(embeds[row : row + 1, :length], full(1, length), alone[row])
-        close(hidden[row : row + 1, :length], expected)
-        states_close(together.rows([row]), alone[row])
+        assert_close(hidden[row : row + 1, :length], expected)
+        assert_states_close(together.rows([row]), alone[row])
 
 
 @pytest.mark.parametrize("lengths", [[21, 21], [24, 16], [20, 0], [3, 8], [1, 17]])
@@ -101,8 +101,8 @@ def test_stretches_equal_one(lm: MambaLM, lengths: list[int], monkeypatch: pytes
     hidden = lm.prefill(embeds, torch.tensor(lengths), stretched)
     assert hidden.shape == expected.shape
     for row, length in enumerate(lengths):
-        close(hidden[row, :length], expected[row, :length])
-    states_close(stretched, once)
+        assert_close(hidden[row, :length], expected[row, :length])
+    assert_states_close(stretched, once)
 
 
 @settings(deadline=None, max_examples=30)
@@ -114,14 +114,14 @@ def test_packed_row_equals_samples_apart_forward_and_backward(lm: MambaLM, lengt
     segments = torch.cat([numbers, torch.full((padding,), -1)])[None].int()
     packed = lm.backbone(embeds, segments)[:, :real]
     apart = torch.cat([lm.backbone(part) for part in embeds[:, :real].split(lengths, dim=1)], 1)
-    close(packed, apart)
+    assert_close(packed, apart)
     wanted = [embeds, *(p for name, p in lm.named_parameters() if name != "embedding.weight")]
     gradients = (torch.autograd.grad((y * weight).sum(), wanted) for y in (packed, apart))
     for one, other in zip(*gradients, strict=True):
-        close(one, other, atol=1e-4 * max(1.0, float(other.abs().max())))
+        assert_close(one, other, atol=1e-4 * max(1.0, float(other.abs().max())))
 
 
-def refused(lm: MambaLM, rows: int, state: RecurrentState, message: str, length: int = 4) -> None:
+def assert_refused(lm: MambaLM, rows: int, state: RecurrentState, message: str, length: int = 4) -> None:
     for run in (
         lambda: lm.prefill(torch.randn(rows, length, 8), full(rows, length), state),
         lambda: lm.step(torch.randn(rows, 8), state),
@@ -134,9 +134,11 @@ def refused(lm: MambaLM, rows: int, state: RecurrentState, message: str, length:
 def test_state_of_another_model_is_refused(lm: MambaLM) -> None:
     mixer = type(lm.layers[0].mixer).__name__
     deeper = type(lm)(width=64, num_layers=3, num_tokens=20)
-    refused(lm, 2, deeper.new_state(2), f"state of {mixer} LM, width 64, 3 layers, .* cannot .* {mixer} LM, width 8, 2")
+    assert_refused(
+        lm, 2, deeper.new_state(2), f"state of {mixer} LM, width 64, 3 layers, .* cannot .* {mixer} LM, width 8, 2"
+    )
     other = MambaLM if isinstance(lm, Mamba1LM) else Mamba1LM
-    refused(lm, 2, other(width=64, num_layers=1, num_tokens=20).new_state(2), rf"cannot be used by {mixer} LM")
+    assert_refused(lm, 2, other(width=64, num_layers=1, num_tokens=20).new_state(2), rf"cannot be used by {mixer} LM")
 
 
 def test_state_of_another_size_is_refused(lm: MambaLM) -> None:
@@ -144,16 +146,16 @@ def test_state_of_another_size_is_refused(lm: MambaLM) -> None:
         type(lm.layers[0].mixer), d_state=6, **({} if isinstance(lm, Mamba1LM) else {"head_dim": 4})
     )
     larger = type(lm)(width=8, num_layers=2, num_tokens=20, mixer=mixer)
-    refused(lm, 2, larger.new_state(2), "cannot be used by")
+    assert_refused(lm, 2, larger.new_state(2), "cannot be used by")
 
 
 def test_state_of_other_rows_is_refused(lm: MambaLM) -> None:
-    refused(lm, 2, lm.new_state(3), r"a state of 3 rows cannot take 2; make one with new_state\(2\)")
+    assert_refused(lm, 2, lm.new_state(3), r"a state of 3 rows cannot take 2; make one with new_state\(2\)")
 
 
 def test_a_batch_of_no_rows_is_refused(lm: MambaLM) -> None:
-    refused(lm, 0, lm.new_state(0), "a batch of no rows")
-    refused(lm, 0, lm.new_state(0), "a batch of no rows", length=0)
+    assert_refused(lm, 0, lm.new_state(0), "a batch of no rows")
+    assert_refused(lm, 0, lm.new_state(0), "a batch of no rows", length=0)
     with pytest.raises(ShapeError, match="a batch of no rows"):
         lm.backbone(torch.randn(0, 4, 8))
 
@@ -171,7 +173,7 @@ def test_shard_units_leave_the_tied_embedding_out(lm: MambaLM) -> None:
 
 
 def test_state_of_another_dtype_is_refused(lm: MambaLM) -> None:
-    refused(
+    assert_refused(
         lm, 2, lm.new_state(2, dtype=torch.bfloat16), "needs a state in torch.float32 on cpu, received one in torch.bf"
     )
 

@@ -53,7 +53,7 @@ def copy_weights(theirs: nn.Module, ours: MambaLM) -> None:
 
 
 @torch.no_grad()
-def compare(theirs: nn.Module, ours: MambaLM, ids: Tensor) -> None:
+def assert_agree(theirs: nn.Module, ours: MambaLM, ids: Tensor) -> None:
     randomise(theirs)
     assert theirs.lm_head.weight is theirs.get_input_embeddings().weight
     copy_weights(theirs, ours)
@@ -104,7 +104,7 @@ def test_mamba2(seed: int, num_groups: int) -> None:
     )
     ours = MambaLM(width=width, num_layers=layers, num_tokens=tokens, mixer=mixer, vocab_multiple=1)
     length = chunk * choose.randint(1, 4) + choose.randint(1, chunk - 1)
-    compare(Mamba2ForCausalLM(config), ours, torch.randint(tokens, (2, length)))
+    assert_agree(Mamba2ForCausalLM(config), ours, torch.randint(tokens, (2, length)))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -123,4 +123,4 @@ def test_mamba1(seed: int) -> None:
     )
     mixer = partial(Mamba1Mixer, d_state=size, expand=expand, d_conv=taps, dt_rank=rank)
     ours = Mamba1LM(width=width, num_layers=layers, num_tokens=tokens, mixer=mixer, vocab_multiple=1)
-    compare(MambaForCausalLM(config), ours, torch.randint(tokens, (2, choose.randint(5, 60))))
+    assert_agree(MambaForCausalLM(config), ours, torch.randint(tokens, (2, choose.randint(5, 60))))

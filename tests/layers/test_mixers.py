@@ -23,7 +23,7 @@ MIXERS = {
     "mamba2-groups": functools.partial(Mamba2Mixer, d_state=5, head_dim=4, num_groups=2, norm_groups=2),
     "mamba1": functools.partial(Mamba1Mixer, d_state=5, d_conv=3, dt_rank=2),
 }
-close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
+assert_close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
 
 
 @pytest.fixture(scope="module", params=MIXERS)
@@ -66,8 +66,8 @@ def test_paths_equal_mixers_of_one_path_forward_and_backward(
     each = [alone(build, mixer, k)(x[:, path])[:, path.argsort()] for k, path in enumerate(paths)]
     expected = sum(each) / (len(paths) if merge == "mean" else 1)
     y, weight = mixer(x, paths), torch.randn(2, 12, 8)
-    close(y, expected)
-    close(*(torch.autograd.grad((t * weight).sum(), x)[0] for t in (y, expected)), atol=1e-4)
+    assert_close(y, expected)
+    assert_close(*(torch.autograd.grad((t * weight).sum(), x)[0] for t in (y, expected)), atol=1e-4)
 
 
 def test_shared_parameters_are_as_many_as_those_of_one_path(build: Build) -> None:
@@ -93,11 +93,11 @@ def test_prefill_in_two_parts_and_steps_equal_forward(build: Build, cut: int) ->
     first = mixer.prefill(x[:, :cut], torch.full((2,), cut), state)
     stepped = type(state)(*(t.clone() for t in state))
     second = mixer.prefill(x[:, cut:], torch.full((2,), 12 - cut), state)
-    close(torch.cat([first, second], 1), y)
+    assert_close(torch.cat([first, second], 1), y)
     for t in range(cut, 12):
-        close(mixer.step(x[:, t], stepped), y[:, t])
+        assert_close(mixer.step(x[:, t], stepped), y[:, t])
     for one, other in zip(stepped, state, strict=True):
-        close(one, other)
+        assert_close(one, other)
     assert [t.data_ptr() for t in state] == places
 
 
@@ -112,9 +112,11 @@ def test_rows_of_any_lengths_equal_the_row_alone(build: Build, lengths: list[int
     singles = [type(state)(*(t[row : row + 1].clone() for t in state)) for row in range(rows)]
     y = mixer.prefill(x, torch.tensor(lengths), state)
     for row, (length, single) in enumerate(zip(lengths, singles, strict=True)):
-        close(y[row : row + 1, :length], mixer.prefill(x[row : row + 1, :length], torch.tensor([length]), single))
+        assert_close(
+            y[row : row + 1, :length], mixer.prefill(x[row : row + 1, :length], torch.tensor([length]), single)
+        )
         for mixed, expected in zip(state, single, strict=True):
-            close(mixed[row : row + 1], expected)
+            assert_close(mixed[row : row + 1], expected)
 
 
 @settings(deadline=None, max_examples=30)
@@ -125,10 +127,10 @@ def test_packed_row_equals_samples_apart_forward_and_backward(build: Build, leng
     numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     packed = mixer(x, None, torch.cat([numbers, torch.full((padding,), -1)])[None].int())[:, :real]
     apart = torch.cat([mixer(part) for part in x[:, :real].split(lengths, dim=1)], 1)
-    close(packed, apart)
+    assert_close(packed, apart)
     gradients = (torch.autograd.grad((y * weight).sum(), [x, *mixer.parameters()]) for y in (packed, apart))
     for one, other in zip(*gradients, strict=True):
-        close(one, other, atol=1e-4 * max(1.0, float(other.abs().max())))
+        assert_close(one, other, atol=1e-4 * max(1.0, float(other.abs().max())))
 
 
 @pytest.mark.parametrize("parameters", ["own", "shared"])
@@ -168,7 +170,7 @@ def test_state_is_fp32_at_least(
     assert (state.conv.dtype, state.ssm.dtype) == (conv, ssm)
 
 
-def refused(message: str, run: Callable[[], object]) -> None:
+def assert_refused(message: str, run: Callable[[], object]) -> None:
     with pytest.raises(ShapeError, match=message) as caught:
         run()
     assert "\n" not in str(caught.value)
@@ -176,9 +178,9 @@ def refused(message: str, run: Callable[[], object]) -> None:
 
 def test_another_number_of_paths_is_refused(build: Build) -> None:
     mixer, x = build(8, 4), torch.randn(1, 6, 8)
-    refused("num_paths=4 received 2 paths", lambda: mixer(x, bsm(Grid(1, 2, 3))))
-    refused("num_paths=4 received none paths", lambda: mixer(x))
-    refused("num_paths=1 received 2 paths", lambda: build(8)(x, bsm(Grid(1, 2, 3))))
+    assert_refused("num_paths=4 received 2 paths", lambda: mixer(x, bsm(Grid(1, 2, 3))))
+    assert_refused("num_paths=4 received none paths", lambda: mixer(x))
+    assert_refused("num_paths=1 received 2 paths", lambda: build(8)(x, bsm(Grid(1, 2, 3))))
 
 
 def test_paths_with_segments_are_refused(build: Build) -> None:
@@ -186,12 +188,12 @@ def test_paths_with_segments_are_refused(build: Build) -> None:
     for order in (raster, bsm):
         paths = order(Grid(1, 2, 3))
         mixer = build(8, len(paths))
-        refused("paths and segments exclude each other", functools.partial(mixer, x, paths, segments))
+        assert_refused("paths and segments exclude each other", functools.partial(mixer, x, paths, segments))
 
 
 @pytest.mark.parametrize("parameters", ["own", "shared"])
 def test_several_paths_have_no_state(build: Build, parameters: str) -> None:
-    refused(
+    assert_refused(
         "over 3 paths has no state; build it with num_paths=1",
         lambda: build(8, 3, path_parameters=parameters).new_state(1),
     )
@@ -200,17 +202,19 @@ def test_several_paths_have_no_state(build: Build, parameters: str) -> None:
 @pytest.mark.parametrize("side", [1, 2, 3])
 def test_paths_of_another_length_are_refused(build: Build, side: int) -> None:
     paths = bsm(Grid(1, side, side))
-    refused(rf"paths .*\(2, {side * side}\)", lambda: build(8, 2)(torch.randn(1, 6, 8), paths))
+    assert_refused(rf"paths .*\(2, {side * side}\)", lambda: build(8, 2)(torch.randn(1, 6, 8), paths))
 
 
 @torch.no_grad()
 def test_a_batch_of_no_rows_is_refused(build: Build) -> None:
     mixer, x = build(8), torch.randn(0, 4, 8)
-    refused("a batch of no rows", lambda: mixer(x))
-    refused("a batch of no rows", lambda: mixer.prefill(x, torch.zeros(0, dtype=torch.int64), mixer.new_state(0)))
-    refused("a batch of no rows", lambda: mixer.step(x[:, 0], mixer.new_state(0)))
+    assert_refused("a batch of no rows", lambda: mixer(x))
+    assert_refused(
+        "a batch of no rows", lambda: mixer.prefill(x, torch.zeros(0, dtype=torch.int64), mixer.new_state(0))
+    )
+    assert_refused("a batch of no rows", lambda: mixer.step(x[:, 0], mixer.new_state(0)))
 
 
 @pytest.mark.parametrize("option", [{"path_parameters": "foo"}, {"merge": "max"}])
 def test_words_that_are_no_choice_are_refused(build: Build, option: dict[str, str]) -> None:
-    refused(" must be '.*' or '.*', received '(foo|max)'", lambda: build(8, 2, **option))
+    assert_refused(" must be '.*' or '.*', received '(foo|max)'", lambda: build(8, 2, **option))

@@ -42,7 +42,7 @@ def one_position(op: str) -> Values:
     return {name: value[:, 0] if name in SEQUENCES else value for name, value in inputs(op, ROWS, LENGTH).items()}
 
 
-def refused(run: Callable[..., Any], values: Values, *parts: str) -> None:
+def assert_refused(run: Callable[..., Any], values: Values, *parts: str) -> None:
     with pytest.raises(ShapeError) as error:
         run(**values)
     message = str(error.value)
@@ -53,9 +53,9 @@ def refused(run: Callable[..., Any], values: Values, *parts: str) -> None:
 
 def test_the_arguments_that_the_others_change_are_accepted() -> None:
     for op, run in OPS.items():
-        run(**valid(op))
+        assert all(result.isfinite().all() for result in run(**valid(op)))
     for op, step in STEPS.items():
-        step(**one_position(op))
+        assert step(**one_position(op)).isfinite().all()
 
 
 def longer(tensor: Tensor, axis: int) -> Tensor:
@@ -99,7 +99,7 @@ LEADS = {"B": (2, 3), "weight": (1,)}  # axes of an argument that say what the o
 def test_one_number_too_many(op: str, name: str, axis: int) -> None:
     shape = SHAPES[op][name]
     wrong = longer(torch.rand(shape), axis)
-    refused(OPS[op], valid(op) | {name: wrong}, f"{name} must have shape {shape}, received {tuple(wrong.shape)}")
+    assert_refused(OPS[op], valid(op) | {name: wrong}, f"{name} must have shape {shape}, received {tuple(wrong.shape)}")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,9 @@ def test_an_axis_missing(op: str, name: str) -> None:
     shape = SHAPES[op][name]
     wrong = torch.rand(shape[1:])
     expected = "(3, W)" if name == "weight" else shape  # nothing else says how many taps there are
-    refused(OPS[op], valid(op) | {name: wrong}, f"{name} must have shape {expected}, received {tuple(wrong.shape)}")
+    assert_refused(
+        OPS[op], valid(op) | {name: wrong}, f"{name} must have shape {expected}, received {tuple(wrong.shape)}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_an_axis_missing(op: str, name: str) -> None:
 )
 def test_an_axis_missing_of_what_the_others_are_checked_by(op: str, name: str) -> None:
     wrong = valid(op)[name][0]
-    refused(OPS[op], valid(op) | {name: wrong}, f"{tuple(wrong.shape)}")
+    assert_refused(OPS[op], valid(op) | {name: wrong}, f"{tuple(wrong.shape)}")
 
 
 @both
@@ -125,9 +127,9 @@ def test_an_axis_missing_of_what_the_others_are_checked_by(op: str, name: str) -
 def test_heads_that_are_no_multiple_of_groups(op: str, heads: int, groups: int) -> None:
     message = f"{heads} heads cannot share {groups} groups; num_groups must divide the number of heads"
     values = inputs(op, ROWS, LENGTH, heads, groups)
-    refused(OPS[op], values, message)
+    assert_refused(OPS[op], values, message)
     now = {name: value[:, 0] if name in SEQUENCES else value for name, value in values.items()}
-    refused(STEPS[op], now, message)
+    assert_refused(STEPS[op], now, message)
 
 
 @every_op
@@ -142,7 +144,7 @@ def test_heads_that_are_no_multiple_of_groups(op: str, heads: int, groups: int) 
     ],
 )
 def test_lengths(op: str, lengths: list[int], message: str) -> None:
-    refused(OPS[op], valid(op) | {"lengths": torch.tensor(lengths)}, message)
+    assert_refused(OPS[op], valid(op) | {"lengths": torch.tensor(lengths)}, message)
 
 
 @every_op
@@ -163,8 +165,8 @@ def test_lengths(op: str, lengths: list[int], message: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_segments(op: str, segments: list[int], message: str, dtype: torch.dtype) -> None:
     rows = torch.tensor([[0, 0, 1, 1, 2, -1], segments], dtype=dtype)
-    refused(OPS[op], without_a_state(op) | {"segments": rows}, message)
-    refused(OPS[op], without_a_state(op) | {"segments": rows}, "segments", "count 0, 1, 2, …")
+    assert_refused(OPS[op], without_a_state(op) | {"segments": rows}, message)
+    assert_refused(OPS[op], without_a_state(op) | {"segments": rows}, "segments", "count 0, 1, 2, …")
 
 
 @every_op
@@ -172,36 +174,36 @@ def test_segments(op: str, segments: list[int], message: str, dtype: torch.dtype
 def test_segments_of_the_wrong_shape(op: str, shape: tuple[int, ...]) -> None:
     segments = torch.zeros(shape, dtype=torch.int32)
     message = f"segments must have shape (2, 6), received {shape}"
-    refused(OPS[op], without_a_state(op) | {"segments": segments}, message)
+    assert_refused(OPS[op], without_a_state(op) | {"segments": segments}, message)
 
 
 @every_op
 def test_no_rows(op: str) -> None:
     by_row = (*SEQUENCES, "state", "window")
     values = {name: value[:0] if name in by_row else value for name, value in valid(op).items()}
-    refused(OPS[op], values, "a batch of no rows; give at least one (a row may have length 0)")
+    assert_refused(OPS[op], values, "a batch of no rows; give at least one (a row may have length 0)")
 
 
 @both
 def test_a_step_of_no_rows(op: str) -> None:
     by_row = (*SEQUENCES, "state")
     values = {name: value[:0] if name in by_row else value for name, value in one_position(op).items()}
-    refused(STEPS[op], values, "a batch of no rows")
+    assert_refused(STEPS[op], values, "a batch of no rows")
 
 
 def test_a_convolution_step_of_no_rows() -> None:
     values = convolution() | {"x": torch.zeros(0, 3), "window": torch.zeros(0, 3, 3)}
-    refused(causal_conv_step, values, "a batch of no rows")
+    assert_refused(causal_conv_step, values, "a batch of no rows")
 
 
 @every_op
 def test_what_excludes_each_other(op: str) -> None:
     segments = torch.zeros(ROWS, LENGTH, dtype=torch.int32)
     state = "window" if op == "causal_conv" else "state"
-    refused(OPS[op], valid(op) | {"segments": segments}, f"a {state} and segments exclude each other")
+    assert_refused(OPS[op], valid(op) | {"segments": segments}, f"a {state} and segments exclude each other")
     lengths = torch.tensor([1, 2])
     both_marks = without_a_state(op) | {"segments": segments, "lengths": lengths}
-    refused(OPS[op], both_marks, "lengths and segments exclude each other", "-1")
+    assert_refused(OPS[op], both_marks, "lengths and segments exclude each other", "-1")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def test_a_step_with_one_number_too_many(op: str, name: str, axis: int) -> None:
     now = one_position(op)
     wrong = longer(now[name], axis)
     message = f"{name} must have shape {tuple(now[name].shape)}, received {tuple(wrong.shape)}"
-    refused(STEPS[op], now | {name: wrong}, message)
+    assert_refused(STEPS[op], now | {name: wrong}, message)
 
 
 @both
@@ -225,25 +227,25 @@ def test_a_step_with_weights_that_do_not_fit(op: str, name: str, wrong: int) -> 
     now = one_position(op) | {"dt_bias": torch.rand(4)}
     state = now["state"].clone()
     tensor = now[name][[0] * wrong]
-    refused(STEPS[op], now | {name: tensor}, f"{tuple(now[name].shape)}", f"{tuple(tensor.shape)}")
+    assert_refused(STEPS[op], now | {name: tensor}, f"{tuple(now[name].shape)}", f"{tuple(tensor.shape)}")
     assert torch.equal(now["state"], state)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 3), (2, 4, 3), (1, 3, 3), (2, 3, 4), (3, 3)])
 def test_a_convolution_step_with_a_wrong_window(shape: tuple[int, ...]) -> None:
     values = convolution() | {"x": torch.randn(2, 3), "window": torch.zeros(shape)}
-    refused(causal_conv_step, values, f"window must have shape (2, 3, 3), received {shape}")
+    assert_refused(causal_conv_step, values, f"window must have shape (2, 3, 3), received {shape}")
 
 
 @pytest.mark.parametrize(("name", "shape"), [("weight", (1, 4)), ("bias", (1,))])
 def test_a_convolution_step_with_weights_that_do_not_fit(name: str, shape: tuple[int, ...]) -> None:
     values = convolution() | {"x": torch.randn(2, 3), name: torch.randn(shape)}
-    refused(causal_conv_step, values, f"{shape}")
+    assert_refused(causal_conv_step, values, f"{shape}")
 
 
 @both
 def test_a_chunk_of_nothing(op: str) -> None:
-    refused(OPS[op], valid(op) | {"chunk": 0}, "chunk must be at least 1, received 0")
+    assert_refused(OPS[op], valid(op) | {"chunk": 0}, "chunk must be at least 1, received 0")
 
 
 @both
@@ -258,14 +260,16 @@ def test_limits_that_are_no_interval(op: str, limit: tuple[float, float]) -> Non
 @pytest.mark.parametrize("lengths", [torch.tensor([1.0, 2.0]), torch.zeros(2, dtype=torch.long, device="meta")])
 def test_lengths_that_are_no_integers_here(op: str, lengths: torch.Tensor) -> None:
     message = f"lengths must be a tensor of int32 or int64 on cpu, received {lengths.dtype} on {lengths.device}"
-    refused(OPS[op], valid(op) | {"lengths": lengths}, message)
+    assert_refused(OPS[op], valid(op) | {"lengths": lengths}, message)
 
 
 @pytest.mark.parametrize("op", list(OPS))
 def test_inputs_that_are_no_floats(op: str) -> None:
-    refused(OPS[op], valid(op) | {"x": valid(op)["x"].int()}, "x must be of a floating dtype, received torch.int32")
+    assert_refused(
+        OPS[op], valid(op) | {"x": valid(op)["x"].int()}, "x must be of a floating dtype, received torch.int32"
+    )
 
 
 @pytest.mark.parametrize("op", list(OPS))
 def test_a_list_of_lengths(op: str) -> None:
-    refused(OPS[op], valid(op) | {"lengths": [1, 2]}, "must be a tensor of int32 or int64 on cpu, received list")
+    assert_refused(OPS[op], valid(op) | {"lengths": [1, 2]}, "must be a tensor of int32 or int64 on cpu, received list")

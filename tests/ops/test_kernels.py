@@ -41,7 +41,7 @@ def convolution(rows: int = 2, length: int = 9, channels: int = 16, taps: int = 
     return {name: torch.randn(shape) for name, shape in shapes.items()}
 
 
-def compare(op: str, values: Values, outputs: tuple[int, ...] = (0,)) -> None:
+def assert_agree(op: str, values: Values, outputs: tuple[int, ...] = (0,)) -> None:
     """Results, and the gradients of every tensor through these outputs."""
     leaves = {k: v.requires_grad_() for k, v in values.items() if torch.is_tensor(v) and v.is_floating_point()}
     found = []
@@ -92,13 +92,13 @@ CALLS: dict[str, tuple[str, Callable[[], Values]]] = {
 @pytest.mark.parametrize("call", CALLS)
 def test_the_door_equals_the_torch_backend(call: str) -> None:
     op, values = CALLS[call]
-    compare(op, values())
+    assert_agree(op, values())
 
 
 @pytest.mark.parametrize("state", [True, False])
 def test_gradients_through_the_final_state(state: bool) -> None:
     values = inputs("ssd", 2, 9)
-    compare("ssd", values if state else values | {"state": None}, (0, 1))
+    assert_agree("ssd", values if state else values | {"state": None}, (0, 1))
 
 
 @pytest.mark.parametrize("state", [True, False])

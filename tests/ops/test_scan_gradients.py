@@ -20,7 +20,7 @@ def small(op: str, rows: int = 2, length: int = 7, heads: int = 4, groups: int =
     return inputs(op, rows, length, heads, groups, width=2, size=2, dtype=torch.float64)
 
 
-def gradcheck(
+def assert_gradients(
     op: str, values: Values, pick: Callable[..., object] = lambda outputs: outputs, every_entry: bool = False
 ) -> None:
     """By differences, along random directions or of every entry."""
@@ -51,20 +51,20 @@ OPTIONS: dict[str, Values] = {
 @pytest.mark.parametrize("chunk", [3, 64])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradcheck(op: str, options: str, chunk: int) -> None:
-    gradcheck(op, small(op) | OPTIONS[options] | {"chunk": chunk})
+    assert_gradients(op, small(op) | OPTIONS[options] | {"chunk": chunk})
 
 
 @both
 def test_gradcheck_of_every_entry(op: str) -> None:
     biased = {"dt_softplus": True, "dt_bias": torch.randn(2, dtype=torch.float64)}
-    gradcheck(op, small(op, 1, 7, 2, 1) | biased | {"chunk": 3}, every_entry=True)
+    assert_gradients(op, small(op, 1, 7, 2, 1) | biased | {"chunk": 3}, every_entry=True)
 
 
 @both
 @pytest.mark.parametrize(("heads", "groups"), [(2, 1), (3, 3)])
 @pytest.mark.parametrize(("length", "chunk"), [(1, 1), (4, 1), (5, 2)])
 def test_gradcheck_of_groups_and_chunks(op: str, heads: int, groups: int, length: int, chunk: int) -> None:
-    gradcheck(op, small(op, 1, length, heads, groups) | {"chunk": chunk})
+    assert_gradients(op, small(op, 1, length, heads, groups) | {"chunk": chunk})
 
 
 @both
@@ -74,17 +74,17 @@ def test_gradcheck_through_one_output(op: str, output: int, state: bool) -> None
     values = small(op, 1, 5, 2, 1)
     if not state:
         del values["state"]
-    gradcheck(op, values | {"chunk": 2}, lambda outputs: outputs[output])
+    assert_gradients(op, values | {"chunk": 2}, lambda outputs: outputs[output])
 
 
 @both
 @pytest.mark.parametrize("name", ["x", "dt", "A", "B", "C", "D", "state"])
 def test_one_input_alone_asks_for_a_gradient(op: str, name: str) -> None:
     values = small(op) | {"chunk": 3}
-    compare(op, values, [name], lambda y, h: (y * y).sum() + h.sum())
+    assert_agree(op, values, [name], lambda y, h: (y * y).sum() + h.sum())
 
 
-def compare(op: str, values: Values, names: list[str], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+def assert_agree(op: str, values: Values, names: list[str], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     """The op's gradients of `names` are those of the recurrence."""
     found = []
     for run in (OPS[op], recurrence):
@@ -114,7 +114,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("loss", LOSSES)
 def test_incoming_gradients_of_any_layout(op: str, loss: str) -> None:
     values = small(op) | {"chunk": 3}
-    compare(op, values, [name for name in values if name != "chunk"], LOSSES[loss])
+    assert_agree(op, values, [name for name in values if name != "chunk"], LOSSES[loss])
 
 
 @both
@@ -148,7 +148,7 @@ def test_inputs_of_any_layout(op: str) -> None:
     assert not any(value.is_contiguous() for value in apart.values())
     for ours, theirs in zip(OPS[op](**apart, chunk=3), recurrence(**values), strict=True):
         torch.testing.assert_close(ours, theirs)
-    compare(op, apart | {"chunk": 3}, [*apart], LOSSES["transposed"])
+    assert_agree(op, apart | {"chunk": 3}, [*apart], LOSSES["transposed"])
 
 
 @both
@@ -158,7 +158,7 @@ def test_expanded_inputs(op: str) -> None:
     values |= {name: one.expand(values[name].shape) for name in ("dt", "B", "D")}
     values["A"] = -one.expand(values["A"].shape)
     values["state"] = values["state"][:1].expand_as(values["state"])
-    compare(op, values, ["x", "dt", "A", "B", "C", "D", "state"], LOSSES["both sums"])
+    assert_agree(op, values, ["x", "dt", "A", "B", "C", "D", "state"], LOSSES["both sums"])
 
 
 @both

@@ -17,7 +17,7 @@ from ssmvl.ops.ssd import ssd, ssd_step
 
 OPS = {"ssd": (ssd, ssd_step), "selective_scan": (selective_scan, selective_scan_step)}
 both = pytest.mark.parametrize("op", OPS)
-close = partial(torch.testing.assert_close, atol=2e-5, rtol=1e-4)
+assert_close = partial(torch.testing.assert_close, atol=2e-5, rtol=1e-4)
 OPTIONS: dict[str, Values] = {
     "D": {},
     "no D": {"D": None},
@@ -38,8 +38,8 @@ def test_steps_equal_the_sequence(op: str, options: str) -> None:
     for t in range(9):
         now = {name: value[:, t] if name in SEQUENCES else value for name, value in values.items()}
         ys.append(step(**now | {"state": state}))
-    close(torch.stack(ys, 1), y)
-    close(state, last)
+    assert_close(torch.stack(ys, 1), y)
+    assert_close(state, last)
     assert state.data_ptr() == pointer
 
 
@@ -51,8 +51,8 @@ def test_a_step_takes_inputs_of_any_layout_and_dtype(op: str) -> None:
     whole = now | {"state": now["state"].clone()}
     expected = step(**whole)
     strided = apart | {"state": now["state"].clone()}
-    close(step(**strided), expected)
-    close(strided["state"], whole["state"])
+    assert_close(step(**strided), expected)
+    assert_close(strided["state"], whole["state"])
     halved = {name: value.bfloat16() for name, value in now.items()} | {"state": now["state"].clone()}
     y = step(**halved)
     assert y.dtype == torch.bfloat16
@@ -86,8 +86,8 @@ def test_splitting_equals_one_call(op: str, cut: int) -> None:
     y, state = run(**values)
     first, carried = run(**positions(values, slice(0, cut)))
     second, carried = run(**positions(values, slice(cut, 20)) | {"state": carried})
-    close(torch.cat([first, second], 1), y)
-    close(carried, state)
+    assert_close(torch.cat([first, second], 1), y)
+    assert_close(carried, state)
 
 
 @both
@@ -101,8 +101,8 @@ def test_rows_of_any_length_equal_the_row_alone(op: str, lengths: list[int], chu
     y, state = run(**values, lengths=torch.tensor(lengths))
     for index, length in enumerate(lengths):
         expected, last = run(**positions(row(values, index), slice(0, length)))
-        close(y[index : index + 1, :length], expected)
-        close(state[index : index + 1], last)
+        assert_close(y[index : index + 1, :length], expected)
+        assert_close(state[index : index + 1], last)
 
 
 def packed(op: str, samples: list[int], dtype: torch.dtype = torch.float32, padding: int = 0) -> tuple[Values, Tensor]:
@@ -129,9 +129,9 @@ def test_a_packed_row_equals_its_samples_apart(op: str, samples: list[int], chun
     y, state = run(**values, segments=segments, chunk=chunk)
     for place in places(samples):
         expected, last = run(**positions(values, place))
-        close(y[:, place], expected)
+        assert_close(y[:, place], expected)
     if not padding:
-        close(state, last)
+        assert_close(state, last)
 
 
 @both
@@ -166,9 +166,9 @@ def test_what_padding_holds_reaches_no_real_position(op: str, marks: Values) -> 
     for name in SEQUENCES:
         other[name][:, 7:] = 50
     (y, state), (same, after) = (OPS[op][0](**call, **marks) for call in (values, other))
-    close(y[:, :7], same[:, :7])
+    assert_close(y[:, :7], same[:, :7])
     if "lengths" in marks:
-        close(state, after)
+        assert_close(state, after)
 
 
 @both
