@@ -31,14 +31,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, 
         The shape of x, in the dtype of `weight`.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    paths = x.shape[-2] if gate is not None and x.ndim > gate.ndim else 1
     with without_autocast(x.device):
         given = x.to(dtype), weight.to(dtype), None if gate is None else gate.to(dtype)
-        y = (_few if x.numel() <= FEW else _many)(*given, eps, paths, groups)
+        y = (_few if x.numel() <= FEW else _many)(*given, eps, groups)
     return y.to(weight.dtype)
 
 
-def _few(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, paths: int, groups: int) -> Tensor:
+def _few(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, groups: int) -> Tensor:
     if gate is not None:
         opened = F.silu(gate)
         x = x * (opened.unsqueeze(-2) if x.ndim > gate.ndim else opened)
@@ -48,7 +47,8 @@ def _few(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, paths: int,
     return F.rms_norm(parts, parts.shape[-1:], eps=eps).flatten(-2) * weight
 
 
-def _many(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, paths: int, groups: int) -> Tensor:
+def _many(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, groups: int) -> Tensor:
+    paths = x.shape[-2] if gate is not None and x.ndim > gate.ndim else 1
     parts = x.reshape(-1, paths, groups, x.shape[-1] // groups)
     if gate is not None:
         gate = gate.reshape(-1, 1, groups, parts.shape[-1])

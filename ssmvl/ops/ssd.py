@@ -41,7 +41,8 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence above over whole sequences, forward and backward.
 
-    Computed in `promote_types(x.dtype, float32)`, autocast or not.
+    The torch backend computes in `promote_types(x.dtype, float32)`, autocast or not; for the other see
+    `ssmvl.ops.kernels`.
 
     Args:
         x: (B, L, H, P) inputs.
