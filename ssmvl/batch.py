@@ -6,6 +6,7 @@
     label_places     list of 1-D index tensors: where each sample's supervised tokens are, never its first
     num_images       list of numbers
     sample_ids       list of names
+    types            list of the samples' types of question, which may be empty
 
 A plain mapping, because Composer moves only mappings and sequences to a device.
 """
@@ -27,7 +28,7 @@ PLACES = ("image_places", "label_places")
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
-    """Samples of the processor, each with an optional "id" -> one ragged batch."""
+    """Samples of the processor, each with an optional "id" and "type" -> one ragged batch."""
     specs = samples[0]["images"].keys()
     labels = [sample["labels"].clone() for sample in samples]
     for row in labels:
@@ -40,6 +41,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
         "images": {spec: torch.cat([sample["images"][spec] for sample in samples]) for spec in specs},
         "num_images": [len(next(iter(sample["images"].values()))) for sample in samples],
         "sample_ids": [sample.get("id", "") for sample in samples],
+        "types": [sample.get("type", "") for sample in samples],
     }
 
 

@@ -32,7 +32,7 @@ class ModelParts:
         connector: makes visual tokens.
         language: reads them, and text.
         prompt: how conversations are written.
-        tokenizer: `bytes`, or a path.
+        tokenizer: `bytes`, `words`, or a path.
     """
 
     encoders: dict[str, EncoderPart]
@@ -121,29 +121,30 @@ def _assemble(parts: ModelParts, source: str) -> VisionLanguageModel:
                 [Problem("model.encoders", f"{name!r} cannot name an encoder; use letters, digits and _")], source
             )
         with _at(f"model.encoders.{name}", source):
-            encoders[name] = _checked(encoder(), encoder, interfaces.VisionEncoder)
+            encoders[name] = checked(encoder(), encoder, interfaces.VisionEncoder)
     with _at("model.fusion", source):
         widths = {name: encoder.width for name, encoder in encoders.items()}
         grids = {name: encoder.grid for name, encoder in encoders.items()}
-        fusion = _checked(parts.fusion(widths=widths, grids=grids), parts.fusion, interfaces.Fusion)
+        fusion = checked(parts.fusion(widths=widths, grids=grids), parts.fusion, interfaces.Fusion)
     with _at("model.language", source):
-        language = _checked(parts.language(), parts.language, interfaces.LanguageModel)
+        language = checked(parts.language(), parts.language, interfaces.LanguageModel)
     with _at("model.prompt", source):
-        _lacks_nothing(parts.prompt(), parts.prompt, interfaces.Prompt)
+        lacks_nothing(parts.prompt(), parts.prompt, interfaces.Prompt)
     with _at("model.connector", source):
         made = parts.connector(in_width=fusion.width, out_width=language.width, grid=fusion.grid)
-        connector = _checked(made, parts.connector, interfaces.Connector)
+        connector = checked(made, parts.connector, interfaces.Connector)
     return VisionLanguageModel(encoders, fusion, connector, language)
 
 
-def _checked(built: Any, part: object, contract: type[Any]) -> Any:
-    """A built module, or an error that names it and what it lacks of its contract."""
+def checked(built: Any, part: object, contract: type[Any]) -> Any:
+    """A built module, or an error that says that it is none, or what it lacks of its contract."""
     if not isinstance(built, nn.Module):
         raise ContractError(f"{part} is a {type(built).__name__}, no torch.nn.Module")
-    return _lacks_nothing(built, part, contract)
+    return lacks_nothing(built, part, contract)
 
 
-def _lacks_nothing(built: Any, part: object, contract: type[Any]) -> Any:
+def lacks_nothing(built: Any, part: object, contract: type[Any]) -> Any:
+    """What was built, or an error that names what it lacks of its contract."""
     names = {n for c in contract.__mro__ for n in (*vars(c).get("__annotations__", ()), *vars(c))}
     lacking = sorted(n for n in names if not n.startswith("_") and not hasattr(built, n))
     if lacking:

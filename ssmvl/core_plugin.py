@@ -20,7 +20,7 @@ COMPONENTS = {
     ("language_model", "mamba1_lm"): "ssmvl.language.mamba_lm:Mamba1LM",
     ("language_model", "mamba2_lm"): "ssmvl.language.mamba_lm:MambaLM",
     ("prompt", "mamba"): "ssmvl.text.prompts:MambaPrompt",
-    ("dataset", "digits"): "ssmvl.data.digits:digits",
+    ("dataset", "digit_scenes"): "ssmvl.data.scenes:digit_scenes",
 }
 
 

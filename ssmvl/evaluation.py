@@ -1,13 +1,14 @@
-"""How often a model is right, by type of question, with its eyes open and with the image blanked."""
+"""Whether a model sees: how often it is right by type of question, with its image, a blank one and another's."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypedDict
 
 from PIL import Image
+from rich.table import Table
 
 from ssmvl.assistant import Assistant
 from ssmvl.interfaces import Count, DatasetPart
@@ -29,57 +30,82 @@ class Evaluation:
     max_new_tokens: Count = 16
 
 
-@dataclass
-class Tally:
-    """Counts for one type of question."""
+class Answered(NamedTuple):
+    """A test question, its true answer, and the model's: with its image, a black one, and another record's."""
 
-    n: int = 0
-    right: int = 0
-    blind: int = 0
-    answers: Counter[str] = field(default_factory=Counter)
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(self.n + other.n, self.right + other.right, self.blind + other.blind, self.answers + other.answers)
+    type: str
+    question: str
+    truth: str
+    seen: str
+    blind: str
+    swapped: str
 
 
-def tally(assistant: Assistant, records: Sequence[dict[str, Any]], options: Evaluation) -> dict[str, Tally]:
-    """Ask every record's first question, with its image and with a black one; count exact answers by type."""
-    counts: dict[str, Tally] = {}
-    for start in range(0, len(records), options.batch):
-        batch = records[start : start + options.batch]
-        prompts = [record["conversation"][0]["content"] for record in batch]
-        images = [read_image(record["images"][0]) if record["images"] else None for record in batch]
-        blank = [image and Image.new("RGB", image.size) for image in images]
-        seen = assistant.generate(prompts, images, max_new_tokens=options.max_new_tokens)
-        unseen = assistant.generate(prompts, blank, max_new_tokens=options.max_new_tokens)
-        for record, answer, blind in zip(batch, seen, unseen, strict=True):
-            truth = record["conversation"][1]["content"]
-            one = Tally(1, answer == truth, blind == truth, Counter([truth]))
-            counts[record["type"]] = counts.get(record["type"], Tally()) + one
-    return counts
+class Row(TypedDict):
+    """What is known about one type of question; shares in 0…1."""
+
+    accuracy: float
+    interval: tuple[float, float]  # of the accuracy, 95 % (Wilson)
+    blind: float  # accuracy with a black image
+    swapped: float  # accuracy with another record's image
+    commonest: float  # share of the commonest true answer
+    n: int
 
 
-def results(parts: Iterable[dict[str, Tally]]) -> dict[str, dict[str, float]]:
-    """Tallies of all ranks -> `{type: {"accuracy", "blind", "commonest", "n"}}`, shares in 0…1."""
-    total: dict[str, Tally] = {}
-    for part in parts:
-        for type_, counts in part.items():
-            total[type_] = total.get(type_, Tally()) + counts
-    return {
-        type_: {
-            "accuracy": t.right / t.n,
-            "blind": t.blind / t.n,
-            "commonest": max(t.answers.values()) / t.n,
-            "n": t.n,
-        }
-        for type_, t in sorted(total.items())
-    }
+def ask(
+    assistant: Assistant, records: Sequence[Mapping[str, Any]], chosen: Sequence[int], options: Evaluation
+) -> list[Answered]:
+    """Ask the first question of the chosen records, three times each.
+
+    Args:
+        assistant: the model.
+        records: all test records; the other image is that of the record half the list away.
+        chosen: places in `records`.
+        options: how.
+    """
+    pictured = [place for place, record in enumerate(records) if record["images"]]
+    others = dict(zip(pictured, pictured[len(pictured) // 2 :] + pictured[: len(pictured) // 2], strict=True))
+    answered: list[Answered] = []
+    for start in range(0, len(chosen), options.batch):
+        places = chosen[start : start + options.batch]
+        questions, truths = zip(*([m["content"] for m in records[p]["conversation"][:2]] for p in places), strict=True)
+        own = [read_image(records[p]["images"][0]) if p in others else None for p in places]
+        black = [image and Image.new("RGB", image.size) for image in own]
+        other = [read_image(records[others[p]]["images"][0]) if p in others else None for p in places]
+        said = (assistant.generate(questions, i, max_new_tokens=options.max_new_tokens) for i in (own, black, other))
+        answered += map(Answered, (records[p]["type"] for p in places), questions, truths, *said)
+    return answered
 
 
-def table(found: dict[str, dict[str, float]]) -> str:
-    """`results` as a table for the screen."""
-    lines = [f"{'question':12} {'accuracy':>9} {'blind':>9} {'commonest':>10} {'n':>6}"]
+def results(answered: Iterable[Answered]) -> dict[str, Row]:
+    """One row for each type of question, sorted; an answer is right if it is exact."""
+    from scipy.stats import binomtest
+
+    types: dict[str, list[Answered]] = {}
+    for one in answered:
+        types.setdefault(one.type, []).append(one)
+    found = {}
+    for type_, group in sorted(types.items()):
+        n, right = len(group), sum(one.seen == one.truth for one in group)
+        low, high = binomtest(right, n).proportion_ci(method="wilson")
+        found[type_] = Row(
+            accuracy=right / n,
+            interval=(float(low), float(high)),
+            blind=sum(one.blind == one.truth for one in group) / n,
+            swapped=sum(one.swapped == one.truth for one in group) / n,
+            commonest=max(Counter(one.truth for one in group).values()) / n,
+            n=n,
+        )
+    return found
+
+
+def table(found: Mapping[str, Row]) -> Table:
+    """`results` for the screen."""
+    shown = Table("question", box=None, pad_edge=False)
+    for title in ("accuracy", "95 % interval", "blank image", "other image", "commonest", "n"):
+        shown.add_column(title, justify="right")
     for type_, row in found.items():
-        shares = f"{row['accuracy']:>9.1%} {row['blind']:>9.1%} {row['commonest']:>10.1%}"
-        lines.append(f"{type_:12} {shares} {row['n']:>6.0f}")
-    return "\n".join(lines)
+        low, high = row["interval"]
+        shares = (f"{share:.1%}" for share in (row["blind"], row["swapped"], row["commonest"]))
+        shown.add_row(type_, f"{row['accuracy']:.1%}", f"{low:.1%} – {high:.1%}", *shares, str(row["n"]))
+    return shown

@@ -97,7 +97,7 @@ class Mixer(Protocol):
         """X (B, D) -> (B, D); advances `state` in place; no gradients."""
 
     def new_state(self, rows: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
-        """A state of `rows` rows that has seen nothing."""
+        """A state of `rows` rows that has seen nothing: a named tuple of tensors, rows first."""
 
 
 @runtime_checkable

@@ -56,7 +56,7 @@ def test_how_long_and_how_fast_may_change(folder: RunFolder, override: str) -> N
         ("stages.align.data.train_size=99", "stages.align.data.train_size: None there, 99 here"),
         ("stages.finetune.train=[connector]", "stages.finetune.train: ['connector', 'language'] there, ['connector']"),
         ("seed=1", "seed: 0 there, 1 here"),
-        ("stages.third={data: digits, train: [language]}", "stages.third"),
+        ("stages.third={data: digit_scenes, train: [language]}", "stages.third"),
     ],
 )
 def test_another_run_is_refused_with_the_difference_and_the_way_out(

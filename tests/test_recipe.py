@@ -128,13 +128,13 @@ def test_text_that_looks_like_an_interpolation_survives_being_read_twice(write: 
 
 
 def test_a_component_written_as_a_name_keeps_it_under_an_override(write: Write) -> None:
-    path = write("model: {connector: msc_advanced, encoders: {a: digit_vit}}\nstages: {s: {data: digits}}\n")
+    path = write("model: {connector: msc_advanced, encoders: {a: digit_vit}}\nstages: {s: {data: digit_scenes}}\n")
     data = load_recipe(
         path, "model.connector.scan_order=csm", "model.encoders.a.stem=fine", "stages.s.data.seed=3"
     ).data
     assert data["model"]["connector"] == {"name": "msc_advanced", "scan_order": "csm"}
     assert data["model"]["encoders"]["a"] == {"name": "digit_vit", "stem": "fine"}
-    assert data["stages"]["s"]["data"] == {"name": "digits", "seed": 3}
+    assert data["stages"]["s"]["data"] == {"name": "digit_scenes", "seed": 3}
 
 
 def test_a_nested_component_written_as_a_name_keeps_it_too(write: Write) -> None:

@@ -13,7 +13,7 @@ from ssmvl.errors import PluginWarning, SsmvlError
 VERBS = {
     "train": "train a recipe on this machine (several ranks: composer -n 8 recipe.yaml)",
     "check": "find every mistake in a recipe without allocating a weight",
-    "show": "print a recipe with its overrides merged",
+    "show": "print a recipe with its overrides merged, or draw a scan order",
     "list": "list recipes and components, and plugins that failed",
     "generate": "ask a trained model about an image",
     "bench": "measure speed and memory, as shares of what the machine allows",

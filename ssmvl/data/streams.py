@@ -37,7 +37,7 @@ class SampleStream(StreamingDataset):
             sample = self.processor.encode(record["conversation"], record["images"], train=True)
         except DataError as error:
             raise DataError(f"sample {record['id']}: {error}") from error
-        return {**sample, "id": record["id"]}
+        return {**sample, "id": record["id"], "type": record["type"]}
 
 
 def train_loader(folder: Path, processor: Processor, *, batch: int, seed: int) -> StreamingDataLoader:

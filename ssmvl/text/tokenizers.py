@@ -1,4 +1,4 @@
-"""Tokenizers: a byte-level one that needs no download, or any `tokenizer.json`."""
+"""Tokenizers: two byte-level ones that need no download, or any `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from ssmvl.errors import CheckpointError
 
 END = "<|endoftext|>"
+WORDS = Path(__file__).with_name("words.json")  # made by scripts/make_words.py
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -22,18 +23,20 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, or the path of a `tokenizer.json` or of a folder that holds one. Nothing is downloaded.
+    """`bytes`, `words`, or the path of a `tokenizer.json` or of a folder that holds one. Nothing is downloaded.
+
+    `words` is `bytes` with the words of the quickstart's questions as tokens of their own; other words are bytes.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or it has no end token.
     """
     if name == "bytes":
         return byte_tokenizer()
-    path = Path(name).expanduser()
+    path = WORDS if name == "words" else Path(name).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(
-            f"no tokenizer {name!r}: allowed are `bytes`, a tokenizer.json, or a folder that holds one"
+            f"no tokenizer {name!r}: allowed are `bytes`, `words`, a tokenizer.json, or a folder that holds one"
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))

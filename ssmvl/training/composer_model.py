@@ -22,11 +22,13 @@ class ComposerVLM(ComposerModel):
     Args:
         model: the model.
         train: prefixes of the parameters that are trained; everything else is frozen and in evaluation mode.
+        packed: whether a recurrent language model reads a batch in one row.
     """
 
-    def __init__(self, model: VisionLanguageModel, train: list[str]) -> None:
+    def __init__(self, model: VisionLanguageModel, train: list[str], packed: bool = True) -> None:
         super().__init__()
         self.model = model
+        self.packed = packed and cast(LanguageModel, model.language).recurrent
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(is_under(name, prefix) for prefix in train))
 
@@ -40,9 +42,8 @@ class ComposerVLM(ComposerModel):
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """A ragged batch -> {"logits": (n, V), "labels": (n,)}; recurrent models read it packed, others padded."""
-        packed = cast(LanguageModel, self.model.language).recurrent
-        inputs = pack(batch) if packed else pad(batch)
+        """A ragged batch -> {"logits": (n, V), "labels": (n,)}."""
+        inputs = pack(batch) if self.packed else pad(batch)
         return {"logits": self.model(**inputs), "labels": inputs["labels"]}
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:

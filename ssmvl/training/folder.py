@@ -4,7 +4,8 @@ runs/<run>/recipe.yaml        the resolved recipe, the folder's identity
 runs/<run>/<stage>/           checkpoints, for resuming only; and `model/`, what the stage leaves for the next
 runs/<run>/model/             what the last stage leaves: `ssmvl.load("runs/<run>")`
 runs/<run>/tensorboard/       logs
-runs/<run>/results.json, loss.png, example.png (a picture it has never seen)
+runs/<run>/results.json, answers.png, curves.png
+runs/<run>/example.png           a picture it has never seen
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,10 @@ from ssmvl.data.shared_memory import clean_stale_segments
 from ssmvl.data.streams import read_records, train_loader
 from ssmvl.errors import Problem, RecipeError, RunError
 from ssmvl.recipe import Recipe
+from ssmvl.training.accuracy import AnswerAccuracy
 from ssmvl.training.composer_model import ComposerVLM, adamw
 from ssmvl.training.folder import RunFolder
-from ssmvl.training.plot import plot_loss
+from ssmvl.training.report import report
 from ssmvl.training.stages import Plan, Stage, composer_class
 
 
@@ -111,7 +110,7 @@ class Session:
         data = stage.data(split="train")
         dist.barrier()
         loader = train_loader(data, processor, batch=stage.batch // self.world, seed=self.plan.seed)
-        vlm = ComposerVLM(model, stage.train)
+        vlm = ComposerVLM(model, stage.train, stage.packed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Composer's own deprecations; nothing a user could act on
             return Trainer(
@@ -132,7 +131,10 @@ class Session:
                 parallelism_config={"fsdp": FSDP2Config(mixed_precision="FULL")} if sharded else None,
                 seed=self.plan.seed,
                 run_name=f"{self.plan.run}-{name}",
-                callbacks=[composer_class("callbacks", key)(**(o or {})) for key, o in stage.callbacks.items()],
+                callbacks=[
+                    AnswerAccuracy(),
+                    *[composer_class("callbacks", key)(**(o or {})) for key, o in stage.callbacks.items()],
+                ],
                 loggers=[
                     TensorboardLogger(str(self.folder.root / "tensorboard"), flush_interval=10),
                     *[composer_class("loggers", key)(**(o or {})) for key, o in stage.loggers.items()],
@@ -149,18 +151,11 @@ class Session:
         dist.barrier()
         records = read_records(folder)
         self._say(f"asking the test questions of {folder}")
-        parts = dist.all_gather_object(evaluation.tally(load(model), records[self.rank :: self.world], options))
-        found = evaluation.results(parts)
+        mine = evaluation.ask(load(model), records, range(self.rank, len(records), self.world), options)
+        parts = dist.all_gather_object(mine)
         if self.rank == 0:
-            root = self.folder.root
-            self.folder.write("results.json", json.dumps(found, indent=2).encode())
-            plot_loss(root / "tensorboard", root / "loss.png")
-            print(evaluation.table(found))
-            if records and records[0]["images"]:
-                self.folder.write("example.png", records[0]["images"][0])
-                question = records[0]["conversation"][0]["content"]
-                ask = shlex.join(["--image", str(root / "example.png"), "--prompt", question])
-                print(f"ask it: ssmvl generate {shlex.quote(str(root))} {ask}", flush=True)
+            answered = [parts[place % self.world][place // self.world] for place in range(len(records))]
+            report(self.folder, records, answered)
 
     def _check_batches(self) -> None:
         problems = []

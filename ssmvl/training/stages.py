@@ -62,6 +62,8 @@ class Stage:
         microbatch: samples of one forward on one rank; all of the rank's if None.
         duration: Composer time, e.g. `1ep` or `500ba`.
         checkpoint: interval between checkpoints, Composer time.
+        packed: whether a recurrent language model reads a micro-batch in one row, without padding; else, and where
+            samples are short and about equally long this is faster, one row per sample.
         sharding: over more than one rank.
         callbacks: Composer callbacks by class name, with their options.
         loggers: Composer loggers by class name, with their options; TensorBoard is always there.
@@ -77,6 +79,7 @@ class Stage:
     microbatch: Count | None = None
     duration: Interval
     checkpoint: Interval = "500ba"
+    packed: bool = True
     sharding: Literal["fsdp2", "ddp"] = "fsdp2"
     callbacks: dict[str, Any] = field(default_factory=dict)
     loggers: dict[str, Any] = field(default_factory=dict)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ssmvl.batch import Batch
-from ssmvl.data.digits import digits
+from ssmvl.data.scenes import digit_scenes
 from ssmvl.data.shards import ensure_shards
 from ssmvl.data.streams import SampleStream, read_records, train_loader
 from ssmvl.errors import DataError
@@ -26,7 +26,7 @@ PROCESSOR = Processor(byte_tokenizer(), MambaPrompt(), (SPEC,), places=2)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return digits("train", train_size=SIZE, folder=str(tmp_path_factory.mktemp("digits")))
+    return digit_scenes("train", train_size=SIZE, folder=str(tmp_path_factory.mktemp("digits")))
 
 
 def epoch(folder: Path, *, batch: int = 7, seed: int = 0) -> list[Batch]:

@@ -1,14 +1,18 @@
-"""The byte tokenizer, and tokenizers from files."""
+"""The byte tokenizers, and tokenizers from files."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+import ssmvl
+from ssmvl.data.scenes import QUESTIONS
 from ssmvl.errors import CheckpointError
 from ssmvl.text.tokenizers import END, byte_tokenizer, load_tokenizer
 
@@ -19,6 +23,29 @@ def test_bytes_has_one_id_per_byte_and_the_end() -> None:
     tokenizer = load_tokenizer("bytes")
     assert sorted(tokenizer.get_vocab().values()) == list(range(257))
     assert tokenizer.token_to_id(END) == 256
+
+
+def test_words_has_bytes_and_whole_words_of_the_quickstarts_questions() -> None:
+    tokenizer = load_tokenizer("words")
+    assert tokenizer.get_vocab_size() == ssmvl.load_recipe("quickstart").data["model"]["language"]["num_tokens"]
+    assert tokenizer.get_vocab().keys() >= BYTES.get_vocab().keys()
+    rng = np.random.default_rng(0)
+    scene = {(0, 1): 3, (2, 2): 7}
+    for ask in QUESTIONS.values():
+        pair = None
+        while pair is None:
+            pair = ask(scene, rng)
+        for text in pair:
+            pieces = re.findall(r"\d| ?[A-Za-z]+| |[.,?]", text)
+            assert len(tokenizer.encode(text).ids) == len(pieces), text
+
+
+@settings(deadline=None)
+@given(text=st.text())
+def test_any_text_round_trips_through_words(text: str) -> None:
+    tokenizer = load_tokenizer("words")
+    tokenizer.encode_special_tokens = True
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=True) == text
 
 
 def test_golden_ids() -> None:

@@ -13,19 +13,19 @@ base: quickstart
 run: tiny
 stages:
   align:
-    data: {name: digits, train_size: 64}
+    data: {name: digit_scenes, train_size: 64}
     batch: 8
     duration: 2ba
     warmup: 0ba
     checkpoint: 1ba
   finetune:
-    data: {name: digits, train_size: 64}
+    data: {name: digit_scenes, train_size: 64}
     batch: 8
     duration: 4ba
     warmup: 0ba
     checkpoint: 1ba
 evaluation:
-  data: {name: digits, test_size: 12}
+  data: {name: digit_scenes, test_size: 10}
 """
 
 

@@ -31,14 +31,15 @@ def test_a_run_leaves_what_it_promises_and_goes_on_where_it_was(tiny: Path, capf
     folder = ssmvl.train(tiny)
     assert folder == Path("runs/tiny")
     results = json.loads((folder / "results.json").read_text())
-    assert set(results) == {"digit", "row", "column"}
-    assert all(set(row) == {"accuracy", "blind", "commonest", "n"} and row["n"] == 4 for row in results.values())
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert set(results) == {"recognition", "counting", "presence", "spatial", "reading"}
+    keys = {"accuracy", "interval", "blind", "swapped", "commonest", "n"}
+    assert all(row.keys() == keys and row["n"] == 2 for row in results.values())
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("answers.png", "curves.png"))
     assert list((folder / "tensorboard").rglob("events.*"))
     assistant = ssmvl.load(folder)
     image = next(iter(assistant.processor.image_specs)).size
     assert image == 48
-    assert len(assistant.generate(["Which row?", "hi"], max_new_tokens=3)) == 2
+    assert len(assistant.generate(["Which digit is it?", "hi"], max_new_tokens=3)) == 2
 
     capfd.readouterr()
     assert ssmvl.train(tiny) == folder
@@ -91,7 +92,7 @@ def test_two_ranks_sharded_train_what_two_ranks_with_ddp_train(tiny: Path, compo
         process = composer("-n", "2", "tiny.yaml", *options)
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output
-        assert json.loads(Path(f"runs/{sharding}/results.json").read_text())["row"]["n"] == 4
+        assert json.loads(Path(f"runs/{sharding}/results.json").read_text())["reading"]["n"] == 2
     for stage, steps in (("align", 2), ("finetune", 4)):
         ours, theirs = (losses(Path(f"runs/{name}/tensorboard/{name}-{stage}")) for name in ("fsdp2", "ddp"))
         assert len(ours) == steps
@@ -131,7 +132,7 @@ def test_killed_and_started_again_resumes_at_the_checkpoint(tiny: Path, composer
     assert process.returncode == 0, output
     assert "stage align: finished before" in output
     assert "stage finetune: resumed at step 5," in output
-    assert "row" in json.loads(Path("runs/tiny/results.json").read_text())
+    assert "reading" in json.loads(Path("runs/tiny/results.json").read_text())
 
 
 def test_a_folder_of_another_run_ends_every_rank(tiny: Path, composer: Composer) -> None:

@@ -1,4 +1,4 @@
-"""Checks that authors of components call in their own tests: `check_scan_order(my_order)`."""
+"""The check of scan orders."""
 
 from __future__ import annotations
 

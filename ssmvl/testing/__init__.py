@@ -1,0 +1,28 @@
+"""Checks that authors of components call in their own tests, one for each kind.
+
+A check takes what the author registers: the class or function that the library calls with the injected arguments,
+options bound by `functools.partial`. It returns nothing; what breaks the contract of the kind is a `ContractError`.
+
+    from ssmvl.testing import check_mixer
+
+    def test_my_mixer():
+        check_mixer(functools.partial(MyMixer, d_state=16), width=32)
+"""
+
+from ssmvl.testing.runs import check_dataset, check_recipe
+from ssmvl.testing.scan_orders import check_scan_order
+from ssmvl.testing.sequence import check_language_model, check_mixer
+from ssmvl.testing.text import check_prompt
+from ssmvl.testing.vision import check_connector, check_encoder, check_fusion
+
+__all__ = [
+    "check_scan_order",
+    "check_mixer",
+    "check_encoder",
+    "check_fusion",
+    "check_connector",
+    "check_language_model",
+    "check_prompt",
+    "check_dataset",
+    "check_recipe",
+]

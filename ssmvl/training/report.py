@@ -1,0 +1,45 @@
+"""What a finished run leaves to look at: results.json, a contact sheet, curves, and a table on the screen."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from ssmvl.evaluation import Answered, results, table
+from ssmvl.pictures.contact_sheet import Cell, draw_contact_sheet
+from ssmvl.pictures.curves import draw_curves
+from ssmvl.training.folder import RunFolder
+from ssmvl.vision.transforms import read_image
+
+CELLS = 6  # of each type on the contact sheet, the first ones of the test set
+
+
+def report(folder: RunFolder, records: Sequence[Mapping[str, Any]], answered: Sequence[Answered]) -> None:
+    """Write and print it.
+
+    Args:
+        folder: of the run.
+        records: the test set.
+        answered: what was answered to each record.
+    """
+    found = results(answered)
+    folder.write("results.json", json.dumps(found, indent=2).encode())
+    draw_curves(folder.root / "tensorboard", folder.root / "curves.png")
+    Console().print(table(found))
+    pictured = [(r, a) for r, a in zip(records, answered, strict=True) if r["images"]]
+    if not pictured:
+        return
+    rows: dict[str, list[Cell]] = {}
+    for record, one in pictured:
+        row = rows.setdefault(one.type, [])
+        if len(row) < CELLS:
+            row.append(Cell(read_image(record["images"][0]), one.question, one.seen, one.truth))
+    draw_contact_sheet(rows, folder.root / "answers.png")
+    print(f"look at {folder.root / 'answers.png'} and {folder.root / 'curves.png'}")
+    folder.write("example.png", pictured[0][0]["images"][0])
+    ask = shlex.join(["--image", str(folder.root / "example.png"), "--prompt", pictured[0][1].question])
+    print(f"ask it: ssmvl generate {shlex.quote(str(folder.root))} {ask}", flush=True)

@@ -1,0 +1,169 @@
+"""What `check_mixer` finds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ssmvl.errors import ContractError
+from ssmvl.interfaces import Grid
+from ssmvl.layers.mamba1 import Mamba1Mixer, Mamba1State
+from ssmvl.scans import bsm
+from ssmvl.testing import check_mixer
+
+
+class Small(Mamba1Mixer):
+    def __init__(self, width: int, num_paths: int) -> None:
+        super().__init__(width, num_paths, d_state=4, dt_rank=2)
+
+
+class PeeksAhead(Small):
+    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, paths, segments) + 0.01 * x.roll(-1, 1)
+
+
+class MixesRows(Small):
+    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, paths, segments) - 0.01 * x.mean(0)
+
+
+class ForgetsSegments(Small):
+    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, paths)
+
+
+class ReadsTheFirstRowsSegments(Small):
+    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, paths, None if segments is None else segments[:1].expand(len(x), -1))
+
+
+class ReadsOneWay(Small):
+    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, None if paths is None else paths[:1].expand(len(paths), -1), segments)
+
+
+class KnowsItsPaths(Small):
+    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, bsm(Grid(1, 1, x.shape[1])) if self.folding.count == 2 else paths, segments)
+
+
+class ShiftsAlongPaths(Small):
+    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, None if paths is None else paths.roll(1, 1), segments)
+
+
+class LosesAChannel(Small):
+    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, paths, segments)[..., :-1]
+
+
+class Overflows(Small):
+    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, paths, segments) / 0
+
+
+class Halves(Small):
+    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, paths, segments).bfloat16()
+
+
+class ReadsPadding(Small):
+    def prefill(self, x: Tensor, lengths: Tensor, state: Any) -> Tensor:
+        return super().prefill(x, torch.full_like(lengths, x.shape[1]), state)
+
+
+class StartsAnew(Small):
+    def prefill(self, x: Tensor, lengths: Tensor, state: Any) -> Tensor:
+        for tensor in state:
+            tensor.zero_()
+        return super().prefill(x, lengths, state)
+
+
+class StepForgets(Small):
+    def step(self, x: Tensor, state: Any) -> Tensor:
+        return super().step(x, Mamba1State(*(tensor.clone() for tensor in state)))
+
+
+class StepKeepsAGraph(Small):
+    def step(self, x: Tensor, state: Any) -> Tensor:
+        return super().step(x, state) + 0 * self.D.sum()
+
+
+class StateIsADict(Small):
+    def new_state(self, rows: int, device: Any = None, dtype: Any = None) -> Any:
+        return super().new_state(rows, device, dtype)._asdict()
+
+
+class StateHasRowsLast(Small):
+    def new_state(self, rows: int, device: Any = None, dtype: Any = None) -> Any:
+        return Mamba1State(*(tensor.transpose(0, -1) for tensor in super().new_state(rows, device, dtype)))
+
+
+class StateStaysOnTheCpu(Small):
+    def new_state(self, rows: int, device: Any = None, dtype: Any = None) -> Any:
+        return super().new_state(rows, "cpu", dtype)
+
+
+class NeverUsesAParameter(Small):
+    def __init__(self, width: int, num_paths: int) -> None:
+        super().__init__(width, num_paths)
+        self.unused = nn.Parameter(torch.zeros(1))
+
+
+class LooksAtItsWeights(Small):
+    def __init__(self, width: int, num_paths: int) -> None:
+        super().__init__(width, num_paths)
+        self.largest = self.in_proj.weight.max().item()
+
+
+class BuildsOnTheCpu(Small):
+    def __init__(self, width: int, num_paths: int) -> None:
+        super().__init__(width, num_paths)
+        self.register_buffer("table", torch.zeros(3, device="cpu"))
+
+
+def linear(width: int, num_paths: int) -> nn.Module:
+    return nn.Linear(width, width)
+
+
+def function(width: int, num_paths: int) -> Any:
+    return torch.relu
+
+
+@pytest.mark.parametrize(
+    ("mixer", "message"),
+    [
+        (PeeksAhead, r"PeeksAhead must be causal; a change at position 1 reaches .*; first at \[0, 0, 0\]: received"),
+        (MixesRows, "MixesRows must treat each row alone, row 0 depends on the others"),
+        (ForgetsSegments, "ForgetsSegments: segment 1 of row 0 must be as it is alone"),
+        (ReadsTheFirstRowsSegments, "segment 0 of row 1 must be as it is alone|segment 1 of row 1"),
+        (ReadsOneWay, "must read both ways; a change at position 11 does not reach position 6"),
+        (KnowsItsPaths, "KnowsItsPaths must follow `paths`"),
+        (ShiftsAlongPaths, "along the one path of raster must be as without"),
+        (LosesAChannel, r"must give torch.float32 \(3, 12, 8\), gave torch.float32 \(3, 12, 7\)"),
+        (Overflows, "Overflows gives values that are not finite"),
+        (Halves, "gave torch.bfloat16"),
+        (ReadsPadding, "ReadsPadding.step after prefill: row 1, 4 of 7 positions long"),
+        (StartsAnew, "StartsAnew: a prefill cut at position 1 must be as one"),
+        (StepForgets, "StepForgets.step after prefill: row 0"),
+        (StepKeepsAGraph, "must keep no graph"),
+        (StateIsADict, r"new_state: a named tuple of tensors \(3,\) on cpu, rows first; received dict"),
+        (StateHasRowsLast, r"tensors \(3,\) on cpu, rows first; received \(16,\) on cpu, \(4,\) on cpu"),
+        (StateStaysOnTheCpu, r"tensors \(3,\) on meta, rows first; received \(3,\) on cpu"),
+        (NeverUsesAParameter, "NeverUsesAParameter: unused receives no finite gradient"),
+        (LooksAtItsWeights, "LooksAtItsWeights cannot be built on `meta`"),
+        (BuildsOnTheCpu, "table lies on cpu after a build on `meta`"),
+        (linear, "linear lacks new_state, prefill, step; see ssmvl.interfaces.Mixer"),
+        (function, "function is a builtin_function_or_method, no torch.nn.Module"),
+    ],
+)
+def test_a_broken_mixer_is_refused(mixer: Any, message: str) -> None:
+    with pytest.raises(ContractError, match=message):
+        check_mixer(mixer, width=8)
+
+
+def test_the_mixer_that_they_are_made_of_is_not() -> None:
+    assert check_mixer(Small, width=8) is None

@@ -1,0 +1,42 @@
+"""What `check_scan_order` finds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssmvl.errors import ContractError
+from ssmvl.interfaces import Grid, ScanOrder
+from ssmvl.scans import bsm, raster
+from ssmvl.testing import check_scan_order
+
+
+def leaves_one_out(grid: Grid) -> Tensor:
+    return raster(grid).clamp(max=max(0, grid.length - 2))
+
+
+def square_only(grid: Grid) -> Tensor:
+    return raster(Grid(1, grid.columns, grid.columns))
+
+
+def random(grid: Grid) -> Tensor:
+    return torch.randperm(grid.length)[None]
+
+
+def more_for_more_rows(grid: Grid) -> Tensor:
+    return bsm(grid) if grid.rows > 1 else raster(grid)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (leaves_one_out, r"'leaves_one_out' over grid \(1, 1, 7\): path 0 .* position 6 holds index 5 again"),
+        (square_only, r"must give paths \(K, 7\), gave \(1, 49\)"),
+        (random, r"gives other paths for grid \(1, 1, 7\) when asked again"),
+        (more_for_more_rows, r"gives \[1, 2\] paths, depending on the grid"),
+    ],
+)
+def test_a_broken_scan_order_is_refused(order: ScanOrder, message: str) -> None:
+    with pytest.raises(ContractError, match=message):
+        check_scan_order(order)

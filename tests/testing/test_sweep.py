@@ -1,0 +1,64 @@
+"""Every registered component, and every recipe that is shipped, keeps the contract of its kind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssmvl import testing
+from ssmvl.core_plugin import components
+from ssmvl.recipe import recipe_names
+from ssmvl.registry import INJECTED, Entry
+
+TINY = {"width": 64, "num_layers": 2, "num_tokens": 20}
+OPTIONS: dict[tuple[str, str], list[dict[str, Any]]] = {
+    ("encoder", "timm"): [{"model": "vit_tiny_patch16_224"}],
+    ("encoder", "digit_vit"): [{"stem": "fine"}, {"stem": "coarse"}],
+    ("language_model", "mamba1_lm"): [TINY],
+    ("language_model", "mamba2_lm"): [TINY],
+    ("dataset", "digit_scenes"): [{"train_size": 8, "test_size": 5}],
+}
+SWEPT = [
+    pytest.param(entry, options, id=" ".join([entry.kind, entry.name, *map(str, options.values())]))
+    for entry in components().entries()
+    if entry.kind != "recipe"
+    for options in OPTIONS.get((entry.kind, entry.name), [{}])
+]
+
+
+def test_every_kind_has_a_check_and_is_swept() -> None:
+    assert sorted(testing.__all__) == sorted(f"check_{kind}" for kind in INJECTED)
+    assert {entry.kind for entry, _ in (param.values for param in SWEPT)} | {"recipe"} == set(INJECTED)
+    assert set(OPTIONS) <= {(entry.kind, entry.name) for entry in components().entries()}
+
+
+@pytest.mark.parametrize(("entry", "options"), SWEPT)
+def test_component_keeps_its_contract(
+    entry: Entry, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where data sets are written
+    check = getattr(testing, f"check_{entry.kind}")
+    assert check(partial(entry.load(), **options)) is None
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_keeps_its_contract(name: str) -> None:
+    assert testing.check_recipe(name) is None
+
+
+def test_the_checks_import_nothing_heavy_before_they_need_it() -> None:
+    heavy = {"streaming", "composer", "timm", "transformers", "matplotlib"}
+    code = f"import sys; from ssmvl.testing import check_scan_order; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_check_is_the_same_each_time_and_leaves_random_numbers_alone() -> None:
+    before = torch.get_rng_state()
+    testing.check_mixer(components().find("mixer", "mamba1").load())
+    assert torch.equal(torch.get_rng_state(), before)
