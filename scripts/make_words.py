@@ -2,23 +2,28 @@
 
     python scripts/make_words.py
 
-Digits stay single. The merges come from training questions; run it again when the questions change.
+A digit or a word takes the space before it along, a mark the space after it. The merges come from training questions; run it again when the questions change.
 """
 
 import tempfile
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ssmvl.data.scenes import digit_scenes
 from ssmvl.data.streams import read_records
 from ssmvl.text.prompts import MambaPrompt
 from ssmvl.text.tokenizers import END, WORDS
 
+WORD = r" ?\d| ?[A-Za-z]+|[^\sA-Za-z\d]+ ?|\s+"
+
 
 def main() -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(WORD), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     with tempfile.TemporaryDirectory() as folder:

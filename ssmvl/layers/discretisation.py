@@ -16,7 +16,7 @@ def negative_exp(log: Tensor) -> Tensor:
         return log.to(torch.promote_types(log.dtype, torch.float32)).exp().neg()
 
 
-def initial_dt_bias(count: int) -> Tensor:
-    """(count,) whose softplus is a step size between 0.001 and 0.1, log-uniformly. Source: arXiv 2312.00752, §3.6."""
-    dt = torch.exp(torch.empty(count).uniform_(math.log(0.001), math.log(0.1))).clamp(min=1e-4)
+def initial_dt_bias(count: int, lowest: float = 0.001, highest: float = 0.1) -> Tensor:
+    """(count,) whose softplus is a step size in that range, log-uniformly. Source: arXiv 2312.00752, §3.6."""
+    dt = torch.exp(torch.empty(count).uniform_(math.log(lowest), math.log(highest))).clamp(min=1e-4)
     return dt + torch.log(-torch.expm1(-dt))

@@ -41,11 +41,13 @@ class Mamba2Mixer(nn.Module):
         num_groups: G, heads that share B and C; divides the number of heads.
         norm_groups: parts of E that are normalised apart; state-spaces has num_groups of them, transformers 1.
         dt_limit: lowest and highest step size.
+        dt_init: lowest and highest step size at first. Steps weigh what a head remembers against what it sees now.
+        A_init: lowest and highest -A at first; a head forgets within about 1 / (dt * -A) positions.
         path_parameters: whether each path has its own.
         merge: how the K results, back in raster order, become one before `out_proj`.
 
     Raises:
-        ShapeError: head_dim or norm_groups does not divide E, num_groups does not divide H, or dt_limit is no interval.
+        ShapeError: head_dim or norm_groups does not divide E, num_groups does not divide H, or a range is none.
 
     Source: arXiv 2405.21060 (Mamba-2); ML-Mamba's released connector (several paths).
     """
@@ -62,6 +64,8 @@ class Mamba2Mixer(nn.Module):
         num_groups: Count = 1,
         norm_groups: Count = 1,
         dt_limit: tuple[float, float] = (0.0, inf),
+        dt_init: tuple[float, float] = (0.001, 0.1),
+        A_init: tuple[float, float] = (1.0, 16.0),
         path_parameters: PathParameters = "own",
         merge: Literal["mean", "sum"] = "mean",
     ) -> None:
@@ -74,6 +78,11 @@ class Mamba2Mixer(nn.Module):
             raise ShapeError(f"num_groups {num_groups} must divide the number of heads, {inner} / {head_dim} = {heads}")
         if not 0 <= dt_limit[0] <= dt_limit[-1]:
             raise ShapeError(f"dt_limit must be (lowest, highest) with 0 <= lowest <= highest, received {dt_limit}")
+        for name, (lowest, highest) in (("dt_init", dt_init), ("A_init", A_init)):
+            if not 0 < lowest <= highest < inf:
+                raise ShapeError(
+                    f"{name} must be (lowest, highest) with 0 < lowest <= highest, received {(lowest, highest)}"
+                )
         self.folding = PathFolding(num_paths, path_parameters, merge)
         self.heads, self.head_dim, self.num_groups, self.d_state, self.inner = (
             heads,
@@ -88,8 +97,8 @@ class Mamba2Mixer(nn.Module):
         self.in_proj = nn.Linear(width, inner + channels + heads, bias=False)
         self.conv1d = nn.Conv1d(own * channels, own * channels, d_conv, groups=own * channels)
         # dt_bias, A_log and D of each path start as copies of the first's.
-        self.dt_bias = nn.Parameter(initial_dt_bias(heads).repeat(own))
-        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log().repeat(own))
+        self.dt_bias = nn.Parameter(initial_dt_bias(heads, *dt_init).repeat(own))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(*A_init).log().repeat(own))
         self.D = nn.Parameter(torch.ones(own * heads))
         self.norm = GatedRMSNorm(inner, groups=norm_groups)
         self.out_proj = nn.Linear(inner, width, bias=False)

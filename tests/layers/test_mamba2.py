@@ -125,6 +125,20 @@ def test_step_sizes_start_between_a_thousandth_and_a_tenth() -> None:
     assert 0.03 < dt.max() < 0.1001
 
 
+def test_step_sizes_and_decay_rates_start_where_they_are_asked_to() -> None:
+    mixer = Mamba2Mixer(512, **SMALL, dt_init=(0.2, 0.8), A_init=(0.5, 2.0))
+    for found, lowest, highest in ((F.softplus(mixer.dt_bias), 0.2, 0.8), (mixer.A_log.exp(), 0.5, 2.0)):
+        assert lowest * 0.999 < found.min() < lowest * 1.3
+        assert highest / 1.3 < found.max() < highest * 1.001
+
+
+@pytest.mark.parametrize("name", ["dt_init", "A_init"])
+@pytest.mark.parametrize("range_", [(0.0, 1.0), (2.0, 1.0), (1.0, float("inf")), (-1.0, 1.0), (float("nan"), 1.0)])
+def test_a_range_that_is_none_is_refused(name: str, range_: tuple[float, float]) -> None:
+    with pytest.raises(ShapeError, match=rf"^{name} must be \(lowest, highest\) with 0 < lowest <= highest, received"):
+        Mamba2Mixer(8, **SMALL, **{name: range_})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,0 +1,106 @@
+"""Every code block of the README and the docs, run as a reader would run it, each document in a folder of its own.
+
+A block whose first line is `# path/of/a.file` is that file. Shell and Python blocks are run in order. Three commands
+are not what a reader has: `composer` trains for a few steps only, `pip install -e` installs into a folder of the test,
+without a network, and `pytest` without arguments, these tests themselves, does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    "README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
+    "plugins/ssmvl-hilbert/README.md",
+]
+LANGUAGES = {"bash", "python", "toml", "yaml", ""}  # without a language: drawings, and what a command prints
+CUTS = [
+    "stages.align.duration=2ba",
+    "stages.align.warmup=0ba",
+    "stages.align.data.train_size=128",
+    "stages.finetune.duration=2ba",
+    "stages.finetune.warmup=0ba",
+    "stages.finetune.data.train_size=128",
+    "evaluation.data.test_size=10",
+]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+BIN = Path(sys.executable).parent
+SHIMS = {
+    "composer": f'exec "{BIN}/composer" "$@" {" ".join(CUTS)}',
+    "pytest": f'[ $# -eq 0 ] || exec "{BIN}/python" -m pytest -q -p no:cacheprovider "$@"',
+    "pip": f"""
+[ "$1 $2" = "install -e" ] || {{ echo "pip $*: not allowed here" >&2; exit 2; }}
+case "$3" in .*) exit 0;; esac  # the library itself is installed
+exec "{BIN}/python" -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target "$SITE" "./${{3%%[*}}"
+""",
+}
+
+
+class Block(NamedTuple):
+    line: int
+    language: str
+    code: str
+
+    @property
+    def file(self) -> str | None:
+        found = re.match(r"# ([\w.-]+(?:/[\w.-]+)+|[\w-]+\.(?:py|toml|yaml))\n", self.code)
+        return found[1] if found else None
+
+
+def blocks(document: str) -> list[Block]:
+    text = (ROOT / document).read_text()
+    return [Block(text[: fence.start()].count("\n") + 1, fence[1], fence[2]) for fence in FENCE.finditer(text)]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """The folder of a checkout, as far as documents speak of it, and the three commands above."""
+    for name in ("recipes", "plugins", "docs", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".bin").mkdir()
+    for name, code in SHIMS.items():
+        (tmp_path / ".bin" / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
+        (tmp_path / ".bin" / name).chmod(0o755)
+    site = tmp_path / ".site"
+    path = os.pathsep.join([str(tmp_path / ".bin"), str(BIN), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "SITE": str(site), "PYTHONPATH": str(site), "COLUMNS": "100"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_code_blocks_run(document: str, tmp_path: Path, environment: dict[str, str]) -> None:
+    for block in blocks(document):
+        where = f"{document}:{block.line}"
+        assert block.language in LANGUAGES, where
+        if block.file:
+            target = tmp_path / block.file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(block.code)
+        elif block.language in ("bash", "python"):
+            command = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
+            done = subprocess.run(
+                [*command, block.code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{where}\n{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def test_blocks_are_found() -> None:
+    found = [block for document in DOCUMENTS for block in blocks(document)]
+    assert {block.language for block in found} >= {"bash", "python", "toml", "yaml"}
+    assert any(block.file == "ssmvl-mine/pyproject.toml" for block in found)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_and_pictures_exist(document: str) -> None:
+    text = FENCE.sub("", (ROOT / document).read_text())
+    targets = [t for t in re.findall(r'\]\(([^)#\s]+)|src="([^"]+)"', text) for t in t if t]
+    missing = [t for t in targets if not t.startswith("http") and not (ROOT / document).parent.joinpath(t).exists()]
+    assert missing == []
