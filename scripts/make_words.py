@@ -2,7 +2,8 @@
 
     python scripts/make_words.py
 
-A digit or a word takes the space before it along, a mark the space after it. The merges come from training questions; run it again when the questions change.
+A digit or a word takes the space before it along, a mark the space after it. The merges come from training questions;
+run it again when the questions change.
 """
 
 import tempfile

@@ -40,7 +40,8 @@ SHIMS = {
     "pip": f"""
 [ "$1 $2" = "install -e" ] || {{ echo "pip $*: not allowed here" >&2; exit 2; }}
 case "$3" in .*) exit 0;; esac  # the library itself is installed
-exec "{BIN}/python" -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target "$SITE" "./${{3%%[*}}"
+install="{BIN}/python -m pip install -q --no-index --no-deps --no-build-isolation"
+exec $install --upgrade --target "$SITE" "./${{3%%[*}}"
 """,
 }
 

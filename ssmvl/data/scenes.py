@@ -39,12 +39,12 @@ def _presence(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def _spatial(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """A statement about two digits that are named once each and lie apart along the axis it is about."""
+    """A statement about two digits of one row or one column, where it is plainly true or false; no digit twice."""
     if len(set(scene.values())) < max(2, len(scene)):
         return None
     one, other = (list(scene)[at] for at in rng.permutation(len(scene))[:2])
-    axis, true = rng.integers(2), bool(rng.integers(2))
-    if one[axis] == other[axis]:
+    axis, true = int(one[0] == other[0]), bool(rng.integers(2))
+    if one[1 - axis] != other[1 - axis]:
         return None
     before, after = (("above", "below"), ("left of", "right of"))[axis]
     relation = before if (one[axis] < other[axis]) is true else after
@@ -71,7 +71,6 @@ def digit_scenes(
     split: str,
     *,
     types: Types | None = None,
-    turns: Count = 1,
     train_size: Count = 90_000,
     test_size: Count = 5_000,
     seed: Seed = 0,
@@ -81,40 +80,31 @@ def digit_scenes(
 
     Args:
         split: `train` or `test`; no digit image is in both.
-        types: of question, in turn the first about a scene; one that is listed twice is asked twice as often. All five
-            if None.
-        turns: questions about a scene, of the types that follow; fewer where a scene lacks what one is about.
-        train_size: scenes to train on.
-        test_size: scenes to test with.
+        types: of question, asked in turn; one that is listed twice is asked twice as often. All five if None.
+        train_size: questions to train on, each about a scene of its own.
+        test_size: questions to test with.
         seed: of scenes and questions.
         folder: where shards of all types, sizes and seeds lie, each in a folder of its own.
     """
     size = {"train": train_size, "test": test_size}[split]
     types = list(QUESTIONS) if types is None else types
     asked = "-".join(type_[:3] for type_ in types)
-    target = Path(folder) / f"{split}-{size}-seed{seed}-{asked}-{turns}-v{VERSION}"
-    ensure_shards(target, lambda: _records(split, types, turns, size, seed), size)
+    target = Path(folder) / f"{split}-{size}-seed{seed}-{asked}-v{VERSION}"
+    ensure_shards(target, lambda: _records(split, types, size, seed), size)
     return target
 
 
-def _records(split: str, types: Sequence[str], turns: int, size: int, seed: int) -> Iterator[dict[str, Any]]:
+def _records(split: str, types: Sequence[str], size: int, seed: int) -> Iterator[dict[str, Any]]:
     images, labels = digit_images("train" if split == "train" else "test")
     rng = np.random.default_rng([seed, split == "test"])
     for number in range(size):
+        type_, found = types[number % len(types)], None
         digits: dict[tuple[int, int], int] = {}
-        first = None
-        while first is None:  # not every scene has what a question is about
+        while found is None:  # not every scene has what a question is about
             cells = rng.choice(CELLS * CELLS, size=rng.integers(1, 4), replace=False)
             digits = {divmod(int(cell), CELLS): int(rng.integers(len(labels))) for cell in sorted(cells)}
-            scene = {cell: int(labels[which]) for cell, which in digits.items()}
-            first = QUESTIONS[types[number % len(types)]](scene, rng)
-        more = (QUESTIONS[types[(number + turn) % len(types)]](scene, rng) for turn in range(1, turns))
-        conversation = [
-            {"role": role, "content": text}
-            for pair in (first, *filter(None, more))
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
+            found = QUESTIONS[type_]({cell: int(labels[which]) for cell, which in digits.items()}, rng)
         png = io.BytesIO()
         draw({cell: images[which] for cell, which in digits.items()}).save(png, "PNG", compress_level=1)
-        type_ = types[number % len(types)]
+        conversation = [{"role": "user", "content": found[0]}, {"role": "assistant", "content": found[1]}]
         yield {"id": f"{split}-{number}", "type": type_, "conversation": conversation, "images": [png.getvalue()]}

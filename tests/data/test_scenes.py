@@ -74,6 +74,8 @@ def true_answer(question: str, scene: Scene) -> str:
     assert found, question
     (one,), (other,) = ([p for p, label in scene.items() if label == int(found[n])] for n in (1, 3))
     (row, column), (other_row, other_column) = one, other
+    assert (row == other_row) != (column == other_column), "neither one row nor one column"
+    assert (row == other_row) != (column == other_column), "neither one row nor one column"
     truth = {
         "left of": column < other_column,
         "right of": column > other_column,
