@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from PIL import Image
 from rich.table import Table
+from rich.text import Text
 
 from ssmvl.assistant import Assistant
 from ssmvl.interfaces import Count, DatasetPart
@@ -59,12 +60,13 @@ def ask(
 
     Args:
         assistant: the model.
-        records: all test records; the other image is that of the record half the list away.
+        records: all test records; the other image is that of the record half the list away, a single record's its own.
         chosen: places in `records`.
         options: how.
     """
     pictured = [place for place, record in enumerate(records) if record["images"]]
-    others = dict(zip(pictured, pictured[len(pictured) // 2 :] + pictured[: len(pictured) // 2], strict=True))
+    half = len(pictured) // 2
+    others = dict(zip(pictured, pictured[half:] + pictured[:half], strict=True))
     answered: list[Answered] = []
     for start in range(0, len(chosen), options.batch):
         places = chosen[start : start + options.batch]
@@ -107,5 +109,5 @@ def table(found: Mapping[str, Row]) -> Table:
     for type_, row in found.items():
         low, high = row["interval"]
         shares = (f"{share:.1%}" for share in (row["blind"], row["swapped"], row["commonest"]))
-        shown.add_row(type_, f"{row['accuracy']:.1%}", f"{low:.1%} – {high:.1%}", *shares, str(row["n"]))
+        shown.add_row(Text(type_), f"{row['accuracy']:.1%}", f"{low:.1%} – {high:.1%}", *shares, str(row["n"]))
     return shown

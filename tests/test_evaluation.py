@@ -119,7 +119,7 @@ def test_answers_must_be_exact() -> None:
 def test_table_shows_each_share_as_a_percentage() -> None:
     row = Row(accuracy=0.5, interval=(0.25, 0.75), blind=0.125, swapped=0.0, commonest=0.1, n=8)
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(table({"reading": row}))
+    console.print(table({"[/reading]": row}))
     lines = [line.split() for line in console.export_text().splitlines() if line.strip()]
-    assert lines[-1] == ["reading", "50.0%", "25.0%", "–", "75.0%", "12.5%", "0.0%", "10.0%", "8"]
+    assert lines[-1] == ["[/reading]", "50.0%", "25.0%", "–", "75.0%", "12.5%", "0.0%", "10.0%", "8"]
     assert " ".join(lines[0]) == "question accuracy 95 % interval blank image other image commonest n"

@@ -71,7 +71,7 @@ def digit_scenes(
     split: str,
     *,
     types: Types | None = None,
-    train_size: Count = 90_000,
+    train_size: Count = 32_000,
     test_size: Count = 5_000,
     seed: Seed = 0,
     folder: str = "data/digit_scenes",

@@ -31,7 +31,17 @@ def draw_contact_sheet(rows: Mapping[str, Sequence[Cell]], picture: Path) -> Non
     columns = max(map(len, rows.values()))
     figure = Figure(figsize=(1.6 * columns + 0.3, 2.35 * len(rows)), layout="constrained")
     for axes, (type_, cells) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True):
-        axes[0].text(-0.12, 0.5, type_, rotation=90, ha="right", va="center", transform=axes[0].transAxes, color="0.4")
+        axes[0].text(
+            -0.12,
+            0.5,
+            textwrap.shorten(type_, 20, placeholder="…"),
+            rotation=90,
+            ha="right",
+            va="center",
+            transform=axes[0].transAxes,
+            color="0.4",
+            parse_math=False,
+        )
         for each in axes:
             each.set_axis_off()
         for each, cell in zip(axes, cells, strict=False):

@@ -13,8 +13,9 @@ WINDOW = 10  # batches that one logged share is taken over, so that devices are 
 class AnswerAccuracy(Callback):
     """Logs `accuracy/<type>` (`accuracy/all` where questions have no type): the share of answers that are right.
 
-    An answer counts as right if each of its tokens, the end included, is the likeliest after those before it: then
-    greedy decoding gives it too. It is taken from the logits of the training step, before the step's update.
+    A sample counts as right if each of its supervised tokens, ends included, is the likeliest after the true ones
+    before it: where there is one answer, greedy decoding with these weights gives it. It is taken from the logits of the
+    training step, before the step's update.
     """
 
     def __init__(self) -> None:

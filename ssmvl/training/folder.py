@@ -39,6 +39,10 @@ class RunFolder:
         """Where a stage's checkpoints lie."""
         return self.root / stage / "checkpoints"
 
+    def logs(self, stage: str) -> Path:
+        """Where a stage's TensorBoard logs lie."""
+        return self.root / "tensorboard" / f"{self.root.name}-{stage}"
+
     def claim(self, recipe: Recipe) -> None:
         """Make the folder this recipe's, or find that it is.
 

@@ -28,8 +28,8 @@ def report(folder: RunFolder, records: Sequence[Mapping[str, Any]], answered: Se
     """
     found = results(answered)
     folder.write("results.json", json.dumps(found, indent=2).encode())
-    draw_curves(folder.root / "tensorboard", folder.root / "curves.png")
     Console().print(table(found))
+    draw_curves({stage: folder.logs(stage) for stage in folder.stages}, folder.root / "curves.png")
     pictured = [(r, a) for r, a in zip(records, answered, strict=True) if r["images"]]
     if not pictured:
         return

@@ -42,6 +42,6 @@ def test_every_picture_is_shown_and_rows_and_columns_grow_the_sheet(tmp_path: Pa
 
 @pytest.mark.parametrize("text", ["$x^{$", "a\nb", "long " * 60, "数字?"])
 def test_any_text_can_be_shown(tmp_path: Path, text: str) -> None:
-    rows = {"reading": [Cell(Image.new("RGB", (8, 8)), text, text, "7")]}
+    rows = {text: [Cell(Image.new("RGB", (8, 8)), text, text, "7")]}
     draw_contact_sheet(rows, tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
