@@ -59,8 +59,8 @@ class ImageSpec(NamedTuple):
     size: int
 
 
-ScanOrder = Callable[[Grid], Tensor]
-"""grid -> (K, L) int64, each row a permutation of range(L), always on the CPU; K does not depend on the grid."""
+ScanOrder = Callable[..., Tensor]
+"""(grid) -> (K, L) int64, each row a permutation of range(L), always on the CPU; K does not depend on the grid."""
 
 ScanOrderPart = Annotated[ScanOrder, Part("scan_order")]
 

@@ -21,7 +21,7 @@ PROMPTS = ["a", "what is this?", "", "x" * 90, "Which row?", "b", "cc"]
 @pytest.fixture(scope="module")
 def assistant() -> Assistant:
     torch.manual_seed(3)
-    recipe = ssmvl.load_recipe("quickstart")
+    recipe = ssmvl.load_recipe("quickstart", "model.tokenizer=bytes", "model.language.num_tokens=257")
     model = ssmvl.build_model(recipe, weights="recipe")
     with torch.no_grad():
         for block in model.language.layers:  # else a tied model repeats its last token, whatever it has seen

@@ -86,6 +86,7 @@ def restored(parts: Sequence[Batch]) -> Batch:
         "label_places": [places for part in parts for places in part["label_places"]],
         "num_images": [count for part in parts for count in part["num_images"]],
         "sample_ids": [name for part in parts for name in part["sample_ids"]],
+        "types": [type_ for part in parts for type_ in part["types"]],
     }
 
 

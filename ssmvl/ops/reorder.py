@@ -16,10 +16,13 @@ def path_table(order: ScanOrder, grid: Grid) -> Tensor:
         ContractError: the order does not give that; names the order and the first offending place.
     """
     name = str(order) if not hasattr(order, "__name__") else f"scan order {order.__name__!r}"
-    # Under a meta context torch.arange would hold no values; made in inference mode it could not be trained with.
-    with torch.device("cpu"), torch.inference_mode(False):
-        table = order(grid)
     where = f"{name} over grid {tuple(grid)}"
+    try:
+        # Under a meta context torch.arange would hold no values; made in inference mode it could not be trained with.
+        with torch.device("cpu"), torch.inference_mode(False):
+            table = order(grid=grid)
+    except Exception as error:  # a foreign order may raise anything
+        raise ContractError(f"{where} raised {type(error).__name__}: {error}") from error
     if not isinstance(table, Tensor) or table.ndim != 2 or table.shape[1] != grid.length:
         got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
         raise ContractError(f"{where} must give paths (K, {grid.length}), gave {got}")

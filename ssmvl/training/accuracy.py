@@ -13,8 +13,8 @@ WINDOW = 10  # batches that one logged share is taken over, so that devices are 
 class AnswerAccuracy(Callback):
     """Logs `accuracy/<type>` (`accuracy/all` where questions have no type): the share of answers that are right.
 
-    A sample counts as right if each of its supervised tokens, ends included, is the likeliest after the true ones
-    before it: where there is one answer, greedy decoding with these weights gives it. It is taken from the logits of the
+    A sample counts as right if each of its supervised tokens, ends included, is the likeliest after those
+    before it: where there is one answer, greedy decoding with these weights gives it. Taken from the logits of the
     training step, before the step's update.
     """
 
