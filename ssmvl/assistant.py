@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 
-from ssmvl import __version__
 from ssmvl.batch import collate, pad
 from ssmvl.build import build_model, build_processor
 from ssmvl.checkpoints import write_folder
-from ssmvl.errors import CheckpointError, DataError
+from ssmvl.errors import DataError
 from ssmvl.interfaces import IGNORED, IMAGE_PLACE, LanguageModel
+from ssmvl.language.layouts import to_transformers
 from ssmvl.recipe import Recipe, load_recipe
+from ssmvl.saved import save_folder, saved_folder, tokenizer_files
 from ssmvl.text.processor import Processor
 from ssmvl.vision.transforms import ImageLike
 from ssmvl.vlm import VisionLanguageModel
-
-FORMAT_VERSION = 1
-ABOUT_FILE = "ssmvl.json"
 
 
 class Assistant:
@@ -143,53 +143,55 @@ class Assistant:
         return [row[: row.index(end)] if end in row else row for row in rows]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights (safetensors), recipe, tokenizer and format version into `folder`, whole or not at all.
+        """Write weights (safetensors), recipe, tokenizer, model card and format version, whole or not at all.
 
         Raises:
             CheckpointError: the folder holds other files, which would be lost.
         """
         save_folder(folder, self.model.state_dict(), self.recipe, self.processor)
 
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload what `save_pretrained` writes to the hub, as the user that huggingface_hub is logged in as.
 
-def save_folder(folder: str | Path, tensors: dict[str, Tensor], recipe: Recipe, processor: Processor) -> None:
-    """Write what `load` reads; an older such folder stays until the new one is complete.
+        Args:
+            repo_id: `owner/model`; made if it is not there.
+            private: whether a new one is.
 
-    Raises:
-        CheckpointError: the folder holds other files, which would be lost.
-    """
-    about = {"format_version": FORMAT_VERSION, "ssmvl": __version__, "torch": torch.__version__}
-    texts = {
-        "recipe.yaml": recipe.to_yaml(),
-        "tokenizer.json": processor.tokenizer.to_str(pretty=True),
-        ABOUT_FILE: json.dumps(about, indent=2) + "\n",
-    }
-    write_folder(Path(folder), tensors, texts)
+        Returns:
+            The address of the upload.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "model")
+            api = HfApi()
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "model"))
+
+    def save_language(self, folder: str | Path) -> None:
+        """Write the language model alone with its tokenizer in the layout of transformers, whole or not at all.
+
+        Raises:
+            ContractError: transformers has no such model.
+            CheckpointError: the folder holds other files, which would be lost.
+        """
+        tensors, config = to_transformers(self.model.language, self.processor.end_id)
+        texts = {"config.json": json.dumps(config, indent=2) + "\n"} | tokenizer_files(self.processor)
+        write_folder(Path(folder), tensors, texts)
 
 
 def load(
     folder: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Assistant:
-    """The assistant saved in `folder`, or in the `model` folder of a run.
+    """The assistant saved in `folder`, in the `model` folder of a run, or in the hub.
 
     Args:
-        folder: a run folder, or one that `save_pretrained` wrote.
+        folder: a run folder, one that `save_pretrained` wrote, or the id of a model in the hub, which is fetched.
         device: where the model lies; the current CUDA device, or the CPU where there is none, if None.
         dtype: of the parameters, fp32 if None.
 
     Raises:
-        CheckpointError: the folder holds no model, a damaged one, or one of a newer format.
+        CheckpointError: nothing of that name is found, or it holds no model, a damaged one, or one of a newer format.
     """
-    folder = Path(folder)
-    try:
-        folder = folder / "model" if (folder / "model" / ABOUT_FILE).is_file() else folder
-        about = json.loads((folder / ABOUT_FILE).read_text())
-        version = int(about["format_version"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{folder} holds no saved model: {ABOUT_FILE} cannot be read ({error})") from error
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder} has format version {version}; this ssmvl reads up to {FORMAT_VERSION}; update it"
-        )
+    folder = saved_folder(folder)
     if device is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     recipe = load_recipe(folder)

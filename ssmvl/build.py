@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ssmvl import interfaces
 from ssmvl.binding import bind
-from ssmvl.checkpoints import WEIGHTS_FILE, load_into
 from ssmvl.errors import CheckpointError, ContractError, Problem, RecipeError, SsmvlError
 from ssmvl.interfaces import ConnectorPart, EncoderPart, FusionPart, LanguageModelPart, PromptPart
+from ssmvl.loading import open_weights
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.text.processor import Processor
 from ssmvl.text.tokenizers import load_tokenizer
 from ssmvl.vlm import VisionLanguageModel
+
+RANDOM = (
+    "uniform_",
+    "normal_",
+    "trunc_normal_",
+    "xavier_uniform_",
+    "xavier_normal_",
+    "kaiming_uniform_",
+    "kaiming_normal_",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +43,7 @@ class ModelParts:
         connector: makes visual tokens.
         language: reads them, and text.
         prompt: how conversations are written.
-        tokenizer: `bytes`, `words`, or a path.
+        tokenizer: `bytes`, `words`, a path, or the id of a model in the hub.
     """
 
     encoders: dict[str, EncoderPart]
@@ -57,8 +68,9 @@ def build_model(
         overrides: `"model.connector.scan_order=csm"`, applied one by one.
         device: where the parameters lie; `meta` builds shapes only.
         dtype: of the parameters, fp32 if None.
-        weights: `none` keeps initial weights, `recipe` loads those the recipe's parts name, a folder that
-            `save_pretrained` wrote brings its own. Nothing is downloaded.
+        weights: `none` keeps initial weights and fetches nothing. `recipe` loads those that the recipe's parts name.
+            Anything else is a checkpoint of a whole model, in a layout that is registered as a `checkpoint`: a file, a
+            folder, or an id in the hub. Encoders that such a file does not hold load their own.
 
     Returns:
         The model, in training mode.
@@ -75,14 +87,19 @@ def build_model(
     else:
         with torch.device("meta"):  # finds grids that differ and orders that are no permutation before allocating
             _assemble(parts, found.source)
-    with torch.device(device or "cpu"):
+    whole = None if weights in ("none", "recipe") else open_weights(weights, "model")
+    everything = whole is not None and not whole.layout.absent
+    with torch.device(device or "cpu"), _default_dtype(dtype), _NoInitialValues() if everything else nullcontext():
         model = _assemble(parts, found.source)
-    if weights == "recipe":
+    named = cast(interfaces.LanguageModel, model.language).weights
+    if weights == "recipe" and named != "none":
+        open_weights(named, "language").load(model.language)
+    if weights != "none" and not everything:
         for encoder in model.encoders.values():
             encoder.load_weights()
-    elif weights != "none":
-        load_into(model, Path(weights) / WEIGHTS_FILE)
-    return model if dtype is None else model.to(dtype)
+    if whole is not None:
+        whole.load(model)
+    return model
 
 
 def build_processor(recipe: Recipe, model: VisionLanguageModel, folder: Path | None = None) -> Processor:
@@ -94,14 +111,15 @@ def build_processor(recipe: Recipe, model: VisionLanguageModel, folder: Path | N
         folder: a saved folder, whose own tokenizer is used.
 
     Raises:
+        CheckpointError: the tokenizer cannot be found, fetched or read.
         ContractError: the tokenizer has another number of ids than the language model.
     """
     parts = _bind(recipe)
-    tokenizer = load_tokenizer(parts.tokenizer if folder is None else str(folder / "tokenizer.json"))
+    tokenizer, end = load_tokenizer(parts.tokenizer if folder is None else str(folder))
     ids, allowed = tokenizer.get_vocab_size(), model.language.num_tokens
     if ids != allowed:
         raise ContractError(f"model.language.num_tokens is {allowed}, but tokenizer {parts.tokenizer!r} has {ids} ids")
-    return Processor(tokenizer, parts.prompt(), model.image_specs, model.tokens_per_image)
+    return Processor(tokenizer, parts.prompt(), model.image_specs, model.tokens_per_image, end)
 
 
 def _bind(recipe: Recipe) -> ModelParts:
@@ -150,6 +168,26 @@ def lacks_nothing(built: Any, part: object, contract: type[Any]) -> Any:
     if lacking:
         raise ContractError(f"{part} lacks {', '.join(lacking)}; see ssmvl.interfaces.{contract.__name__}")
     return built
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Parameters are made in `dtype`, never in fp32 first: a model that fits is not built at twice its size."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves out the drawing of random values, where every one of them is overwritten."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in RANDOM:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

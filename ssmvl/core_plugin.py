@@ -14,13 +14,21 @@ COMPONENTS = {
     ("mixer", "mamba1"): "ssmvl.layers.mamba1:Mamba1Mixer",
     ("mixer", "mamba2"): "ssmvl.layers.mamba2:Mamba2Mixer",
     ("encoder", "timm"): "ssmvl.vision.encoders:timm_encoder",
+    ("encoder", "open_clip"): "ssmvl.vision.open_clip_encoders:open_clip_encoder",
     ("encoder", "digit_vit"): "ssmvl.vision.digit_vit:digit_vit",
     ("fusion", "channel"): "ssmvl.vision.fusion:ChannelFusion",
+    ("fusion", "sequence"): "ssmvl.vision.fusion:SequenceFusion",
     ("connector", "mlp"): "ssmvl.connectors.projectors:MlpConnector",
     ("language_model", "mamba1_lm"): "ssmvl.language.mamba_lm:Mamba1LM",
     ("language_model", "mamba2_lm"): "ssmvl.language.mamba_lm:MambaLM",
+    ("checkpoint", "ssmvl"): "ssmvl.checkpoints.layouts:ssmvl_model",
+    ("checkpoint", "state_spaces"): "ssmvl.language.layouts:state_spaces",
+    ("checkpoint", "transformers_mamba"): "ssmvl.language.layouts:transformers_mamba",
     ("prompt", "mamba"): "ssmvl.text.prompts:MambaPrompt",
+    ("prompt", "plain"): "ssmvl.text.prompts:PlainPrompt",
+    ("prompt", "vicuna"): "ssmvl.text.prompts:VicunaPrompt",
     ("dataset", "digit_scenes"): "ssmvl.data.scenes:digit_scenes",
+    ("dataset", "shards"): "ssmvl.data.shards:existing_shards",
 }
 
 

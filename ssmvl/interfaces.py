@@ -50,13 +50,24 @@ class Grid(NamedTuple):
         return self.maps * self.rows * self.columns
 
 
+Resize = Literal["resize-naive", "resize-crop", "letterbox"]
+
+
 class ImageSpec(NamedTuple):
-    """What the loader makes of an image: both sides resized to `size` pixels, no crop.
+    """What the loader makes of an image: RGB, `size` x `size` pixels, bicubic.
 
     Encoders with equal specs share one uint8 tensor; each normalises with its own mean and std.
+
+    Attributes:
+        size: S.
+        resize: `resize-naive`: both sides to S; `resize-crop`: the shorter side to S, the middle of the longer;
+            `letterbox`: the longer side to S, in the middle of a square of the colour `fill`.
+        fill: red, green and blue, 0…255; black where nothing is filled, so that equal images have equal specs.
     """
 
     size: int
+    resize: Resize = "resize-naive"
+    fill: tuple[int, int, int] = (0, 0, 0)
 
 
 ScanOrder = Callable[..., Tensor]
@@ -145,12 +156,17 @@ class Connector(Protocol):
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """Token ids -> logits, in parts. `num_tokens` ids exist; the `vocab_rows - num_tokens` others are never sampled."""
+    """Token ids -> logits, in parts. `num_tokens` ids exist; the `vocab_rows - num_tokens` others are never sampled.
+
+    `weights` is what its option of that name says: `none`, a file or folder of a layout that is registered as a
+    `checkpoint`, or the id of a model in the hub. `build_model(weights="recipe")` reads it; no model does so itself.
+    """
 
     width: int
     vocab_rows: int
     num_tokens: int
     recurrent: bool
+    weights: str
 
     def embed(self, ids: Tensor) -> Tensor:
         """Ids (B, T) -> (B, T, D)."""
@@ -187,7 +203,11 @@ class Piece(NamedTuple):
 
 @runtime_checkable
 class Prompt(Protocol):
-    """How a conversation is written."""
+    """How a conversation is written.
+
+    Images come before all text, or `in_place`, where the user's text has `<image>` marks; without marks in place means
+    before the first question, each on a line of its own.
+    """
 
     image_placement: Literal["before_all_text", "in_place"]
 

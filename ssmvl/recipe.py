@@ -13,8 +13,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ssmvl.ablations import FILE, PREFIX, Ablation, find_ablation
 from ssmvl.core_plugin import components
 from ssmvl.errors import Problem, RecipeError, UnknownComponentError, nearest
+from ssmvl.recipe_files import read_yaml, shipped_folders
 
 TOP_LEVEL = ("run", "seed", "model", "stages", "evaluation")
 
@@ -42,8 +44,8 @@ def recipe_path(name: str) -> Path:
     Raises:
         RecipeError: no recipe has that name.
     """
-    for folder in _folders():
-        if (folder / f"{name}.yaml").is_file():
+    for folder in shipped_folders():
+        if (folder / f"{name}.yaml").is_file() and f"{name}.yaml" != FILE:
             return folder / f"{name}.yaml"
     try:
         entry = components().find("recipe", name)
@@ -60,28 +62,28 @@ def recipe_path(name: str) -> Path:
 
 def recipe_names() -> list[str]:
     """Names that `recipe_path` finds."""
-    shipped = {path.stem for folder in _folders() for path in folder.glob("*.yaml")}
+    shipped = {path.stem for folder in shipped_folders() for path in folder.glob("*.yaml") if path.name != FILE}
     return sorted(shipped | set(components().names("recipe")))
 
 
-def _folders() -> list[Path]:
-    """The recipes that came with the package: beside it in an installation, in the checkout where there is one."""
-    package, checkout = Path(__file__).parent, Path(__file__).parents[1]
-    return [package / "_recipes", *([checkout / "recipes"] if (checkout / "pyproject.toml").is_file() else [])]
-
-
-def load_recipe(recipe: str | Path | Recipe, *overrides: str) -> Recipe:
+def load_recipe(recipe: str | Path | Recipe | Ablation, *overrides: str) -> Recipe:
     """Read a recipe and apply overrides.
 
     Args:
-        recipe: a name (`quickstart`), a YAML file, a folder that holds `recipe.yaml`, or a recipe.
+        recipe: a name (`quickstart`), a YAML file, a folder that holds `recipe.yaml`, or a recipe; or a row of a
+            paper's table (`ablation:ml_mamba/table7/csm`), whose recipe is read and whose overrides come first.
         overrides: `"a.b=value"`, applied one by one; the value is YAML.
 
     Raises:
         RecipeError: it is no recipe, or an override is none; every problem is listed.
     """
+    if isinstance(recipe, str) and recipe.startswith(PREFIX):
+        recipe = find_ablation(recipe)
     if isinstance(recipe, Recipe):
         data, source = _escape(recipe.data), recipe.source
+    elif isinstance(recipe, Ablation):
+        data, source = _read_with_base(recipe_path(recipe.recipe)), PREFIX + recipe.name
+        data, overrides = {**data, "run": recipe.run}, (*recipe.overrides, *overrides)
     else:
         path = _find(str(recipe))
         data, source = _read_with_base(path), str(path)
@@ -123,7 +125,7 @@ def merge(base: Any, over: Any, plain: bool = False) -> Any:
 
 
 def _normalise(data: dict[str, Any]) -> dict[str, Any]:
-    """Write every component that a recipe's fixed places hold as `{name: …}`."""
+    """Write every component that a recipe's fixed places hold as `{name: …}`; leave out encoders and stages of null."""
 
     def named(node: Any) -> Any:
         return {"name": node} if isinstance(node, str) else node
@@ -134,12 +136,15 @@ def _normalise(data: dict[str, Any]) -> dict[str, Any]:
         return {k: change(v) if keys is None or k in keys else v for k, v in mapping.items()}
 
     def holder(node: Any) -> Any:
-        return each(node, named, ("data",))
+        return each(node, named, ("data", "prompt"))
+
+    def present(mapping: Any) -> Any:
+        return {k: v for k, v in mapping.items() if v is not None} if isinstance(mapping, dict) else mapping
 
     model = each(data.get("model"), named, ("fusion", "connector", "language", "prompt"))
     if isinstance(model, dict) and "encoders" in model:
-        model = {**model, "encoders": each(model["encoders"], named)}
-    rest = {"stages": each(data.get("stages"), holder), "evaluation": holder(data.get("evaluation"))}
+        model = {**model, "encoders": each(present(model["encoders"]), named)}
+    rest = {"stages": each(present(data.get("stages")), holder), "evaluation": holder(data.get("evaluation"))}
     return {**data, "model": model, **{key: value for key, value in rest.items() if key in data}}
 
 
@@ -155,14 +160,12 @@ def _find(name: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise RecipeError([Problem("", f"cannot be read: {error}")], str(path)) from error
+    data = read_yaml(path)
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise RecipeError(
-            [Problem("", "a recipe is a mapping with `model:` and `stages:`; this is no recipe")], str(path)
-        )
+        what = "a recipe is a mapping with `model:` and `stages:`; this is no recipe"
+        if isinstance(data, list):
+            what += f". A list of ablations is checked with `ssmvl check FILE`; an entry is used as {PREFIX}NAME"
+        raise RecipeError([Problem("", what)], str(path))
     return typing.cast("dict[str, Any]", data)
 
 

@@ -24,6 +24,7 @@ INJECTED: dict[str, tuple[str, ...]] = {
     "prompt": (),
     "dataset": ("split",),
     "recipe": (),
+    "checkpoint": ("names", "config"),
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub import hub as hub
 
 from ssmvl.core_plugin import components
 

@@ -172,7 +172,14 @@ def test_saving_again_replaces_the_folder_whole(assistant: Assistant, tmp_path: 
     folder = tmp_path / "model"
     assistant.save_pretrained(folder)
     assistant.save_pretrained(folder)
-    assert {p.name for p in folder.iterdir()} == {"model.safetensors", "recipe.yaml", "tokenizer.json", "ssmvl.json"}
+    assert {p.name for p in folder.iterdir()} == {
+        "model.safetensors",
+        "recipe.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "ssmvl.json",
+        "README.md",
+    }
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match=r"holds other files \(notes\.txt\)"):
@@ -188,7 +195,7 @@ def test_a_failed_save_leaves_the_old_folder(
     def full(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("ssmvl.checkpoints.write_tensors", full)
+    monkeypatch.setattr("ssmvl.checkpoints.files.write_tensors", full)
     with pytest.raises(OSError, match="no space"):
         assistant.save_pretrained(tmp_path / "model")
     assert read_tensors(tmp_path / "model" / "model.safetensors")[0]

@@ -145,7 +145,7 @@ def test_a_nested_component_written_as_a_name_keeps_it_too(write: Write) -> None
 
 def test_every_fixed_place_of_a_component_is_written_out(write: Write) -> None:
     text = "model: {encoders: {a: e}, fusion: f, connector: c, language: l, prompt: p, tokenizer: bytes}\n"
-    data = load_recipe(write(text + "stages: {order: [s], s: {data: d}}\nevaluation: {data: d}\n")).data
+    data = load_recipe(write(text + "stages: {order: [s], s: {data: d, prompt: q}}\nevaluation: {data: d}\n")).data
     assert data["model"] == {
         "encoders": {"a": {"name": "e"}},
         "fusion": {"name": "f"},
@@ -154,7 +154,7 @@ def test_every_fixed_place_of_a_component_is_written_out(write: Write) -> None:
         "prompt": {"name": "p"},
         "tokenizer": "bytes",
     }
-    assert data["stages"] == {"order": ["s"], "s": {"data": {"name": "d"}}}
+    assert data["stages"] == {"order": ["s"], "s": {"data": {"name": "d"}, "prompt": {"name": "q"}}}
     assert data["evaluation"] == {"data": {"name": "d"}}
 
 
@@ -212,6 +212,16 @@ def test_an_override_changes_neither_the_recipe_it_is_laid_on_nor_the_file(write
     first = load_recipe(path)
     load_recipe(first, "model.connector.num_layers=9")
     assert first == load_recipe(path)
+
+
+def test_an_encoder_or_a_stage_that_is_null_is_left_out(write: Write) -> None:
+    under = write("model: {encoders: {a: x, b: y}, prompt: p}\nstages: {s: {data: d}, t: {data: d}}\n", "under.yaml")
+    data = load_recipe(under, "model.encoders.a=null", "stages.s=null", "model.prompt=null").data
+    assert data["model"] == {"encoders": {"b": {"name": "y"}}, "prompt": None}
+    assert data["stages"] == {"t": {"data": {"name": "d"}}}
+    path = write("base: under.yaml\nmodel: {encoders: {b: null}}\nstages: {t: null}\n")
+    data = load_recipe(path, "model.encoders.c=z").data
+    assert (list(data["model"]["encoders"]), list(data["stages"])) == (["a", "c"], ["s"])
 
 
 # Bases

@@ -1,9 +1,16 @@
-"""`ssmvl show RECIPE [a.b=c …]`, or `ssmvl show --scan csm [--grid 1x4x6] [--png FILE]`."""
+"""`ssmvl show RECIPE [--params] [a.b=c …]`, or `ssmvl show --scan csm [--grid 1x4x6] [--png FILE]`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ssmvl.anatomy import PartCost
+    from ssmvl.vlm import VisionLanguageModel
 
 MOST_CELLS = 10_000
 
@@ -13,6 +20,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     one = parser.add_mutually_exclusive_group(required=True)
     one.add_argument("recipe", nargs="?", help="a name (`ssmvl list`) or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides, applied one by one")
+    # It takes overrides too: argparse gives what follows a flag to no other argument.
+    parser.add_argument("--params", nargs="*", metavar="a.b=c", help="show the recipe's parts and what they cost")
     one.add_argument("--scan", metavar="NAME", help="draw this scan order instead (`ssmvl list scan_order`)")
     parser.add_argument("--grid", type=_grid, metavar="MAPSxROWSxCOLUMNS", help="what it scans; 1x4x6 if left out")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw it into this PNG file")
@@ -20,15 +29,74 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the merged recipe as YAML, or draw the scan order."""
+    """Print the merged recipe as YAML or what its parts cost, or draw the scan order."""
     if options.scan is not None:
+        if options.params is not None:
+            options.refuse("--params belongs to a recipe")
         return _draw(options.scan, options.grid or (1, 4, 6), options.png)
     if options.grid or options.png:
         options.refuse("--grid and --png belong to --scan")
+    if options.params is not None:
+        return _print_costs(options.recipe, *options.overrides, *options.params)
     from ssmvl.recipe import load_recipe
 
     print(load_recipe(options.recipe, *options.overrides).to_yaml(), end="")
     return 0
+
+
+def _print_costs(recipe: str, *overrides: str) -> int:
+    from rich.console import Console
+
+    from ssmvl.anatomy import TEXT_POSITIONS, describe
+    from ssmvl.build import build_model
+
+    model = build_model(recipe, *overrides, device="meta")
+    costs = describe(model)
+    console = Console(highlight=False)
+    console.print(f"One image and {TEXT_POSITIONS} supervised text positions.\n")
+    console.print(_shapes(model, costs), "")
+    console.print(_figures(costs), "")
+    for cost in costs:
+        if cost.tied:
+            console.print(f"{cost.name} shares {cost.tied:,} parameters with a part above (tied): counted once.")
+        if cost.unused:
+            console.print(f"{cost.name} has {cost.unused:,} parameters that this forward does not use.")
+    console.print(
+        "FLOPs: a multiply-add is 2. Matrix products, convolutions and attention are counted, as the torch backend runs"
+        " them on a GPU; element-wise work is not: norms, gates, the causal convolution, the update of a Mamba-1 state."
+    )
+    return 0
+
+
+def _shapes(model: VisionLanguageModel, costs: list[PartCost]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "axes", "shape"):
+        table.add_column(heading)
+    for spec in model.image_specs:
+        table.add_row("image", "(I, 3, S, S)", f"1 × 3 × {spec.size} × {spec.size}")
+    for cost in costs:
+        table.add_row(cost.name, cost.letters, " × ".join(map(str, cost.shape)))
+    return table
+
+
+def _figures(costs: list[PartCost]) -> Table:
+    from rich.filesize import decimal, pick_unit_and_suffix
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for heading in ("parameters", "share", "bf16", "fp32", "FLOPs"):
+        table.add_column(heading, justify="right")
+    total = sum(cost.parameters for cost in costs)
+    rows = [(cost.name, cost.parameters, cost.flops) for cost in costs]
+    for name, parameters, flops in [*rows, ("total", total, sum(cost.flops for cost in costs))]:
+        unit, suffix = pick_unit_and_suffix(flops, ["", "k", "M", "G", "T", "P"], 1000)
+        work = f"{flops / unit:.2f} {suffix}" if suffix else str(flops)
+        sizes = (decimal(parameters * width, precision=2) for width in (2, 4))
+        table.add_row(name, f"{parameters:,}", f"{parameters / total:.1%}", *sizes, work)
+    return table
 
 
 def _draw(name: str, sides: tuple[int, ...], png: Path | None) -> int:

@@ -24,7 +24,31 @@ def fused_mlp(in_width: int, out_width: int) -> nn.Sequential:
     return mlp
 
 
-class MlpConnector(nn.Module):
+class PositionwiseConnector(nn.Module):
+    """Each position through the same module.
+
+    Args:
+        projector: (*, in_width) -> (*, out_width).
+    """
+
+    def __init__(self, projector: nn.Module) -> None:
+        super().__init__()
+        self.projector = projector
+
+    def num_tokens(self, grid: Grid) -> int:
+        """M = L."""
+        return grid.length
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """X (I, L, in_width) -> (I, L, out_width)."""
+        return self.projector(x.to(next(self.projector.parameters()).dtype))
+
+    def shard_units(self) -> Sequence[nn.Module]:
+        """None: the projector belongs to the model's own unit."""
+        return []
+
+
+class MlpConnector(PositionwiseConnector):
     """The three-layer MLP of ML-Mamba's and Cobra's baselines, position by position.
 
     Args:
@@ -36,17 +60,4 @@ class MlpConnector(nn.Module):
     """
 
     def __init__(self, in_width: int, out_width: int, grid: Grid) -> None:
-        super().__init__()
-        self.projector = fused_mlp(in_width, out_width)
-
-    def num_tokens(self, grid: Grid) -> int:
-        """M = L."""
-        return grid.length
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """X (I, L, in_width) -> (I, L, out_width)."""
-        return self.projector(x.to(self.projector[0].weight.dtype))
-
-    def shard_units(self) -> Sequence[nn.Module]:
-        """None: the MLP belongs to the model's own unit."""
-        return []
+        super().__init__(fused_mlp(in_width, out_width))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ssmvl.interfaces import Grid, ScanOrder
 from ssmvl.layers.block import Block
-from ssmvl.ops.reorder import path_table
+from ssmvl.layers.paths import PathTables
 
 
 class ScanConnector(nn.Module):
     """stem -> blocks, each scanning along all paths -> projector.
 
     Args:
-        stem: (*, in_width) -> (*, D).
+        stem: (*, in_width) -> (*, D); may be `nn.Identity()`.
         blocks: residual blocks of width D whose mixers have one path for each path of `scan_order`.
         projector: (*, D) -> (*, out_width), a norm included where there is one.
         scan_order: grid -> paths; asked for each grid and device once.
@@ -29,8 +28,7 @@ class ScanConnector(nn.Module):
         self.stem = stem
         self.layers = nn.ModuleList(blocks)
         self.projector = projector
-        self.scan_order = scan_order
-        self._tables: dict[tuple[Grid, torch.device], Tensor] = {}  # derived from the order: never in a checkpoint
+        self.paths = PathTables(scan_order)
 
     def num_tokens(self, grid: Grid) -> int:
         """M = L."""
@@ -38,12 +36,10 @@ class ScanConnector(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """X (I, L, in_width) -> (I, L, out_width)."""
-        key = (grid, x.device)
-        if key not in self._tables:
-            self._tables[key] = path_table(self.scan_order, grid).to(x.device)
-        x = self.stem(x.to(next(self.stem.parameters()).dtype))
+        paths = self.paths(grid, x.device)
+        x = self.stem(x.to(next(self.projector.parameters()).dtype))
         for block in self.layers if len(x) else ():  # without images there is nothing to scan
-            x = block(x, self._tables[key])
+            x = block(x, paths)
         return self.projector(x)
 
     def shard_units(self) -> Sequence[nn.Module]:

@@ -75,6 +75,30 @@ def find_damage(folder: Path, total: int) -> str:
     return ""
 
 
+def existing_shards(split: str, *, folder: str) -> Path:
+    """The shards of one split in a folder that was written before: `folder/train` for `train`.
+
+    Args:
+        split: name of the subfolder.
+        folder: holds a folder of shards for each split; every shard has the columns of this module.
+
+    Raises:
+        DataError: there are no shards, or their index cannot be read or lacks a column.
+    """
+    path = Path(folder) / split / "index.json"
+    try:
+        shards = json.loads(path.read_text())["shards"]
+        lacking = sorted(COLUMNS.keys() - set.intersection(*(set(shard["column_names"]) for shard in shards)))
+    except FileNotFoundError as error:
+        wanted = f"`shards` takes a folder in which {split}/index.json lists the MDS shards of the split {split}"
+        raise DataError(f"{path}: there is no such file; {wanted}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no index of MDS shards ({type(error).__name__}: {error})") from error
+    if lacking:
+        raise DataError(f"{path}: the shards lack the columns {lacking}; each needs {', '.join(COLUMNS)}")
+    return path.parent
+
+
 def unpack(record: dict[str, Any]) -> dict[str, Any]:
     """A record as it stands in a shard -> with its images apart."""
     images, start = [], 0

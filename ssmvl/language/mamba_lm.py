@@ -22,7 +22,7 @@ STRETCH = 1024  # positions of a prefill that pass through the layers at once
 
 
 class MambaLM(nn.Module):
-    """Embedding, pre-norm residual blocks with the residual in fp32, final RMSNorm, head tied to the embedding.
+    """Embedding, pre-norm residual blocks with the residual in fp32, final RMSNorm, head.
 
     Args:
         width: D.
@@ -30,6 +30,8 @@ class MambaLM(nn.Module):
         num_tokens: ids of the tokenizer; checked against it when it is loaded.
         mixer: the blocks' mixer, causal.
         vocab_multiple: the embedding's rows V are `num_tokens` rounded up to a multiple of this.
+        tied: whether the head is the embedding.
+        weights: `none`, a checkpoint's file or folder, or its id in the hub; see `build_model`.
 
     Source: arXiv 2405.21060 and arXiv 2312.00752, the language models of both papers.
     """
@@ -44,9 +46,11 @@ class MambaLM(nn.Module):
         num_tokens: Count,
         mixer: MixerPart = Mamba2Mixer,
         vocab_multiple: Count = 16,
+        tied: bool = True,
+        weights: str = "none",
     ) -> None:
         super().__init__()
-        self.width, self.num_tokens = width, num_tokens
+        self.width, self.num_tokens, self.weights = width, num_tokens, weights
         self.vocab_rows = -(-num_tokens // vocab_multiple) * vocab_multiple
         self.embedding = nn.Embedding(self.vocab_rows, width)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)  # tied: logits start near unit size
@@ -54,6 +58,7 @@ class MambaLM(nn.Module):
         scale_residual(blocks, num_layers)
         self.layers = nn.ModuleList(blocks)
         self.norm_f = RMSNorm(width)
+        self.lm_head = None if tied else nn.Linear(width, self.vocab_rows, bias=False)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Ids (B, T) -> (B, T, D)."""
@@ -100,7 +105,7 @@ class MambaLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden (*, D) -> logits (*, V)."""
-        return F.linear(hidden, self.embedding.weight)
+        return F.linear(hidden, self.embedding.weight if self.lm_head is None else self.lm_head.weight)
 
     def new_state(
         self, rows: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -117,7 +122,7 @@ class MambaLM(nn.Module):
         return f"{type(mixer).__name__} LM, width {self.width}, {len(self.layers)} layers, {', '.join(sizes)}"
 
     def shard_units(self) -> Sequence[nn.Module]:
-        """Each block; never the embedding, which is the head too."""
+        """Each block; never the embedding and the head, which may be one."""
         return list(self.layers)
 
 
@@ -130,6 +135,8 @@ class Mamba1LM(MambaLM):
         num_tokens: ids of the tokenizer; checked against it when it is loaded.
         mixer: the blocks' mixer, causal.
         vocab_multiple: the embedding's rows V are `num_tokens` rounded up to a multiple of this.
+        tied: whether the head is the embedding.
+        weights: `none`, a checkpoint's file or folder, or its id in the hub; see `build_model`.
     """
 
     def __init__(
@@ -140,9 +147,17 @@ class Mamba1LM(MambaLM):
         num_tokens: Count,
         mixer: MixerPart = Mamba1Mixer,
         vocab_multiple: Count = 8,
+        tied: bool = True,
+        weights: str = "none",
     ) -> None:
         super().__init__(
-            width=width, num_layers=num_layers, num_tokens=num_tokens, mixer=mixer, vocab_multiple=vocab_multiple
+            width=width,
+            num_layers=num_layers,
+            num_tokens=num_tokens,
+            mixer=mixer,
+            vocab_multiple=vocab_multiple,
+            tied=tied,
+            weights=weights,
         )
 
 

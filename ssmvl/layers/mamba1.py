@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmvl.interfaces import Count
-from ssmvl.layers.discretisation import initial_dt_bias, negative_exp
-from ssmvl.layers.paths import PathFolding, PathParameters, per_path
+from ssmvl.layers.paths import PathFolding, PathParameters
+from ssmvl.layers.selective import selective_arguments, selective_parameters
 from ssmvl.ops.causal_conv import causal_conv, causal_conv_step
 from ssmvl.ops.selective_scan import selective_scan, selective_scan_step
 
@@ -61,14 +61,8 @@ class Mamba1Mixer(nn.Module):
         own = self.folding.own
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(own * inner, own * inner, d_conv, groups=own * inner)
-        # x_proj and dt_proj hold each path's rows one after the other; see `per_path`.
-        self.x_proj = nn.Linear(inner, own * (dt_rank + 2 * d_state), bias=False)
-        self.dt_proj = nn.Linear(dt_rank, own * inner)
-        nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(initial_dt_bias(inner).repeat(own))
-        self.A_log = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(own * inner, 1))
-        self.D = nn.Parameter(torch.ones(own * inner))
+        parameters = selective_parameters(inner, own, d_state=d_state, dt_rank=dt_rank)
+        self.x_proj, self.dt_proj, self.A_log, self.D = parameters
         self.out_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
@@ -80,7 +74,7 @@ class Mamba1Mixer(nn.Module):
         self.folding.check(x.shape[1], paths, segments)
         x, z = self._project(x)
         x, _ = causal_conv(self.folding.fold(x, paths), self._taps, self.conv1d.bias, segments=segments)
-        y, _ = selective_scan(*self._scan_inputs(x), **self._scan_parameters(), segments=segments)
+        y, _ = selective_scan(**self._arguments(x), segments=segments)
         y = self.folding.merge(self.folding.unfold(y, paths))
         return self.out_proj(y * F.silu(z))
 
@@ -89,8 +83,7 @@ class Mamba1Mixer(nn.Module):
         """X (B, L, D) right-padded, lengths (B,) -> (B, L, D); causal; advances `state` in place; no gradients."""
         x, z = self._project(x)
         x, window = causal_conv(x, self._taps, self.conv1d.bias, window=state.conv, lengths=lengths)
-        inputs = self._scan_inputs(x)
-        y, ssm = selective_scan(*inputs, **self._scan_parameters(), state=state.ssm, lengths=lengths)
+        y, ssm = selective_scan(**self._arguments(x), state=state.ssm, lengths=lengths)
         state.conv.copy_(window)
         state.ssm.copy_(ssm)
         return self.out_proj(y * F.silu(z))
@@ -100,7 +93,7 @@ class Mamba1Mixer(nn.Module):
         """X (B, D) -> (B, D); advances `state` in place; no gradients."""
         x, z = self._project(x)
         x = causal_conv_step(x, self._taps, self.conv1d.bias, state.conv)
-        y = selective_scan_step(*self._scan_inputs(x), state.ssm, **self._scan_parameters())
+        y = selective_scan_step(**self._arguments(x), state=state.ssm)
         return self.out_proj(y * F.silu(z))
 
     def new_state(
@@ -126,13 +119,5 @@ class Mamba1Mixer(nn.Module):
         x, z = self.in_proj(x.to(self.in_proj.weight.dtype)).chunk(2, dim=-1)
         return x, z
 
-    def _scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """X (*, K*E) after the conv -> x, dt (*, K*E), A (K*E, S), B and C (*, K, S)."""
-        own = self.folding.own
-        projected = per_path(x, self.x_proj, own).unflatten(-1, (own, -1))
-        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = per_path(dt.flatten(-2), self.dt_proj, own)
-        return x, dt, negative_exp(self.A_log), B, C
-
-    def _scan_parameters(self) -> dict[str, Any]:
-        return {"D": self.D, "dt_bias": self.dt_proj.bias, "dt_softplus": True}
+    def _arguments(self, x: Tensor) -> dict[str, Any]:
+        return selective_arguments(x, self.x_proj, self.dt_proj, self.A_log, self.D, self.folding.own)

@@ -1,4 +1,4 @@
-"""K scan paths as one sequence op: how mixers fold them in, and back out."""
+"""K scan paths as one sequence op: the tables of a scan order, how paths fold in, and back out."""
 
 from __future__ import annotations
 
@@ -9,9 +9,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmvl.errors import ShapeError
-from ssmvl.ops.reorder import along, inverse
+from ssmvl.interfaces import Grid, ScanOrder
+from ssmvl.ops.reorder import along, inverse, path_table
 
 PathParameters = Literal["own", "shared"]
+
+
+class PathTables:
+    """The paths of a scan order, which is asked once for each grid and device; they are in no state dict.
+
+    Args:
+        order: grid -> paths.
+    """
+
+    def __init__(self, order: ScanOrder) -> None:
+        self.order = order
+        self._tables: dict[tuple[Grid, torch.device], Tensor] = {}
+
+    def __call__(self, grid: Grid, device: torch.device) -> Tensor:
+        """(K, L) int64 on `device`.
+
+        Raises:
+            ContractError: the order does not give permutations of the grid.
+        """
+        key = (grid, device)
+        if key not in self._tables:
+            with torch.inference_mode(False):  # a copy made in inference mode could not be trained with
+                self._tables[key] = path_table(self.order, grid).to(device)
+        return self._tables[key]
 
 
 class PathFolding:

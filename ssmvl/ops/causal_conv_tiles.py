@@ -71,7 +71,7 @@ def _tiles(
     """For each tile its place, the inputs (B, n+W-1, C) that n outputs read, and the mask (W-1, B, n, 1)."""
     (rows, length, channels), reach = x.shape, len(taps) - 1
     first = min(reach, length)
-    tile = length if x.is_cuda else max(16, 2**18 // (rows * channels))  # about a mebibyte
+    tile = max(16, 2**18 // (rows * channels)) if x.is_cpu else length  # about a mebibyte
     bounds = [(0, first)] if first else []
     bounds += [(start, min(start + tile, length)) for start in range(first, length, tile)]
     for start, stop in bounds:

@@ -88,7 +88,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def _tiles(x: Tensor, eps: float, gate: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """For each tile its place, v, SiLU(gate) or 1, and 1 / sqrt(mean(v²) + eps)."""
-    tile = len(x) if x.is_cuda else max(1, TILE // max(1, x[:1].numel()))
+    tile = max(1, TILE // max(1, x[:1].numel())) if x.is_cpu else len(x)
     for start in range(0, len(x), tile or 1):
         part = slice(start, start + tile)
         opened = x.new_ones(()) if gate is None else F.silu(gate[part])

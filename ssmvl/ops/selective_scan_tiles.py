@@ -63,6 +63,8 @@ class _Tile(NamedTuple):
         if self.goes_on is not None:
             decays *= self.goes_on
         states = (self.dt * self.x) * self.B
+        if states.is_meta:  # no numbers to carry from position to position
+            return decays, states
         for decay, after in zip(decays.unbind(1), states.unbind(1), strict=True):
             if h is not None:
                 after.addcmul_(decay, h)
@@ -72,7 +74,8 @@ class _Tile(NamedTuple):
 
 def _cut(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, goes_on: Tensor | None, chunk: int | None) -> list[_Tile]:
     # A tile's states are about two mebibytes; with S positions or more, those kept for backward are no more than x.
-    tile = chunk or max(B.shape[3], 2**19 // (x[:, 0].numel() * B.shape[3]))
+    # On meta there is no cache.
+    tile = x.shape[1] if x.is_meta else chunk or max(B.shape[3], 2**19 // (x[:, 0].numel() * B.shape[3]))
     cut = [t.split(tile, 1) for t in (x, dt, B, C)]
     masks = [None] * len(cut[0]) if goes_on is None else goes_on.split(tile, 1)
     return [_Tile(*views) for views in zip(*cut, masks, strict=True)]

@@ -43,7 +43,7 @@ def ssd(
     if D is not None and not torch.is_grad_enabled():
         D = D.detach()  # else it alone would make forward keep every state
     small = x[0, 0].numel() * B.shape[3] <= 2**16  # then calls cost more than products
-    wanted = chunk or (LONGEST_CHUNK if x.is_cuda or small else 64)
+    wanted = chunk or (64 if x.is_cpu and not small else LONGEST_CHUNK)
     return _SSD.apply(x, dt, dt * A, B, C, D, state, segments, min(wanted, LONGEST_CHUNK, x.shape[1]))
 
 

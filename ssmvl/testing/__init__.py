@@ -9,6 +9,7 @@ options bound by `functools.partial`. It returns nothing; what breaks the contra
         check_mixer(functools.partial(MyMixer, d_state=16), width=32)
 """
 
+from ssmvl.testing.checkpoints import check_checkpoint
 from ssmvl.testing.runs import check_dataset, check_recipe
 from ssmvl.testing.scan_orders import check_scan_order
 from ssmvl.testing.sequence import check_language_model, check_mixer
@@ -24,5 +25,6 @@ __all__ = [
     "check_language_model",
     "check_prompt",
     "check_dataset",
+    "check_checkpoint",
     "check_recipe",
 ]

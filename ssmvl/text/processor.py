@@ -39,24 +39,27 @@ class Processor:
         prompt: how a conversation is written.
         image_specs: one for each different input the encoders take.
         places: visual tokens of one image, the connector's `num_tokens(grid)`.
+        end: the tokenizer's token that ends an answer, as `load_tokenizer` gives it.
     """
 
     tokenizer: Tokenizer
     prompt: Prompt
     image_specs: tuple[ImageSpec, ...]
     places: int
+    end: str = END
 
     @property
     def end_id(self) -> int:
         """The id that ends an answer."""
-        return int(self.tokenizer.token_to_id(END))
+        return int(self.tokenizer.token_to_id(self.end))
 
     def encode(
         self, conversation: Sequence[Message], images: Sequence[ImageLike] = (), *, train: bool = False
     ) -> Sample:
         """A conversation with its images as a sample.
 
-        `<image>` marks in the user's text say where images stand; without any mark they come first.
+        `<image>` marks in the user's text say where images stand. Without any mark they come first: before all text,
+        or, where the prompt writes images in place, before the first question, each on a line of its own.
 
         Args:
             conversation: messages, the user's first.
@@ -64,13 +67,18 @@ class Processor:
             train: refuse a sample in which nothing is supervised.
 
         Raises:
-            DataError: marks and images differ in number, an image cannot be decoded, or nothing is supervised.
+            DataError: marks and images differ in number, an image cannot be decoded, there is neither text nor an
+                image to read, or nothing is supervised.
         """
-        pieces = self.prompt.pieces(conversation, END)
-        marks = sum(piece.text.count(IMAGE) for piece in pieces if not piece.supervised)
+        pieces = self.prompt.pieces(conversation, self.end)
+        marks = sum(message["content"].count(IMAGE) for message in conversation if message["role"] == "user")
         if marks not in (0, len(images)):
             raise DataError(f"{marks} {IMAGE} marks in the text, but {len(images)} images; they must match in number")
-        in_place = self.prompt.image_placement == "in_place" and marks > 0
+        in_place = self.prompt.image_placement == "in_place"
+        if in_place and images and not marks:
+            first, *rest = conversation
+            marked = {**first, "content": f"{IMAGE}\n" * len(images) + first["content"]}
+            pieces = self.prompt.pieces([marked, *rest], self.end)
         ids = [] if in_place else [IMAGE_PLACE] * (self.places * len(images))
         labels = [IGNORED] * len(ids)
         for piece in pieces:
@@ -79,10 +87,10 @@ class Processor:
                 tokens = self._tokenise(text, piece.template)
                 ids += places + tokens
                 labels += [IGNORED] * len(places) + (tokens if piece.supervised else [IGNORED] * len(tokens))
+        if not ids:
+            raise DataError(f"nothing to read in this sample: neither text nor image from {_plain(conversation)}")
         if train and all(label == IGNORED for label in labels[1:]):
-            raise DataError(
-                f"nothing to learn in this sample: no supervised token in {list(map(dict, conversation))!r}"
-            )
+            raise DataError(f"nothing to learn in this sample: no supervised token in {_plain(conversation)}")
         pixels = self.pixels(images)
         return Sample(
             ids=torch.tensor(ids, dtype=torch.long), labels=torch.tensor(labels, dtype=torch.long), images=pixels
@@ -119,6 +127,10 @@ def _around_marks(piece: Piece, in_place: bool) -> list[str]:
     if piece.supervised or IMAGE not in piece.text:
         return [piece.text]
     return piece.text.split(IMAGE) if in_place else [re.sub(rf"{IMAGE}\n|\n?{IMAGE}", "", piece.text)]
+
+
+def _plain(conversation: Sequence[Message]) -> str:
+    return repr([dict(message) for message in conversation])
 
 
 def _stack(pixels: list[Tensor], spec: ImageSpec) -> Tensor:

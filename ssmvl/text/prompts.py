@@ -3,10 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Literal
 
 from ssmvl.errors import DataError
 from ssmvl.interfaces import Message, Piece
+from ssmvl.text.processor import IMAGE
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def turns(conversation: Sequence[Message]) -> list[tuple[str, str | None]]:
+    """A conversation as questions with their answers; None for an answer that is still to come.
+
+    Raises:
+        DataError: there is no message, or they do not alternate, beginning with the user's.
+    """
+    if not conversation:
+        raise DataError("an empty conversation; at least one message of the user is needed")
+    for i, message in enumerate(conversation):
+        role, content, expected = message.get("role"), message.get("content"), ("user", "assistant")[i % 2]
+        if role != expected or not isinstance(content, str):
+            raise DataError(f"message {i} needs a text and the role {expected!r}; received {dict(message)!r}")
+    texts = [message["content"] for message in conversation]
+    return list(zip_longest(texts[::2], texts[1::2]))
+
+
+def learned(answer: str | None, end: str) -> list[Piece]:
+    """The supervised pieces of a turn, its answer and the end; none while the answer is still to come."""
+    return [] if answer is None else [Piece(answer, supervised=True), Piece(end, supervised=True, template=True)]
+
+
+class PlainPrompt:
+    """`{caption}<end>`: images, then what the assistant said; what the user said is left out.
+
+    Without an answer there is no text at all: a model that has seen the images goes on with a caption. The captions of
+    a longer conversation follow each other.
+
+    Source: the first stage of LLaVA (arXiv 2304.08485), with the tokenizer's end in place of a line break.
+    """
+
+    image_placement: Literal["before_all_text", "in_place"] = "before_all_text"
+
+    def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
+        """The captions; nothing else.
+
+        Raises:
+            DataError: see `turns`.
+        """
+        return [piece for _, caption in turns(conversation) for piece in learned(caption, end)]
 
 
 class MambaPrompt:
@@ -21,17 +69,37 @@ class MambaPrompt:
         """The text to read; after a last message of the user it ends at `Out: `.
 
         Raises:
-            DataError: there is no message, or they do not alternate, beginning with the user's.
+            DataError: see `turns`.
         """
-        if not conversation:
-            raise DataError("an empty conversation; at least one message of the user is needed")
         pieces = []
-        for i, message in enumerate(conversation):
-            role, content, expected = message.get("role"), message.get("content"), ("user", "assistant")[i % 2]
-            if role != expected or not isinstance(content, str):
-                raise DataError(f"message {i} needs a text and the role {expected!r}; received {dict(message)!r}")
-            if role == "user":
-                pieces += [Piece("In: ", template=True), Piece(content), Piece("\nOut: ", template=True)]
-            else:
-                pieces += [Piece(content, supervised=True), Piece(end, supervised=True, template=True)]
+        for question, answer in turns(conversation):
+            pieces += [Piece("In: ", template=True), Piece(question), Piece("\nOut: ", template=True)]
+            pieces += learned(answer, end)
+        return pieces
+
+
+class VicunaPrompt:
+    """`<s>{system} USER: {question} ASSISTANT: {answer}<end>USER: …`, turn after turn; images where their marks are.
+
+    For LLaMA tokenizers, which write a space before every text that they are given: a piece therefore begins after the
+    space that stands between it and the one before. Beside an image the space is written, as it is a token there. The
+    ids are those of LLaVA-1.5, which looks at no other place for an image than the beginning of a question.
+
+    Source: Vicuna v1.5 (arXiv 2306.05685); with images, LLaVA-1.5 (arXiv 2310.03744).
+    """
+
+    image_placement: Literal["before_all_text", "in_place"] = "in_place"
+
+    def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
+        """The text to read; after a last message of the user it ends at `ASSISTANT:`.
+
+        Raises:
+            DataError: see `turns`.
+        """
+        pieces, opening = [], f"<s>{VICUNA_SYSTEM} USER:"
+        for question, answer in turns(conversation):
+            before, after = " " * question.startswith(IMAGE), " " * question.endswith(IMAGE)
+            pieces += [Piece(opening + before, template=True), Piece(question)]
+            pieces += [Piece(f"{after}ASSISTANT:", template=True), *learned(answer, end)]
+            opening = "USER:"
         return pieces

@@ -1,15 +1,19 @@
-"""Tokenizers: two byte-level ones that need no download, or any `tokenizer.json`."""
+"""Tokenizers: two byte-level ones that need no download, any `tokenizer.json`, or a model's in the hub."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ssmvl.errors import CheckpointError
+from ssmvl.hub import local
 
 END = "<|endoftext|>"
 WORDS = Path(__file__).with_name("words.json")  # made by scripts/make_words.py
+TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+ALLOWED = f"Allowed are `bytes`, `words`, a {TOKENIZER_FILE}, or a folder or a model of the hub that holds one"
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -22,26 +26,58 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, `words`, or the path of a `tokenizer.json` or of a folder that holds one. Nothing is downloaded.
+def load_tokenizer(name: str) -> tuple[Tokenizer, str]:
+    """A tokenizer and its token that ends an answer.
 
-    `words` is `bytes` with the words of the quickstart's questions as tokens of their own; other words are bytes.
+    The end is the `eos_token` of the `tokenizer_config.json` beside a `tokenizer.json`, or `<|endoftext|>` where that
+    names none.
+
+    Args:
+        name: `bytes`; `words`, which is `bytes` with the words of the quickstart's questions as tokens of their own;
+            the path of a `tokenizer.json` or of a folder that holds one; or a model's id in the hub, `owner/name`,
+            from which the two files are fetched unless they are in its cache.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it has no end token.
+        CheckpointError: there is no such file or model, a file is damaged, or the tokenizer has no such token.
     """
     if name == "bytes":
-        return byte_tokenizer()
-    path = WORDS if name == "words" else Path(name).expanduser()
-    path = path / "tokenizer.json" if path.is_dir() else path
+        return byte_tokenizer(), END
+    try:
+        path = WORDS if name == "words" else local(name, TOKENIZER_FILE, CONFIG_FILE)
+    except CheckpointError as error:
+        raise CheckpointError(f"no tokenizer: {error}. {ALLOWED}") from error
+    path = path / TOKENIZER_FILE if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(
-            f"no tokenizer {name!r}: allowed are `bytes`, `words`, a tokenizer.json, or a folder that holds one"
+            f"no tokenizer {name!r}: {path} does not exist. {ALLOWED}. Where a model has only a tokenizer.model, "
+            "AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER) of transformers writes one"
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise CheckpointError(f"{path}: cannot be read as a tokenizer ({error})") from error
-    if tokenizer.token_to_id(END) is None:
-        raise CheckpointError(f"{path}: the tokenizer has no token {END}")
-    return tokenizer
+    end = _eos_token(path.with_name(CONFIG_FILE)) or END
+    if end not in [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]:
+        raise CheckpointError(
+            f"{path}: the tokenizer has no special token {end} to end an answer with; "
+            f"a {CONFIG_FILE} beside it names another as `eos_token`"
+        )
+    return tokenizer, end
+
+
+def config_text(end: str) -> str:
+    """The `tokenizer_config.json` with which `load_tokenizer` and transformers' AutoTokenizer find this end."""
+    return json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}, indent=2) + "\n"
+
+
+def _eos_token(config: Path) -> str | None:
+    if not config.is_file():
+        return None
+    try:
+        named = json.loads(config.read_bytes()).get("eos_token")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{config}: cannot be read ({error})") from error
+    end = named.get("content") if isinstance(named, dict) else named
+    if not (end is None or isinstance(end, str)):
+        raise CheckpointError(f"{config}: eos_token must be a text, or a mapping with its `content`; is {named!r}")
+    return end

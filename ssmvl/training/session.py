@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from composer.utils.parallelism import FSDP2Config
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ssmvl import evaluation
-from ssmvl.assistant import ABOUT_FILE, load, save_folder
+from ssmvl.assistant import load
 from ssmvl.batch import num_samples, num_tokens, split_batch
 from ssmvl.build import build_model, build_processor
 from ssmvl.data.shared_memory import clean_stale_segments
 from ssmvl.data.streams import read_records, train_loader
 from ssmvl.errors import Problem, RecipeError, RunError
 from ssmvl.recipe import Recipe
+from ssmvl.saved import ABOUT_FILE, save_folder
 from ssmvl.training.accuracy import AnswerAccuracy
 from ssmvl.training.composer_model import ComposerVLM, adamw
 from ssmvl.training.folder import RunFolder
@@ -107,6 +109,8 @@ class Session:
         else:  # Composer shards and sends what rank 0 built
             model = build_model(self.recipe, device="meta")
         processor = build_processor(self.recipe, model)
+        if stage.prompt is not None:
+            processor = replace(processor, prompt=stage.prompt())
         data = stage.data(split="train")
         dist.barrier()
         loader = train_loader(data, processor, batch=stage.batch // self.world, seed=self.plan.seed)

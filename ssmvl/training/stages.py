@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 from torch import nn
 
 from ssmvl.binding import bind
-from ssmvl.build import ModelParts, build_model
-from ssmvl.errors import Problem, RecipeError, nearest
+from ssmvl.build import ModelParts, build_model, lacks_nothing
+from ssmvl.errors import ContractError, Problem, RecipeError, nearest
 from ssmvl.evaluation import Evaluation
-from ssmvl.interfaces import Check, Count, DatasetPart, Seed
+from ssmvl.interfaces import Check, Count, DatasetPart, Prompt, PromptPart, Seed
 from ssmvl.recipe import Recipe
 
 
@@ -62,6 +62,7 @@ class Stage:
         microbatch: samples of one forward on one rank; all of the rank's if None.
         duration: Composer time, e.g. `1ep` or `500ba`.
         checkpoint: interval between checkpoints, Composer time.
+        prompt: how this stage writes conversations; as the model does if None.
         packed: whether a recurrent language model reads a micro-batch in one row, without padding; else, and where
             samples are short and about equally long this is faster, one row per sample.
         sharding: over more than one rank.
@@ -79,6 +80,7 @@ class Stage:
     microbatch: Count | None = None
     duration: Interval
     checkpoint: Interval = "500ba"
+    prompt: PromptPart | None = None
     packed: bool = True
     sharding: Literal["fsdp2", "ddp"] = "fsdp2"
     callbacks: dict[str, Any] = field(default_factory=dict)
@@ -152,6 +154,11 @@ def check(recipe: Recipe) -> tuple[Plan, list[str]]:
             problems.append(Problem(f"stages.{name}.warmup", what))
     model = build_model(recipe, device="meta")
     for name, stage_ in plan.stages.items():
+        if stage_.prompt is not None:
+            try:
+                lacks_nothing(stage_.prompt(), stage_.prompt, Prompt)
+            except ContractError as error:
+                problems.append(Problem(f"stages.{name}.prompt", str(error)))
         problems += _check_prefixes(f"stages.{name}.train", stage_.train, model)
         problems += _check_prefixes(f"stages.{name}.optimizer.lr_of", stage_.optimizer.lr_of, model)
     if problems:

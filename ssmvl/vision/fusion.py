@@ -27,17 +27,56 @@ class ChannelFusion(nn.Module):
 
     def __init__(self, widths: Mapping[str, int], grids: Mapping[str, Grid], *, order: list[str] | None = None) -> None:
         super().__init__()
-        self.order = list(widths) if order is None else list(order)
-        if sorted(self.order) != sorted(widths):
-            raise ShapeError(
-                f"order must name each encoder once: received {self.order}, the encoders are {list(widths)}"
-            )
-        if len(set(grids.values())) > 1:
-            shown = ", ".join(f"{name} has {tuple(grid)}" for name, grid in grids.items())
-            raise ShapeError(f"channel fusion needs equal grids (maps, rows, columns): {shown}")
+        self.order = _order(widths, order)
+        self.grid = _common_grid(grids, "channel")
         self.width = sum(widths.values())
-        self.grid = grids[self.order[0]]
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """{encoder: (I, N, D_i)} -> (I, N, sum of D_i)."""
         return torch.cat([features[name] for name in self.order], dim=-1)
+
+
+class SequenceFusion(nn.Module):
+    """A visual long sequence: each encoder's features, mapped to the widest one's width, one after the other.
+
+    Each encoder has its own linear map with bias. They are new weights, trained with the connector.
+
+    Args:
+        widths: width of each encoder's features.
+        grids: grid of each encoder; all must be equal, of one map.
+        order: names of the encoders in the order of the maps; the recipe's own order if None.
+
+    Raises:
+        ShapeError: the grids differ or have several maps, or `order` is not a permutation of the encoders.
+
+    Source: MambaVLM, the visual long sequence; the common width is our choice.
+    """
+
+    def __init__(self, widths: Mapping[str, int], grids: Mapping[str, Grid], *, order: list[str] | None = None) -> None:
+        super().__init__()
+        self.order = _order(widths, order)
+        one = _common_grid(grids, "sequence")
+        if one.maps > 1:
+            raise ShapeError(f"sequence fusion makes a map of each encoder, but their grid {tuple(one)} has {one.maps}")
+        self.grid = Grid(len(self.order), one.rows, one.columns)
+        self.width = max(widths.values())
+        self.projections = nn.ModuleDict({name: nn.Linear(widths[name], self.width) for name in self.order})
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """{encoder: (I, N, D_i)} -> (I, E*N, D), E encoders, D the largest D_i; in the dtype of the weights."""
+        dtype = next(self.parameters()).dtype
+        return torch.cat([self.projections[name](features[name].to(dtype)) for name in self.order], dim=1)
+
+
+def _order(widths: Mapping[str, int], order: list[str] | None) -> list[str]:
+    order = list(widths) if order is None else list(order)
+    if sorted(order) != sorted(widths):
+        raise ShapeError(f"order must name each encoder once: received {order}, the encoders are {list(widths)}")
+    return order
+
+
+def _common_grid(grids: Mapping[str, Grid], fusion: str) -> Grid:
+    if len(set(grids.values())) > 1:
+        shown = ", ".join(f"{name} has {tuple(grid)}" for name, grid in grids.items())
+        raise ShapeError(f"{fusion} fusion needs equal grids (maps, rows, columns): {shown}")
+    return next(iter(grids.values()))

@@ -54,6 +54,20 @@ def _to_rgb(image: Image.Image, what: str) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec) -> Tensor:
-    """An RGB image -> uint8 (3, S, S), both sides resized to `spec.size`, bicubic, no crop."""
-    resized = image.resize((spec.size, spec.size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+    """An RGB image -> uint8 (3, S, S), brought to shape as `spec` says, bicubic."""
+    (width, height), size = image.size, spec.size
+    if spec.resize == "letterbox":
+        inner = [max(1, round(side * size / max(width, height))) for side in (width, height)]
+        square = Image.new("RGB", (size, size), spec.fill)
+        square.paste(_resized(image, (inner[0], inner[1])), ((size - inner[0]) // 2, (size - inner[1]) // 2))
+    elif spec.resize == "resize-crop":  # only what is kept is resized: the whole of a long strip may not fit in memory
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2  # whole pixels: half a pixel would blur
+        square = _resized(image, (size, size), (left, top, left + side, top + side))
+    else:
+        square = _resized(image, (size, size))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def _resized(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int] | None = None) -> Image.Image:
+    return image.resize(size, Image.Resampling.BICUBIC, box)

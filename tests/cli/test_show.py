@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,9 @@ def test_a_bad_grid_is_refused_with_what_is_allowed(grid: str, capsys: Capture) 
         (["--scan", "csm", "seed=3"], "not allowed with argument"),
         (["quickstart", "--grid", "2x3"], "--grid and --png belong to --scan"),
         (["quickstart", "--png", "x.png"], "--grid and --png belong to --scan"),
+        (["--scan", "csm", "--params"], "--params belongs to a recipe"),
+        (["quickstart", "--params", "--grid", "2x3"], "--grid and --png belong to --scan"),
+        (["--params", "quickstart"], "one of the arguments recipe --scan is required"),
     ],
 )
 def test_a_recipe_or_a_scan_order_but_not_both(argv: list[str], expected: str, capsys: Capture) -> None:
@@ -102,3 +106,46 @@ def test_help_imports_neither_torch_nor_rich() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--scan NAME" in done.stdout
     assert not {"torch", "rich", "matplotlib"} & set(done.stderr.split())
+
+
+def table(shown: str, first: str) -> dict[str, list[str]]:
+    """Rows under the heading that starts with `first`: name -> cells."""
+    lines = shown.partition(f" {first} ")[2].partition("\n\n")[0].splitlines()[1:]
+    return {cells[0]: cells[1:] for cells in (re.split(r" {2,}", line.strip()) for line in lines)}
+
+
+def test_params_shows_shapes_and_costs(capsys: Capture) -> None:
+    assert main(["show", "quickstart", "--params"]) == 0
+    shown = capsys.readouterr().out
+    shapes, costs = table(shown, "axes"), table(shown, "parameters")
+    assert shown.startswith("One image and 64 supervised text positions.\n")
+    assert shapes["image"] == ["(I, 3, S, S)", "1 × 3 × 48 × 48"]
+    assert shapes["connector"] == ["(I, M, D)", "1 × 9 × 128"]
+    assert shapes["language.layers"] == ["(B, T, D)", "1 × 73 × 128"]
+    assert shapes["language.head"] == ["(n, V)", "64 × 352"]
+    assert costs["language.embedding"] == ["45,056", "2.4%", "90.11 kB", "180.22 kB", "0"]
+    assert costs["language.head"] == ["0", "0.0%", "0 bytes", "0 bytes", "5.77 M"]
+    assert costs["total"][:4] == ["1,849,526", "100.0%", "3.70 MB", "7.40 MB"]
+    assert costs.keys() - {"total"} == shapes.keys() - {"image"}
+    assert max(map(len, shown.splitlines())) <= 80
+    text = " ".join(shown.split())
+    assert "encoders.fine has 134,155 parameters that this forward does not use." in text
+    assert "language.head shares 45,056 parameters with a part above (tied): counted once." in text
+    assert "element-wise work is not" in text
+
+
+@pytest.mark.parametrize("argv", [["seed=3", "--params"], ["--params", "seed=3"]])
+def test_params_takes_overrides_before_and_after_it(argv: list[str], capsys: Capture) -> None:
+    change = ["model.connector.num_layers=1" if word == "seed=3" else word for word in argv]
+    shown = []
+    for words in (argv, change):
+        assert main(["show", "quickstart", *words]) == 0
+        shown.append(table(capsys.readouterr().out, "parameters")["connector"][0])
+    assert int(shown[1].replace(",", "")) < int(shown[0].replace(",", ""))
+
+
+def test_params_names_a_mistake_of_the_recipe(capsys: Capture) -> None:
+    assert main(["show", "quickstart", "--params", "model.connector.nosuch=1"]) == 2
+    shown = capsys.readouterr()
+    assert "model.connector.nosuch: connector 'msc_advanced'" in shown.err
+    assert shown.out == ""

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 from streaming.base.hashing import get_hash
 
 from ssmvl.data import shards
-from ssmvl.data.shards import HASH, ensure_shards, find_damage, unpack
+from ssmvl.data.shards import HASH, ensure_shards, existing_shards, find_damage, unpack
 from ssmvl.data.streams import read_records
 from ssmvl.errors import DataError, MissingDependencyError
+from ssmvl.testing import check_dataset
 
 TALK = [{"role": "user", "content": "é?"}, {"role": "assistant", "content": "ü"}]
 RECORDS = [
@@ -169,6 +171,39 @@ def test_two_processes_at_once_write_once(tmp_path: Path) -> None:
             assert second.communicate(timeout=25)[0] == "done\n"
     assert [first.returncode, second.returncode] == [0, 0]
     assert find_damage(tmp_path / "s", 5000) == ""
+
+
+def test_existing_shards_are_those_in_the_folder_of_the_split(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        records = [{"id": split, "type": "", "conversation": TALK, "images": []}]
+        ensure_shards(tmp_path / split, lambda records=records: records, 1)
+    assert read_records(existing_shards("test", folder=str(tmp_path)))[0]["id"] == "test"
+    assert existing_shards("train", folder=str(tmp_path)) == tmp_path / "train"
+    assert check_dataset(partial(existing_shards, folder=str(tmp_path))) is None
+
+
+def test_existing_shards_that_are_not_there_say_what_is_expected(tmp_path: Path) -> None:
+    ensure(tmp_path / "train")
+    with pytest.raises(DataError, match=r"/test/index\.json: there is no such file.*test/index\.json lists the MDS"):
+        existing_shards("test", folder=str(tmp_path))
+    with pytest.raises(DataError, match="no such file"):
+        existing_shards("train", folder=str(tmp_path / "train"))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"shards": 1}', b'{"shards": []}', b'{"shards": [{}]}', b"\xff"])
+def test_existing_shards_with_a_broken_index_are_an_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "index.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"train/index\.json is no index of MDS shards"):
+        existing_shards("train", folder=str(tmp_path))
+
+
+def test_existing_shards_of_other_columns_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    listed = [{"column_names": list(shards.COLUMNS)}, {"column_names": ["id", "images", "mine"]}]
+    (tmp_path / "train" / "index.json").write_text(json.dumps({"shards": listed}))
+    with pytest.raises(DataError, match=r"lack the columns \['conversation', 'image_sizes', 'type'\]; each needs id, "):
+        existing_shards("train", folder=str(tmp_path))
 
 
 @pytest.mark.parametrize("images", [[], [b"abc"], [b"a", b"", b"bcd"]])

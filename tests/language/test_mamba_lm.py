@@ -50,6 +50,13 @@ def test_models_are_of_their_own_mixers() -> None:
     assert isinstance(Mamba1LM(**sizes).layers[0].mixer, Mamba1Mixer)
 
 
+@pytest.mark.parametrize(("language", "parameters"), [(MambaLM, 2_702_599_680), (Mamba1LM, 2_768_345_600)])
+def test_published_sizes(language: type[MambaLM], parameters: int) -> None:
+    with torch.device("meta"):
+        model = language(width=2560, num_layers=64, num_tokens=50277)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
 @torch.no_grad()
 def test_prefill_equals_backbone(lm: MambaLM) -> None:
     embeds = lm.embed(torch.randint(20, (2, 70)))

@@ -10,7 +10,7 @@ import pytest
 from ssmvl.errors import ContractError
 from ssmvl.interfaces import Message, Piece
 from ssmvl.testing import check_prompt
-from ssmvl.text.prompts import MambaPrompt
+from ssmvl.text.prompts import MambaPrompt, PlainPrompt
 from ssmvl.text.tokenizers import END
 
 
@@ -59,6 +59,16 @@ class TidiesTheQuestion(MambaPrompt):
         return [piece._replace(text=piece.text.replace("\n\n", " ")) for piece in super().pieces(conversation, end)]
 
 
+class ForgetsAQuestion(MambaPrompt):
+    def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
+        return [piece for piece in super().pieces(conversation, end) if "where" not in piece.text]
+
+
+class ReadsQuestionsWithAnswers(PlainPrompt):
+    def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
+        return (MambaPrompt if len(conversation) > 1 else PlainPrompt)().pieces(conversation, end)
+
+
 class MarksImages(MambaPrompt):
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
         return [Piece("<image>\n", template=True), *super().pieces(conversation, end)]
@@ -89,6 +99,8 @@ class PutsImagesLast(MambaPrompt):
         (TrustsTheUser, "a user's text in a template is parsed for special tokens: '<image>"),
         (RepeatsTheQuestion, "a user's text in a template is parsed for special tokens: '<image>"),
         (TidiesTheQuestion, r"pieces of 3 messages: 'And\\n\\nwhere\?' must stand there as it is"),
+        (ForgetsAQuestion, r"pieces of 3 messages: 'And\\n\\nwhere\?' must stand there as it is"),
+        (ReadsQuestionsWithAnswers, r"pieces of 1 messages: '<image>.* must stand there as it is, in \[\]"),
         (MarksImages, "`<image>` marks are the user's; the template has one"),
         (KnowsThatAnAnswerComes, "pieces up to an answer must be what the whole conversation begins with"),
         (GivesTexts, "must be a list of Piece, received"),

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+import ssmvl
 from ssmvl import testing
 from ssmvl.core_plugin import components
+from ssmvl.data.shards import ensure_shards
 from ssmvl.recipe import recipe_names
 from ssmvl.registry import INJECTED, Entry
 
@@ -23,18 +25,28 @@ OPTIONS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("language_model", "mamba1_lm"): [TINY],
     ("language_model", "mamba2_lm"): [TINY],
     ("dataset", "digit_scenes"): [{"train_size": 8, "test_size": 5}],
+    ("dataset", "shards"): [{"folder": "shards"}],
+}
+# Names that tell each layout, and overrides of the quickstart that make a model it fits.
+MARKS: dict[str, tuple[list[str], list[str]]] = {
+    "ssmvl": (["encoders.a", "connector.a", "language.a"], []),
+    "state_spaces": (["backbone.embedding.weight"], []),
+    "transformers_mamba": (["backbone.embeddings.weight"], []),
+    "ml_mamba_release": (["model.bidirectional_mamba.norm_f.weight"], []),
+    "cobra_release": (["model.projector.projector.0.weight"], ["model.connector=mlp"]),
 }
 SWEPT = [
     pytest.param(entry, options, id=" ".join([entry.kind, entry.name, *map(str, options.values())]))
     for entry in components().entries()
-    if entry.kind != "recipe"
+    if entry.kind not in ("recipe", "checkpoint")
     for options in OPTIONS.get((entry.kind, entry.name), [{}])
 ]
 
 
 def test_every_kind_has_a_check_and_is_swept() -> None:
     assert sorted(testing.__all__) == sorted(f"check_{kind}" for kind in INJECTED)
-    assert {entry.kind for entry, _ in (param.values for param in SWEPT)} | {"recipe"} == set(INJECTED)
+    assert {entry.kind for entry, _ in (param.values for param in SWEPT)} | {"recipe", "checkpoint"} == set(INJECTED)
+    assert set(MARKS) == set(components().names("checkpoint"))
     assert set(OPTIONS) <= {(entry.kind, entry.name) for entry in components().entries()}
 
 
@@ -43,8 +55,27 @@ def test_component_keeps_its_contract(
     entry: Entry, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where data sets are written
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    for split in ("train", "test") if entry.name == "shards" else ():
+        record = {"id": split, "type": "", "conversation": talk, "images": []}
+        ensure_shards(Path("shards") / split, lambda record=record: [record], 1)
     check = getattr(testing, f"check_{entry.kind}")
     assert check(partial(entry.load(), **options)) is None
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_layout_keeps_its_contract(name: str) -> None:
+    layout, (marks, overrides) = components().find("checkpoint", name).load(), MARKS[name]
+    model = ssmvl.build_model("quickstart", *overrides)
+    found = layout(names=marks, config={})
+    module = model if found.part == "model" else model.language
+    named = module.state_dict()
+    tensors = {
+        theirs: part.clone()
+        for own, names in found.table(named).items()
+        for theirs, part in zip(names, named[own].chunk(len(names)), strict=True)
+    }
+    assert testing.check_checkpoint(layout, tensors, module) is None
 
 
 @pytest.mark.parametrize("name", recipe_names())

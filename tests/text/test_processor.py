@@ -11,9 +11,9 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ssmvl.errors import DataError
-from ssmvl.interfaces import ImageSpec
+from ssmvl.interfaces import ImageSpec, Prompt
 from ssmvl.text.processor import Processor, Sample
-from ssmvl.text.prompts import MambaPrompt
+from ssmvl.text.prompts import MambaPrompt, PlainPrompt
 from ssmvl.text.tokenizers import END, byte_tokenizer
 
 SMALL, LARGE = ImageSpec(4), ImageSpec(6)
@@ -25,7 +25,7 @@ class InPlacePrompt(MambaPrompt):
     image_placement = "in_place"
 
 
-def processor(prompt: MambaPrompt | None = None, tokenizer: Tokenizer | None = None) -> Processor:
+def processor(prompt: Prompt | None = None, tokenizer: Tokenizer | None = None) -> Processor:
     return Processor(tokenizer or byte_tokenizer(), prompt or MambaPrompt(), (SMALL, LARGE), places=2)
 
 
@@ -104,9 +104,22 @@ def test_marks_in_place() -> None:
     assert ids == [*IN, 64, -1, -1, 65, *OUT, 66, END_ID, *IN, -1, -1, 198, 67, *OUT]
 
 
-def test_in_place_prompt_without_marks_puts_images_first() -> None:
-    ids = processor(InPlacePrompt()).encode(talk("a"), [RED])["ids"].tolist()
-    assert ids == [-1, -1, *IN, 64, *OUT]
+def test_images_without_marks_stand_above_the_first_question_where_images_are_in_place() -> None:
+    for given in (talk("a", "b", "c"), talk("<image>\n<image>\na", "b", "c")):
+        ids = processor(InPlacePrompt()).encode(given, [RED, BLUE])["ids"].tolist()
+        assert ids == [*IN, -1, -1, 198, -1, -1, 198, 64, *OUT, 65, END_ID, *IN, 66, *OUT]
+
+
+def test_marks_that_a_prompt_leaves_out_are_counted() -> None:
+    assert processor(PlainPrompt()).encode(talk("<image>", "b"), [RED])["ids"].tolist() == [-1, -1, 65, END_ID]
+    with pytest.raises(DataError, match="2 <image> marks"):
+        processor(PlainPrompt()).encode(talk("<image><image>", "b"), [RED])
+
+
+def test_neither_text_nor_image_is_refused() -> None:
+    assert processor(PlainPrompt()).encode(talk("a"), [RED])["ids"].tolist() == [-1, -1]
+    with pytest.raises(DataError, match="nothing to read in this sample"):
+        processor(PlainPrompt()).encode(talk("a"))
 
 
 @pytest.mark.parametrize(("text", "count"), [("<image>", 0), ("<image>", 2), ("<image><image>", 1)])
@@ -172,6 +185,14 @@ def test_pickled_processor_makes_equal_samples() -> None:
     copy = pickle.loads(pickle.dumps(made))
     assert same(copy.encode(talk("<image>\na" + END, "b"), [RED], train=True), before)
     assert copy.end_id == made.end_id == END_ID
+
+
+def test_the_end_is_the_tokenizers() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["</s>"])
+    made = Processor(tokenizer, MambaPrompt(), (SMALL,), places=2, end="</s>")
+    assert made.end_id == 257
+    assert made.encode(talk("a", "b"))["ids"].tolist() == [*IN, 64, *OUT, 65, 257]
 
 
 def test_decode_leaves_special_tokens_out() -> None:

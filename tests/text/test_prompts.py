@@ -1,17 +1,31 @@
-"""How conversations are written."""
+"""How conversations are written, and read as ids."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from ssmvl_ml_mamba.prompts import ZephyrPrompt
 
-from ssmvl.errors import DataError
-from ssmvl.interfaces import Piece, Prompt
-from ssmvl.text.prompts import MambaPrompt
+import ssmvl
+from ssmvl.build import build_processor
+from ssmvl.errors import DataError, RecipeError
+from ssmvl.interfaces import ImageSpec, Piece, Prompt
+from ssmvl.saved import save_folder
+from ssmvl.testing import check_prompt
+from ssmvl.text.processor import Processor
+from ssmvl.text.prompts import MambaPrompt, PlainPrompt, VicunaPrompt
+from ssmvl.text.tokenizers import byte_tokenizer
 
 QUESTION = [Piece("In: ", False, True), Piece("why?", False, False), Piece("\nOut: ", False, True)]
 ANSWER = [Piece("so.", True, False), Piece("<end>", True, True)]
+VICUNA = (
+    "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER:"
+)
+PROMPTS = [MambaPrompt, PlainPrompt, VicunaPrompt, ZephyrPrompt]
+SPECIAL = ["<s>", "</s>", "<|endoftext|>", "<|user|>", "<|assistant|>"]
 
 
 def user(text: str = "why?") -> dict[str, str]:
@@ -22,29 +36,71 @@ def assistant(text: str = "so.") -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def test_keeps_the_contract() -> None:
-    assert isinstance(MambaPrompt(), Prompt)
-    assert MambaPrompt().image_placement == "before_all_text"
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_keeps_the_contract(prompt: type[Prompt]) -> None:
+    assert check_prompt(prompt) is None
+    assert prompt().image_placement == ("in_place" if prompt is VicunaPrompt else "before_all_text")
 
 
-def test_question_ends_where_the_answer_begins() -> None:
+def test_mamba_question_ends_where_the_answer_begins() -> None:
     assert MambaPrompt().pieces([user()], "<end>") == QUESTION
 
 
-def test_answer_and_its_end_are_supervised() -> None:
+def test_mamba_answer_and_its_end_are_supervised() -> None:
     assert MambaPrompt().pieces([user(), assistant()], "<end>") == QUESTION + ANSWER
 
 
-def test_turns_follow_each_other() -> None:
+def test_mamba_turns_follow_each_other() -> None:
     pieces = MambaPrompt().pieces([user(), assistant(), user("why?"), assistant("so.")], "<end>")
     assert pieces == (QUESTION + ANSWER) * 2
 
 
-def test_an_empty_conversation_is_refused() -> None:
+def test_plain_is_the_captions_alone() -> None:
+    assert PlainPrompt().pieces([user()], "<end>") == []
+    assert PlainPrompt().pieces([user(), assistant()], "<end>") == ANSWER
+    assert PlainPrompt().pieces([user(), assistant(), user(), assistant(), user()], "<end>") == ANSWER * 2
+
+
+def test_zephyr_turn_after_turn() -> None:
+    pieces = ZephyrPrompt().pieces([user(), assistant(), user(), assistant()], "<end>")
+    middle = Piece("<end>\n<|assistant|>\n", template=True)
+    first = [Piece("<|user|>\n", template=True), Piece("why?"), middle]
+    assert pieces == [*first, *ANSWER, Piece("\n<|user|>\n", template=True), *first[1:], *ANSWER]
+    assert ZephyrPrompt().pieces([user()], "<end>") == first
+    text = "<|user|>\nwhy?<end>\n<|assistant|>\nso.<end>"
+    assert "".join(piece.text for piece in pieces) == f"{text}\n{text}"
+
+
+def test_vicuna_turn_after_turn() -> None:
+    first = [Piece(VICUNA, template=True), Piece("why?"), Piece("ASSISTANT:", template=True)]
+    second = [Piece("USER:", template=True), *first[1:]]
+    assert VicunaPrompt().pieces([user()], "<end>") == first
+    assert (
+        VicunaPrompt().pieces([user(), assistant(), user(), assistant()], "<end>") == first + ANSWER + second + ANSWER
+    )
+
+
+def test_vicuna_writes_the_space_beside_an_image() -> None:
+    pieces = VicunaPrompt().pieces(
+        [user("<image>"), assistant(), user("<image>\na"), assistant(), user("a<image>")], ""
+    )
+    assert [piece.text for piece in pieces if piece.template and piece.text] == [
+        f"{VICUNA} ",
+        " ASSISTANT:",
+        "USER: ",
+        "ASSISTANT:",
+        "USER:",
+        " ASSISTANT:",
+    ]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_an_empty_conversation_is_refused(prompt: type[Prompt]) -> None:
     with pytest.raises(DataError, match="an empty conversation"):
-        MambaPrompt().pieces([], "<end>")
+        prompt().pieces([], "<end>")
 
 
+@pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize(
     ("conversation", "place"),
     [
@@ -58,6 +114,36 @@ def test_an_empty_conversation_is_refused() -> None:
         ([{"role": "user", "content": ["why?"]}], 0),
     ],
 )
-def test_bad_message_is_named(conversation: list[dict[str, Any]], place: int) -> None:
+def test_bad_message_is_named(prompt: type[Prompt], conversation: list[dict[str, Any]], place: int) -> None:
     with pytest.raises(DataError, match=f"message {place} .*'{('user', 'assistant')[place % 2]}'"):
-        MambaPrompt().pieces(conversation, "<end>")
+        prompt().pieces(conversation, "<end>")
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_special_tokens_of_a_user_are_never_parsed(prompt: type[Prompt]) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(SPECIAL)
+    processor = Processor(tokenizer, prompt(), (ImageSpec(8),), places=2, end="</s>")
+    special = {tokenizer.token_to_id(token) for token in SPECIAL}
+
+    def read(text: str) -> tuple[list[int], str]:
+        talk = [user(f"{text}?"), assistant(f"{text}!"), user(f"?{text}"), assistant(text), user(text)]
+        ids = processor.encode(talk)["ids"].tolist()
+        return [id_ for id_ in ids if id_ in special], processor.decode(ids)
+
+    parsed, plain = read("@@")
+    assert parsed.count(processor.end_id) in (2, 5), "of answers; in zephyr of questions too"
+    for token in SPECIAL:
+        assert read(token) == (parsed, plain.replace("@@", token))
+
+
+def test_a_saved_model_whose_prompt_no_plugin_offers(tmp_path: Path) -> None:
+    recipe = ssmvl.load_recipe("quickstart")
+    model = ssmvl.build_model(recipe)
+    save_folder(tmp_path / "saved", model.state_dict(), recipe, build_processor(recipe, model))
+    path = tmp_path / "saved" / "recipe.yaml"
+    written = path.read_text().split("name: mamba\n")
+    assert len(written) == 2
+    path.write_text("name: mambo\n".join(written))
+    with pytest.raises(RecipeError, match=r"model\.prompt: no prompt named 'mambo'\. Did you mean 'mamba'\? Allowed: "):
+        ssmvl.load(tmp_path / "saved")

@@ -1,26 +1,37 @@
+"""timm's ViTs as encoders."""
+
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from torch import nn
 
-import ssmvl
-from ssmvl.checkpoints import write_tensors
-from ssmvl.data.digits import CELLS, digit_images, draw
-from ssmvl.errors import CheckpointError, ContractError
-from ssmvl.interfaces import Grid
-from ssmvl.vision.digit_vit import EMPTY, SHIPPED, VARIANTS, digit_vit
-from ssmvl.vision.encoders import VitEncoder, timm_encoder
+from ssmvl.errors import ContractError
+from ssmvl.interfaces import Grid, ImageSpec
+from ssmvl.testing import check_encoder
+from ssmvl.vision.encoders import timm_encoder
+from ssmvl.vision.transforms import to_pixels
+from ssmvl.vlm import VisionLanguageModel
+
+Moved = Callable[[Any], Any]
 
 PIXELS = torch.randint(256, (2, 3, 160, 160), dtype=torch.uint8)
+SMALL = ["test_vit", "test_vit2", "test_vit3"]  # a class token; a register token; a register token and map pooling
+DINO = "vit_large_patch14_reg4_dinov2.lvd142m"
 
 
-@pytest.mark.parametrize("model", ["test_vit", "vit_tiny_patch16_224"])
-def test_features_are_timms_second_to_last_block_without_prefix_tokens(model: str) -> None:
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("model", [*SMALL, "vit_tiny_patch16_224"])
+def test_features_are_timms_second_to_last_block_without_prefix_tokens(model: str, moved: Moved) -> None:
     encoder = timm_encoder(model, image_size=160).eval()
+    moved(encoder.vit)
     grid = encoder.grid
     assert grid == Grid(1, 10, 10)
     features = encoder(PIXELS)
@@ -33,14 +44,78 @@ def test_features_are_timms_second_to_last_block_without_prefix_tokens(model: st
     assert not torch.equal(features, last)
 
 
-def test_normalises_itself_with_the_models_mean_and_std() -> None:
-    encoder = timm_encoder("test_vit", image_size=160)
-    mean, std = (torch.tensor(encoder.vit.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
-    torch.testing.assert_close(encoder.normalise(PIXELS), (PIXELS / 255 - mean) / std)
+@pytest.mark.parametrize("model", SMALL)
+def test_features_are_those_of_the_blocks_called_one_by_one(model: str, moved: Moved) -> None:
+    encoder = timm_encoder(model, image_size=160).eval()
+    vit = moved(encoder.vit)
+    x = vit.norm_pre(vit._pos_embed(vit.patch_embed(encoder.normalise(PIXELS))))
+    for block in list(vit.blocks)[:-1]:
+        x = block(x)
+    torch.testing.assert_close(encoder(PIXELS), x[:, -100:])
+
+
+def test_keeps_the_contract_of_encoders() -> None:
+    assert check_encoder(lambda: timm_encoder("test_vit")) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "count", "width"),
+    [(DINO, 384, 303_715_328, 1024), ("vit_so400m_patch14_siglip_384.webli", None, 428_225_600, 1152)],
+)
+def test_published_sizes_have_the_published_counts(model: str, size: int | None, count: int, width: int) -> None:
+    with torch.device("meta"):
+        encoder = timm_encoder(model, image_size=size)
+    assert parameters(encoder) == count
+    assert (encoder.width, encoder.grid, encoder.image_spec) == (width, Grid(1, 27, 27), ImageSpec(384))
+    assert not list(encoder.buffers())  # a build on meta would leave them empty
+
+
+def test_clip_at_336_px_has_576_patches() -> None:
+    with torch.device("meta"):
+        encoder = timm_encoder("vit_large_patch14_clip_quickgelu_336.openai")
+    assert (encoder.width, encoder.grid, encoder.image_spec) == (1024, Grid(1, 24, 24), ImageSpec(336))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_normalises_in_full_precision_whatever_the_weights_are(dtype: torch.dtype) -> None:
+    encoder = timm_encoder("test_vit", image_size=160).to(dtype)
+    encoder.mean, encoder.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    exact = torch.promote_types(dtype, torch.float32)
+    mean, std = (torch.tensor(v, dtype=exact).view(3, 1, 1) for v in (encoder.mean, encoder.std))
+    found = encoder.normalise(PIXELS)
+    assert found.dtype == dtype
+    assert torch.equal(found, ((PIXELS.to(exact) / 255 - mean) / std).to(dtype))
+    assert not list(encoder.buffers())
+
+
+def test_the_tag_decides_mean_and_std() -> None:
+    with torch.device("meta"):
+        encoders = [timm_encoder(f"vit_large_patch14_clip_224.{tag}") for tag in ("laion2b", "dfn2b_s39b")]
+    assert encoders[0].mean == encoders[0].std == (0.5, 0.5, 0.5)
+    assert encoders[1].mean == (0.48145466, 0.4578275, 0.40821073)
+
+
+def test_a_letterbox_has_the_encoders_mean_colour() -> None:
+    with torch.device("meta"):
+        encoder = timm_encoder(DINO, image_size=28, resize="letterbox")
+    assert encoder.image_spec == ImageSpec(28, "letterbox", (124, 116, 104))
+    assert timm_encoder("test_vit", resize="resize-crop").image_spec == ImageSpec(160, "resize-crop")
+
+
+def test_encoders_of_one_spec_share_one_image() -> None:
+    encoders = {"dino": timm_encoder("test_vit"), "siglip": timm_encoder("test_vit3")}
+    encoders["siglip"].mean = (0.1, 0.2, 0.3)
+    nothing = nn.Identity()
+    specs = VisionLanguageModel(encoders, nothing, nothing, nothing).image_specs
+    assert specs == (ImageSpec(160),)
+    shared = {spec: to_pixels(Image.new("RGB", (40, 30)), spec)[None] for spec in specs}
+    assert all(encoder(shared[encoder.image_spec]).shape[:2] == (1, 100) for encoder in encoders.values())
 
 
 def test_no_image_gives_no_features() -> None:
-    assert timm_encoder("test_vit", image_size=160)(PIXELS[:0]).shape == (0, 100, 64)
+    features = timm_encoder("test_vit", image_size=160).to(torch.bfloat16)(PIXELS[:0])
+    assert features.shape == (0, 100, 64)
+    assert features.dtype == torch.bfloat16
 
 
 def test_frozen_encoder_keeps_no_graph_and_a_trained_one_does() -> None:
@@ -50,56 +125,13 @@ def test_frozen_encoder_keeps_no_graph_and_a_trained_one_does() -> None:
     assert not encoder(PIXELS).requires_grad
 
 
-def test_weights_are_loaded_when_asked_and_not_before(tmp_path: Path) -> None:
-    source = timm_encoder("test_vit", image_size=160)
-    write_tensors(tmp_path / "vit.safetensors", source.vit.state_dict())
-    encoder = timm_encoder("test_vit", image_size=160, weights=str(tmp_path / "vit.safetensors"))
-    assert not torch.equal(encoder(PIXELS), source(PIXELS))
-    encoder.load_weights()
-    assert torch.equal(encoder(PIXELS), source(PIXELS))
-
-
-def test_weights_that_are_missing_name_the_file() -> None:
-    with pytest.raises(CheckpointError, match=r"nowhere\.safetensors"):
-        timm_encoder("test_vit", image_size=160, weights="nowhere.safetensors").load_weights()
-
-
-@pytest.mark.parametrize("model", ["test_vitt", "resnet18"])
+@pytest.mark.parametrize("model", ["test_vitt", "resnet18", "test_efficientnet", "hf-hub:timm/test_vit"])
 def test_what_timm_lacks_or_is_no_vit_is_refused(model: str) -> None:
-    with pytest.raises(ContractError, match=model if model == "test_vitt" else "ResNet is no ViT"):
+    no_vit = {"resnet18": "ResNet is no ViT", "test_efficientnet": "EfficientNet is no ViT"}
+    with pytest.raises(ContractError, match=no_vit.get(model, f"no model {model!r}; similar names there: ")):
         timm_encoder(model)
 
 
-@pytest.fixture(scope="module")
-def shipped() -> dict[str, VitEncoder]:
-    model = ssmvl.build_model("quickstart", weights="recipe")
-    return dict(model.encoders.items())
-
-
-@pytest.mark.parametrize("stem", VARIANTS)
-def test_every_tensor_of_a_built_encoder_is_the_shipped_one(shipped: dict[str, VitEncoder], stem: str) -> None:
-    path = SHIPPED / f"digit_vit_{stem}.safetensors"
-    assert path.stat().st_size < 2_000_000
-    expected = load_file(path)
-    found = shipped[stem].vit.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize("stem", VARIANTS)
-def test_shipped_encoders_name_unseen_digits(shipped: dict[str, VitEncoder], stem: str) -> None:
-    images, labels = digit_images("test")
-    rng = np.random.default_rng(5)
-    cells = rng.integers(CELLS, size=(len(labels), 2))
-    pictures = [np.asarray(draw({(r, c): image})) for image, (r, c) in zip(images, cells.tolist(), strict=True)]
-    encoder = shipped[stem].eval()
-    with torch.no_grad():
-        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-        classes = encoder.vit(encoder.normalise(pixels)).argmax(-1)
-    named = classes[torch.arange(len(labels)), torch.from_numpy(cells[:, 0] * CELLS + cells[:, 1])]
-    assert (named == torch.from_numpy(labels)).float().mean() >= 0.97
-    assert ((classes == EMPTY).sum(1) == CELLS * CELLS - 1).float().mean() > 0.9
-
-
-def test_variants_share_one_input() -> None:
-    assert {digit_vit(stem).image_spec for stem in VARIANTS} == {digit_vit("fine").image_spec}
+def test_images_smaller_than_a_patch_are_refused() -> None:
+    with pytest.raises(ContractError, match="images of 15 px are smaller than one patch"):
+        timm_encoder("test_vit", image_size=15)

@@ -10,14 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from ssmvl.errors import DataError
-from ssmvl.interfaces import ImageSpec
+from ssmvl.interfaces import ImageSpec, Resize
 from ssmvl.vision import transforms
 from ssmvl.vision.transforms import read_image, to_pixels
 
-GREEN = (0, 255, 0)
+GREEN, RED, BLUE = (0, 255, 0), (255, 0, 0), (0, 0, 255)
+WAYS: tuple[Resize, ...] = ("resize-naive", "resize-crop", "letterbox")
+sides = st.integers(1, 60) | st.just(1000)
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -104,6 +108,99 @@ def test_resize_keeps_both_ends_of_a_wide_image() -> None:
     row = to_pixels(wide, ImageSpec(10))[0, 5]
     assert row[:8].max() < 32
     assert row[9] > 223
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width * 1001 + height).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def planes(image: Image.Image) -> torch.Tensor:
+    return torch.tensor(np.asarray(image)).permute(2, 0, 1)
+
+
+def colours(pixels: torch.Tensor) -> list[list[tuple[int, ...]]]:
+    return [[tuple(pixel) for pixel in row] for row in pixels.permute(1, 2, 0).tolist()]
+
+
+@given(width=sides, height=sides, size=st.integers(1, 40), way=st.sampled_from(WAYS))
+def test_every_shape_becomes_a_square_of_bytes(width: int, height: int, size: int, way: Resize) -> None:
+    pixels = to_pixels(picture(width, height), ImageSpec(size, way, GREEN))
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape == (3, size, size)
+    assert pixels.is_contiguous()
+
+
+@given(width=sides, height=sides, size=st.integers(1, 40))
+def test_naive_is_the_resize_of_pillow(width: int, height: int, size: int) -> None:
+    image = picture(width, height)
+    expected = planes(image.resize((size, size), Image.Resampling.BICUBIC))
+    assert torch.equal(to_pixels(image, ImageSpec(size)), expected)
+
+
+@given(side=sides, size=st.integers(1, 40), way=st.sampled_from(WAYS[1:]))
+def test_of_a_square_all_ways_are_one(side: int, size: int, way: Resize) -> None:
+    image = picture(side, side)
+    assert torch.equal(to_pixels(image, ImageSpec(size, way, GREEN)), to_pixels(image, ImageSpec(size)))
+
+
+@given(width=sides, height=sides, size=st.integers(1, 40), way=st.sampled_from(WAYS))
+def test_a_solid_colour_stays_itself_and_only_a_letterbox_adds_another(
+    width: int, height: int, size: int, way: Resize
+) -> None:
+    found = {
+        pixel
+        for row in colours(to_pixels(Image.new("RGB", (width, height), RED), ImageSpec(size, way, BLUE)))
+        for pixel in row
+    }
+    assert found <= ({RED, BLUE} if way == "letterbox" else {RED})
+    assert RED in found
+
+
+@pytest.mark.parametrize(("width", "height"), [(16, 8), (8, 4), (4, 2)])
+def test_letterbox_lies_in_the_middle_of_the_fill(width: int, height: int) -> None:
+    wide = colours(to_pixels(Image.new("RGB", (width, height), RED), ImageSpec(8, "letterbox", BLUE)))
+    assert wide == [[BLUE] * 8] * 2 + [[RED] * 8] * 4 + [[BLUE] * 8] * 2
+    tall = colours(to_pixels(Image.new("RGB", (height, width), RED), ImageSpec(8, "letterbox", BLUE)))
+    assert tall == [[BLUE] * 2 + [RED] * 4 + [BLUE] * 2] * 8
+
+
+def test_letterbox_of_an_odd_rest_leaves_the_larger_part_below() -> None:
+    rows = colours(to_pixels(Image.new("RGB", (8, 5), RED), ImageSpec(8, "letterbox", BLUE)))
+    assert [row[0] for row in rows] == [BLUE] + [RED] * 5 + [BLUE] * 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1000), (1000, 1)])
+def test_letterbox_of_a_strip_keeps_one_line_of_it(shape: tuple[int, int]) -> None:
+    pixels = to_pixels(Image.new("RGB", shape, RED), ImageSpec(9, "letterbox", BLUE))
+    rows = colours(pixels if shape[0] > 1 else pixels.transpose(1, 2))
+    assert rows == [[BLUE] * 9] * 4 + [[RED] * 9] + [[BLUE] * 9] * 4
+
+
+def test_letterbox_holds_the_whole_image_resized() -> None:
+    image = picture(30, 20)
+    pixels = to_pixels(image, ImageSpec(12, "letterbox", BLUE))
+    assert torch.equal(pixels[:, 2:10], planes(image.resize((12, 8), Image.Resampling.BICUBIC)))
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_crop_keeps_the_middle_of_the_longer_side(upright: bool) -> None:
+    image = picture(48, 16)
+    expected = planes(image)[:, :, 16:32]
+    if upright:
+        image, expected = image.transpose(Image.Transpose.TRANSPOSE), expected.transpose(1, 2)
+    assert torch.equal(to_pixels(image, ImageSpec(16, "resize-crop")), expected)
+
+
+def test_crop_is_the_resize_of_the_shorter_side_and_then_the_middle() -> None:
+    image = picture(60, 20)
+    whole = planes(image.resize((30, 10), Image.Resampling.BICUBIC))
+    assert torch.equal(to_pixels(image, ImageSpec(10, "resize-crop")), whole[:, :, 10:20])
+
+
+def test_crop_of_a_strip_takes_no_memory_for_what_is_cut_off() -> None:
+    strip = Image.new("RGB", (1, 3_000_000), RED)  # 384 px wide and uncropped it would be 10^11 pixels
+    pixels = to_pixels(strip, ImageSpec(384, "resize-crop"))
+    assert (pixels == torch.tensor(RED).view(3, 1, 1)).all()
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif"])

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssmvl import checkpoints
-from ssmvl.checkpoints import load_into, read_tensors, write_tensors
+from ssmvl.checkpoints import files, load_into, read_tensors, write_tensors
 from ssmvl.errors import CheckpointError
 
 
@@ -60,7 +59,7 @@ def test_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: py
         Path(filename).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoints, "save_file", crash)
+    monkeypatch.setattr(files, "save_file", crash)
     with pytest.raises(OSError, match="no space left"):
         written(tmp_path, {"a": torch.zeros(1)})
     assert path.read_bytes() == before

@@ -1,21 +1,23 @@
-"""Tensors in safetensors files: written whole or not at all, read strictly with a readable diff. No pickles."""
+"""Safetensors files and folders of them: written whole or not at all. No pickles."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssmvl.errors import CheckpointError
 
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SHARD = 5 * 10**9  # bytes of one file, as hubs prefer
 
 
 @contextmanager
@@ -52,47 +54,28 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
 
 
-@torch.no_grad()
-def load_into(module: nn.Module, path: str | Path) -> None:
-    """Copy a safetensors file into a module, strictly: the same names and shapes, cast to the module's dtypes.
-
-    Raises:
-        CheckpointError: names or shapes differ; nothing was copied. Lists what is missing, surplus or misshapen.
-    """
-    found, _ = read_tensors(path)
-    expected = module.state_dict()
-    problems = [f"missing {name} {tuple(expected[name].shape)}" for name in expected.keys() - found.keys()]
-    problems += [f"surplus {name} {tuple(found[name].shape)}" for name in found.keys() - expected.keys()]
-    for name in expected.keys() & found.keys():
-        if expected[name].shape != found[name].shape:
-            problems.append(f"{name} is {tuple(found[name].shape)}, the model has {tuple(expected[name].shape)}")
-    if problems:
-        shown = sorted(problems)[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise CheckpointError(f"{path} does not fit the model:\n  " + "\n  ".join(shown))
-    for name, tensor in expected.items():
-        tensor.copy_(found[name])
-
-
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
-    """Write a folder of one tensor file and some text files; an older such folder is replaced once this one is whole.
+    """Write a folder of tensor files and text files; an older such folder is replaced once this one is whole.
+
+    Up to `SHARD` bytes of tensors lie in `WEIGHTS_FILE`; more in several files, which `INDEX_FILE` lists.
 
     Args:
         folder: holds nothing but such files, or does not exist.
-        tensors: of `WEIGHTS_FILE`.
+        tensors: by name; one that has two names is written under the first.
         texts: contents by file name.
 
     Raises:
         CheckpointError: the folder holds other files, which would be lost.
     """
     folder = folder.resolve()
-    others = sorted({p.name for p in folder.iterdir()} - {WEIGHTS_FILE, *texts}) if folder.exists() else []
+    others = sorted(p.name for p in folder.iterdir() if not _ours(p.name, texts)) if folder.exists() else []
     if others:
         raise CheckpointError(f"{folder} holds other files ({', '.join(others[:5])}); save into a folder of its own")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
     try:
         partial.mkdir()
-        write_tensors(partial / WEIGHTS_FILE, tensors)
+        _write_shards(partial, tensors)
         for name, text in texts.items():
             with written_whole(partial / name) as file:
                 file.write_text(text)
@@ -105,6 +88,27 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], texts: Mapping[str
             old.rename(folder)
         for path in (partial, old):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _ours(name: str, texts: Mapping[str, str]) -> bool:
+    return name in texts or name == INDEX_FILE or (name.startswith("model") and name.endswith(".safetensors"))
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    seen: set[object] = set()
+    kept = {}
+    for name, tensor in tensors.items():
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape)
+        if not tensor.numel() or place not in seen:
+            kept[name] = tensor
+        seen.add(place)
+    split = split_torch_state_dict_into_shards(kept, max_shard_size=SHARD)
+    for name, inside in split.filename_to_tensors.items():
+        write_tensors(folder / name, {key: kept[key] for key in inside}, {"format": "pt"})  # transformers wants it
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        with written_whole(folder / INDEX_FILE) as file:
+            file.write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _flush(path: Path) -> None:

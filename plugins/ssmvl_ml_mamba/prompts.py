@@ -1,0 +1,31 @@
+"""The prompt of the released ML-Mamba."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from ssmvl.interfaces import Message, Piece
+from ssmvl.text.prompts import learned, turns
+
+
+class ZephyrPrompt:
+    r"""`<|user|>\n{question}<end>\n<|assistant|>\n{answer}<end>`, turns one line apart; images before all text.
+
+    Source: the released code of ML-Mamba (arXiv 2407.19832), and of Cobra (arXiv 2403.14520).
+    """
+
+    image_placement: Literal["before_all_text", "in_place"] = "before_all_text"
+
+    def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
+        r"""The text to read; after a last message of the user it ends at `<|assistant|>\n`.
+
+        Raises:
+            DataError: there is no message, or they do not alternate, beginning with the user's.
+        """
+        pieces, opening = [], "<|user|>\n"
+        for question, answer in turns(conversation):
+            pieces += [Piece(opening, template=True), Piece(question)]
+            pieces += [Piece(f"{end}\n<|assistant|>\n", template=True), *learned(answer, end)]
+            opening = "\n<|user|>\n"
+        return pieces

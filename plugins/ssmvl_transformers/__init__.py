@@ -1,0 +1,11 @@
+"""Any causal language model of transformers as a plugin: its attention layers behind ssmvl's contract."""
+
+from ssmvl import hookimpl
+from ssmvl.registry import Register
+
+
+@hookimpl
+def ssmvl_register(register: Register) -> None:
+    """Register the language model and the layout of its weights."""
+    register("language_model", "causal_lm", "ssmvl_transformers.causal_lm:CausalLM")
+    register("checkpoint", "transformers", "ssmvl_transformers.layouts:transformers_causal_lm")

@@ -1,0 +1,121 @@
+"""A configuration as transformers writes it -> its model, strictly where transformers is silent."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ssmvl.errors import ContractError, MissingDependencyError, nearest
+
+# Options of architectures that change logits after the output embedding, with the values that leave them as they are.
+LOGIT_OPTIONS = {
+    "final_logit_softcapping": (None, 0),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "lm_head_multiplier": (None, 1),
+}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+ROW_DEPENDENT = ("dynamic", "longrope")  # rotary frequencies that follow the longest row of a batch
+
+
+def build_causal_lm(options: Mapping[str, Any]) -> Any:
+    """The model of a configuration, with initial weights.
+
+    Args:
+        options: what `config.json` of such a model holds; `model_type` names the architecture.
+
+    Raises:
+        ContractError: an architecture or an option that transformers does not have, a value of the wrong type, or an
+            architecture that cannot keep the contract.
+        MissingDependencyError: transformers is not installed.
+    """
+    with torch.device("cpu"):  # what transformers and torch import on the way fails under `meta`
+        config = _config(options)
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+        MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # imports the model
+    try:
+        model = AutoModelForCausalLM.from_config(config)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # foreign code, whose checks differ from architecture to architecture
+        text = f"config gives no {config.model_type} model: {type(error).__name__}: {error}"
+        raise ContractError(text) from error
+    reason = _unfit(model)
+    if reason:
+        raise ContractError(f"{config.model_type} cannot be a causal_lm: {reason}")
+    return model
+
+
+def body_of(model: Any) -> Any:
+    """What lies between embedding and head, the final norm included; the model itself where nothing does."""
+    return model.base_model if model.base_model is not model else model.get_decoder()
+
+
+def _config(options: Mapping[str, Any]) -> Any:
+    try:
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS
+    except ImportError as error:
+        text = f"causal_lm needs transformers ({error}): pip install 'ssmvl[transformers]'"
+        raise MissingDependencyError(text) from error
+    given = copy.deepcopy(dict(options))  # transformers writes into nested options
+    kind = given.pop("model_type", None)
+    if kind not in KINDS:
+        raise ContractError(f"config.model_type is {kind!r}, which names no causal LM.{nearest(str(kind), KINDS)}")
+    default = AutoConfig.for_model(kind)
+    for key, value in given.items():
+        usual = getattr(default, key, None)
+        if not _fits(key, value, usual):
+            raise ContractError(f"config.{key} must be of the type of {usual!r}, received {value!r}")
+    try:
+        config = AutoConfig.for_model(kind, **given)
+    except Exception as error:  # foreign code
+        raise ContractError(f"config of {kind} is refused: {type(error).__name__}: {error}") from error
+    names = set(inspect.signature(type(config).__init__).parameters) - {"self", "kwargs"}
+    unknown = [key for key in given if key in vars(config).keys() - vars(default).keys() - names]
+    if unknown:  # transformers keeps any key, as an attribute that nothing reads
+        raise ContractError(f"config of {kind} has no option {unknown[0]!r}.{nearest(unknown[0], names)}")
+    config.dtype = None  # the file's; here torch's default decides
+    return config
+
+
+def _fits(key: str, value: Any, default: Any) -> bool:
+    """Whether a value is of its default's type, as far as that tells; numbers may be written either way."""
+    if value is None or default is None or (key.endswith("token_id") and isinstance(value, list)):
+        return True
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, int | float):
+        return isinstance(value, int | float)
+    return isinstance(value, str) == isinstance(default, str)
+
+
+def _unfit(model: Any) -> str:
+    """Why a model would give wrong hidden states or logits behind the contract; empty if it gives the right ones."""
+    config, body, head = model.config, body_of(model), model.get_output_embeddings()
+    if body is model or head is None:
+        return "it has no body and head that can be used apart"
+    others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if others or getattr(model, "_is_stateful", False):
+        what = f"layers of {', '.join(sorted(others))}" if others else "layers that are no attention"
+        return f"it has {what}, whose state padding would change"
+    for name in {"position_ids", "past_key_values"} - inspect.signature(body.forward).parameters.keys():
+        return f"it takes no {name}, so it cannot go on from rows that differ in length"
+    covered = {id(p) for part in (body, head) for p in part.parameters()}
+    between = [name for name, p in model.named_parameters() if id(p) not in covered]
+    if between:
+        return f"{between[0]} lies between its body and its output embedding"
+    for key, neutral in LOGIT_OPTIONS.items():
+        value = getattr(config, key, None)
+        if value not in neutral:
+            allowed = " or ".join(map(repr, neutral))
+            return f"config.{key}={value!r} changes the logits after the output embedding; it must be {allowed}"
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) in ROW_DEPENDENT:
+        return f"rope_type {', '.join(map(repr, ROW_DEPENDENT))} makes each row depend on the longest of its batch"
+    return ""

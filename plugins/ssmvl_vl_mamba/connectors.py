@@ -1,0 +1,82 @@
+"""VL-Mamba's multimodal connectors. Source: VL-Mamba §3.2, Fig. 2 and eq. 5-6; no code was released.
+
+VSS, the vision selective scan, is one Mamba-1 layer along the paths of a scan order, which share its weights; the
+results are averaged in raster order.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+
+from ssmvl.connectors.projectors import PositionwiseConnector
+from ssmvl.connectors.scan_connector import ScanConnector
+from ssmvl.interfaces import Grid, MixerPart, ScanOrderPart
+from ssmvl.layers.block import Block
+from ssmvl.layers.mamba1 import Mamba1Mixer
+from ssmvl.ops.reorder import path_table
+from ssmvl.scans import bsm
+
+MAMBA_LAYER = functools.partial(Mamba1Mixer, path_parameters="shared")
+
+
+def vlmamba_mlp(in_width: int, out_width: int, grid: Grid) -> PositionwiseConnector:
+    """V_out = MLP(V_img): Linear(in_width -> out_width), GELU, Linear(-> out_width).
+
+    Args:
+        in_width: width of the features.
+        out_width: width of the language model, and of the hidden layer.
+        grid: not used; each position is treated alone.
+    """
+    return PositionwiseConnector(_mlp(in_width, out_width))
+
+
+def vss_mlp(
+    in_width: int, out_width: int, grid: Grid, *, scan_order: ScanOrderPart = bsm, mixer: MixerPart = MAMBA_LAYER
+) -> ScanConnector:
+    """V_out = MLP(LayerNorm(VSS(V_img) + V_img)), eq. 5; the MLP is that of `vlmamba_mlp`.
+
+    Args:
+        in_width: width of the features, and of the VSS.
+        out_width: width of the language model.
+        grid: the fusion's grid.
+        scan_order: K paths over the grid.
+        mixer: built with `num_paths` = K. Naming one replaces all of the default, `path_parameters: shared` too.
+    """
+    return ScanConnector(
+        stem=nn.Identity(),
+        blocks=[Block(_mixer(in_width, grid, scan_order, mixer))],
+        projector=nn.Sequential(nn.LayerNorm(in_width), _mlp(in_width, out_width)),
+        scan_order=scan_order,
+    )
+
+
+def vss_l2(
+    in_width: int, out_width: int, grid: Grid, *, scan_order: ScanOrderPart = bsm, mixer: MixerPart = MAMBA_LAYER
+) -> ScanConnector:
+    """V' = Linear(V_img); V_out = Linear(LayerNorm(VSS(GELU(V')) + V')), eq. 6, the final model.
+
+    Args:
+        in_width: width of the features.
+        out_width: width of the language model, of V' and of the VSS.
+        grid: the fusion's grid.
+        scan_order: K paths over the grid.
+        mixer: built with `num_paths` = K. Naming one replaces all of the default, `path_parameters: shared` too.
+    """
+    # As a norm would, GELU stands before the mixer and not on the residual.
+    block = Block(_mixer(out_width, grid, scan_order, mixer), norm=nn.GELU())
+    return ScanConnector(
+        stem=nn.Linear(in_width, out_width),
+        blocks=[block],
+        projector=nn.Sequential(nn.LayerNorm(out_width), nn.Linear(out_width, out_width)),
+        scan_order=scan_order,
+    )
+
+
+def _mixer(width: int, grid: Grid, scan_order: ScanOrderPart, mixer: MixerPart) -> nn.Module:
+    return mixer(width=width, num_paths=path_table(scan_order, grid).shape[0])
+
+
+def _mlp(in_width: int, out_width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_width, out_width), nn.GELU(), nn.Linear(out_width, out_width))

@@ -1,0 +1,159 @@
+"""What each part of a model costs: parameters, operations, and the shapes along the way, found on `meta`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ssmvl.errors import ContractError, SsmvlError
+from ssmvl.interfaces import LanguageModel
+from ssmvl.ops.splice import splice
+from ssmvl.vlm import VisionLanguageModel
+
+TEXT_POSITIONS = 64
+AUTOCAST = torch.autocast
+# torch's own formulas, by operation; it has none for products in place, as the SSD adds to its states.
+FORMULAS: Mapping[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
+}
+
+
+class PartCost(NamedTuple):
+    """One part in a forward of one image and some text.
+
+    Attributes:
+        name: as in `encoders.siglip`, `fusion`, `connector`, `language.layers`.
+        letters: of the axes of what it returns; see `ssmvl.interfaces`.
+        shape: of what it returns.
+        parameters: that no part before it has, so that all parts together have those of the model.
+        tied: parameters that it shares with a part before it.
+        unused: those of `parameters` that no operation of this forward took.
+        flops: of its matrix products, convolutions and attention, where a multiply-add counts 2.
+    """
+
+    name: str
+    letters: str
+    shape: tuple[int, ...]
+    parameters: int
+    tied: int
+    unused: int
+    flops: int
+
+
+@torch.no_grad()
+def describe(model: VisionLanguageModel, text_positions: int = TEXT_POSITIONS) -> list[PartCost]:
+    """Costs of each part in a forward of one image and then `text_positions` supervised text positions.
+
+    Operations are counted as the torch backend runs them on a GPU. Element-wise work is not: norms, gates, the causal
+    convolution, the update of a Mamba-1 state.
+
+    Args:
+        model: built on `meta`.
+        text_positions: n; T is M + n.
+
+    Returns:
+        Encoders, fusion, connector, and the language model's embedding, layers and head, in this order. Its embedding
+        and head are the parameters that `embed` and `head` take; its layers are all others.
+
+    Raises:
+        ContractError: the model is not on `meta`, or a part cannot run there.
+    """
+    elsewhere = {p.device.type for p in model.parameters()} - {"meta"}
+    if elsewhere:
+        raise ContractError(f"costs are found on meta, the model is on {elsewhere.pop()}; build it with device='meta'")
+    language = cast(LanguageModel, model.language)
+    images = {s: torch.empty(1, 3, s.size, s.size, dtype=torch.uint8, device="meta") for s in model.image_specs}
+    places = torch.arange(model.tokens_per_image, device="meta")
+    ids = torch.zeros(1, len(places) + text_positions, dtype=torch.int64, device="meta")
+
+    walk = _Walk()
+    features = {
+        name: walk(f"encoders.{name}", "(I, N, D)", encoder, images[encoder.image_spec])
+        for name, encoder in model.encoders.items()
+    }
+    fused = walk("fusion", "(I, L, D)", model.fusion, features)
+    visual = walk("connector", "(I, M, D)", model.connector, fused, model.grid)
+    embeds = walk("language.embedding", "(B, T, D)", language.embed, ids)
+    hidden = walk("language.layers", "(B, T, D)", language.backbone, splice(embeds, visual, places))
+    walk("language.head", "(n, V)", language.head, hidden[0, len(places) - 1 : -1])  # what t - 1 says of t
+
+    taken = {name: step.taken for name, step in walk.steps.items()}
+    ends = {name: taken[name] for name in ("language.embedding", "language.head")}
+    held = {f"encoders.{name}": {*encoder.parameters()} for name, encoder in model.encoders.items()}
+    held |= {"fusion": {*model.fusion.parameters()}, "connector": {*model.connector.parameters()}}
+    held |= {"language.layers": {*model.language.parameters()}.difference(*ends.values()), **ends}
+    return _costs(walk.steps, held)
+
+
+class _Step(NamedTuple):
+    letters: str
+    shape: tuple[int, ...]
+    flops: int
+    taken: set[nn.Parameter]
+
+
+class _Walk:
+    """Runs one part after the other and keeps what each gave and took."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, _Step] = {}
+
+    def __call__(self, name: str, letters: str, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        meter = _Meter()
+        try:
+            with meter, patch.object(torch, "autocast", _autocast):
+                output = part(*inputs)
+        except SsmvlError:
+            raise
+        except Exception as error:  # a foreign part may read values, which are not there
+            raise ContractError(f"{name} cannot run on meta ({type(error).__name__}: {error})") from error
+        self.steps[name] = _Step(letters, tuple(output.shape), meter.flops, meter.taken)
+        return output
+
+
+def _autocast(device_type: str, *args: Any, **kwargs: Any) -> AbstractContextManager[object]:
+    """torch.autocast, which torch lacks for `meta`: models that switch it off, as those of transformers, would fail."""
+    return nullcontext() if device_type == "meta" else AUTOCAST(device_type, *args, **kwargs)
+
+
+class _Meter(TorchDispatchMode):
+    """Adds up FLOPs and collects the parameters that operations take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        self.taken: set[nn.Parameter] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func.overloadpacket in FORMULAS:
+            self.flops += FORMULAS[func.overloadpacket](*args, **kwargs, out_val=output)
+        for given in (*args, *kwargs.values()):
+            tensors = given if isinstance(given, list | tuple) else (given,)
+            self.taken.update(t for t in tensors if isinstance(t, nn.Parameter))
+        return output
+
+
+def _costs(steps: Mapping[str, _Step], held: Mapping[str, set[nn.Parameter]]) -> list[PartCost]:
+    costs: list[PartCost] = []
+    before: set[nn.Parameter] = set()
+    used = {parameter for step in steps.values() for parameter in step.taken}
+    for name, step in steps.items():
+        own = held[name] - before
+        sizes = _numel(own), _numel(held[name] & before), _numel(own - used)
+        costs.append(PartCost(name, step.letters, step.shape, *sizes, step.flops))
+        before |= own
+    return costs
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)

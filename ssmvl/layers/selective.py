@@ -1,0 +1,50 @@
+"""Mamba-1's selective scan over K paths at once: its parameters, and what the op's arguments are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmvl.layers.discretisation import initial_dt_bias, negative_exp
+from ssmvl.layers.paths import per_path
+
+
+def selective_parameters(
+    inner: int, count: int, *, d_state: int, dt_rank: int
+) -> tuple[nn.Linear, nn.Linear, nn.Parameter, nn.Parameter]:
+    """x_proj, dt_proj, A_log and D of `count` paths, each path's rows one after the other.
+
+    Step sizes, A and D of every path start alike; x_proj and dt_proj.weight differ.
+
+    Args:
+        inner: E.
+        count: K, sets of parameters.
+        d_state: S.
+        dt_rank: width of the bottleneck that step sizes come from.
+
+    Source: arXiv 2312.00752 (Mamba), §3.6; VMamba (arXiv 2401.10166), several paths.
+    """
+    x_proj = nn.Linear(inner, count * (dt_rank + 2 * d_state), bias=False)
+    dt_proj = nn.Linear(dt_rank, count * inner)
+    nn.init.uniform_(dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
+    with torch.no_grad():
+        dt_proj.bias.copy_(initial_dt_bias(inner).repeat(count))
+    A_log = nn.Parameter(torch.arange(1, d_state + 1).log().repeat(count * inner, 1))
+    return x_proj, dt_proj, A_log, nn.Parameter(torch.ones(count * inner))
+
+
+def selective_arguments(
+    x: Tensor, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor, count: int
+) -> dict[str, Any]:
+    """X (*, K*E) and the parameters of K = `count` paths -> arguments of `selective_scan` and of its step.
+
+    x and dt are (*, K*E), A (K*E, S), B and C (*, K, S): K groups of channels.
+    """
+    size = A_log.shape[1]
+    projected = per_path(x, x_proj, count).unflatten(-1, (count, -1))
+    dt, B, C = projected.split([dt_proj.in_features, size, size], dim=-1)
+    dt = per_path(dt.flatten(-2), dt_proj, count)
+    rest = {"D": D, "dt_bias": dt_proj.bias, "dt_softplus": True}
+    return {"x": x, "dt": dt, "A": negative_exp(A_log), "B": B, "C": C, **rest}

@@ -1,0 +1,63 @@
+"""Which weights a model starts from: opened, recognised among the registered layouts, put into its parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from torch import nn
+
+from ssmvl.checkpoints import Foreign, Layout, open_checkpoint
+from ssmvl.core_plugin import components
+from ssmvl.errors import CheckpointError
+from ssmvl.hub import local
+
+
+class Weights(NamedTuple):
+    """An opened checkpoint and the layout it has."""
+
+    found: Foreign
+    layout: Layout
+
+    def load(self, module: nn.Module) -> None:
+        """Copy them into the part that the layout is of, cast to its dtypes.
+
+        Raises:
+            CheckpointError: they do not fit; nothing was copied.
+        """
+        self.layout.load(module, self.found.tensors, self.found.source)
+
+
+def open_weights(name: str | Path, part: Literal["language", "model"]) -> Weights:
+    """Open a checkpoint and recognise its layout; no tensor is read yet.
+
+    Args:
+        name: a file, a folder, or the id of a model in the hub, which is fetched.
+        part: what it shall fill.
+
+    Raises:
+        CheckpointError: it cannot be found or read, no registered layout or more than one recognises it, or it is one
+            of another part.
+    """
+    path = local(name, "*.safetensors", "*.json")
+    if path.is_dir() and not any(path.glob("*.safetensors")) and not Path(name).expanduser().exists():
+        path = local(name, "*.bin", "*.pt", "*.json")  # an older model of the hub
+    found = open_checkpoint(path)
+    layouts = {}
+    for known in components().names("checkpoint"):
+        entry = components().find("checkpoint", known)
+        try:
+            layout = entry.load()(names=found.tensors.keys(), config=found.config)
+        except Exception as error:  # foreign code, or a config that lacks what its layout needs
+            raise CheckpointError(f"{found.source}: {entry} failed ({type(error).__name__}: {error})") from error
+        if layout is not None:
+            layouts[known] = layout
+    if len(layouts) != 1:
+        what = f"{' and '.join(layouts)} all recognise" if layouts else "no registered layout recognises"
+        first, known = ", ".join(sorted(found.tensors)[:3]), ", ".join(components().names("checkpoint"))
+        raise CheckpointError(f"{found.source}: {what} its names ({first}, …). Layouts: {known}")
+    ((known, layout),) = layouts.items()
+    if layout.part != part:
+        where = "model.language.weights" if layout.part == "language" else "weights= of build_model"
+        raise CheckpointError(f"{found.source}: its layout {known!r} is of a {layout.part}; name it as {where}")
+    return Weights(found, layout)

@@ -1,0 +1,164 @@
+"""Checkpoints of others: opened lazily, refused where they are damaged or would run code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssmvl.checkpoints import files as own_files
+from ssmvl.checkpoints import open_checkpoint, write_folder, write_tensors
+from ssmvl.errors import CheckpointError
+
+TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(
+        found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in expected.items()
+    )
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "model.safetensors", "pytorch_model.bin", "x.pt", "x.pth"])
+def test_a_file_or_its_folder(tmp_path: Path, name: str) -> None:
+    if name.endswith("safetensors"):
+        write_tensors(tmp_path / name, TENSORS)
+    else:
+        torch.save(TENSORS, tmp_path / name)
+    (tmp_path / "config.json").write_text('{"d_model": 3}')
+    for path in (tmp_path, tmp_path / name, str(tmp_path / name)):
+        found = open_checkpoint(path)
+        assert same(found.tensors, TENSORS)
+        assert found.config == {"d_model": 3}
+        assert found.source == str(tmp_path / name)
+
+
+def test_nested_mappings_are_joined_by_dots_and_other_leaves_left_out(tmp_path: Path) -> None:
+    torch.save({"model": {"mlp": {"0.weight": torch.ones(2)}, "step": 3}, "note": "x"}, tmp_path / "x.pt")
+    assert same(open_checkpoint(tmp_path / "x.pt").tensors, {"model.mlp.0.weight": torch.ones(2)})
+
+
+def test_our_own_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_files, "SHARD", 30)
+    write_folder(tmp_path / "model", TENSORS, {"about.txt": "x"})
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert names == {
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "about.txt",
+    }
+    assert same(open_checkpoint(tmp_path / "model").tensors, TENSORS)
+    monkeypatch.undo()
+    write_folder(tmp_path / "model", TENSORS, {"about.txt": "x"})  # over the shards
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.safetensors", "about.txt"}
+
+
+def test_a_tensor_with_two_names_is_written_once(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", {"a": TENSORS["b"], "head": TENSORS["b"], "none": torch.empty(0)}, {})
+    assert open_checkpoint(tmp_path / "model").tensors.keys() == {"a", "none"}
+
+
+def sharded(folder: Path) -> Path:
+    """Two torch files and their index, as transformers writes them."""
+    torch.save({"a.weight": TENSORS["a.weight"]}, folder / "pytorch_model-00001-of-00002.bin")
+    torch.save({"b": TENSORS["b"]}, folder / "pytorch_model-00002-of-00002.bin")
+    where = {"a.weight": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
+    return index(folder, where)
+
+
+def index(folder: Path, where: Any) -> Path:
+    path = folder / "pytorch_model.bin.index.json"
+    path.write_text(json.dumps({"weight_map": where}))
+    return path
+
+
+def test_shards_of_torch(tmp_path: Path) -> None:
+    path = sharded(tmp_path)
+    for given in (path, tmp_path):
+        assert same(open_checkpoint(given).tensors, TENSORS)
+
+
+def test_a_shard_that_is_missing(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"00002-of-00002\.bin: missing, but .* was it downloaded whole"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ({"a.weight": "pytorch_model-00001-of-00002.bin", "b": "../b.bin"}, "another folder"),
+        ({"a.weight": "pytorch_model-00001-of-00002.bin", "c": "pytorch_model-00002-of-00002.bin"}, "disagrees.*b, c"),
+        ({}, "weight_map"),
+        ([], "weight_map"),
+        ({"a": 3}, "weight_map"),
+    ],
+)
+def test_an_index_that_lies(tmp_path: Path, where: Any, said: str) -> None:
+    sharded(tmp_path)
+    index(tmp_path, where)
+    with pytest.raises(CheckpointError, match=said):
+        open_checkpoint(tmp_path)
+
+
+class Exploit:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_that_needs_more_is_refused_and_not_run(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1), "args": Exploit(tmp_path / "ran")}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"x\.pt: holds more than tensors.*refused.*safetensors"):
+        open_checkpoint(tmp_path / "x.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
+@pytest.mark.parametrize("keep", [0, 3, 100, -1])
+def test_a_cut_file(tmp_path: Path, name: str, keep: int) -> None:
+    if name == "x.pt":
+        torch.save(TENSORS, tmp_path / name)
+    else:
+        write_tensors(tmp_path / name, TENSORS)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=rf"{name}: cannot be read"):
+        open_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([], "holds none"),
+        (["a.pt", "b.pt"], r"holds several \(a\.pt, b\.pt\)"),
+        (["config.json"], "holds none"),
+    ],
+)
+def test_a_folder_without_one_checkpoint(tmp_path: Path, files: list[str], said: str) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=said):
+        open_checkpoint(tmp_path)
+
+
+def test_no_such_path_another_suffix_and_a_broken_config(tmp_path: Path) -> None:
+    (tmp_path / "x.npz").touch()
+    write_tensors(tmp_path / "x.safetensors", TENSORS)
+    for text in ("{", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            open_checkpoint(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        open_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(CheckpointError, match=r"ends in one of \.safetensors, \.bin"):
+        open_checkpoint(tmp_path / "x.npz")

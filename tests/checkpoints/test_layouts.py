@@ -1,0 +1,132 @@
+"""Tables of names: joined, tied, absent and expected; strict, with a readable diff."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ssmvl.checkpoints import Layout, copy_into
+from ssmvl.errors import CheckpointError
+
+
+class Model(nn.Module):
+    """An embedding that is the head too, a layer whose two paths have rows of their own, and an encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.layers = nn.ModuleList([nn.Linear(3, 4)])
+        self.encoders = nn.Linear(2, 2)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.groups = 2
+
+
+LAYOUT = Layout(
+    part="model",
+    rules={
+        "embedding.*": ["m.emb.*"],
+        "layers.*.bias": ["m.blocks.*.b", "m.blocks.*.b_back"],
+        "layers.*": ["m.blocks.*"],
+    },
+    tied={"lm_head": "embedding.weight"},
+    absent=["encoders"],
+    expects={"groups": 2},
+)
+
+
+def tensors(**other: Tensor) -> dict[str, Tensor]:
+    found = {
+        "m.emb.weight": torch.randn(5, 3),
+        "m.blocks.0.b": torch.tensor([1.0]),
+        "m.blocks.0.b_back": torch.tensor([2.0, 3.0, 4.0]),
+        "m.blocks.0.weight": torch.randn(4, 3, dtype=torch.float64),
+    }
+    return {**found, **other}
+
+
+def refusal(model: nn.Module, given: dict[str, Tensor], layout: Layout = LAYOUT) -> list[str]:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as error:
+        layout.load(model, given, "file.pt")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    first, *lines = str(error.value).splitlines()
+    assert first == "file.pt does not fit the model:"
+    return [line.strip() for line in lines]
+
+
+def test_every_value_lands_in_its_place() -> None:
+    model, given = Model(), tensors()
+    encoder = model.encoders.weight.clone()
+    LAYOUT.load(model, given, "file.pt")
+    assert torch.equal(model.embedding.weight, given["m.emb.weight"])
+    assert model.layers[0].bias.tolist() == [1, 2, 3, 4]
+    assert torch.equal(model.layers[0].weight, given["m.blocks.0.weight"].float())
+    assert torch.equal(model.encoders.weight, encoder)
+    assert model.head.weight is model.embedding.weight
+
+
+def test_a_tied_head_may_be_there_if_it_is_equal() -> None:
+    model, given = Model(), tensors()
+    LAYOUT.load(model, {**given, "lm_head": given["m.emb.weight"].clone()}, "file.pt")
+    assert torch.equal(model.head.weight, given["m.emb.weight"])
+    lines = refusal(Model(), tensors(lm_head=torch.zeros(5, 3)))
+    assert lines == ["lm_head differs from m.emb.weight, but the model has one tensor for both"]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"m.emb.weight": None}, "missing embedding.weight (there m.emb.weight) (5, 3)"),
+        ({"m.blocks.0.b_back": None}, "missing layers.0.bias (there m.blocks.0.b + m.blocks.0.b_back) (4,)"),
+        ({"m.blocks.1.b": torch.zeros(1)}, "surplus m.blocks.1.b (1,)"),
+        ({"m.emb.weight": torch.zeros(6, 3)}, "embedding.weight (there m.emb.weight) is (6, 3), the model has (5, 3)"),
+        (
+            {"m.blocks.0.b": torch.zeros(2)},
+            "layers.0.bias (there m.blocks.0.b + m.blocks.0.b_back) is (5,), the model has (4,)",
+        ),
+        (
+            {"m.emb.weight": torch.zeros(5, 3, dtype=torch.int8)},
+            "embedding.weight (there m.emb.weight) is torch.int8; quantised weights are not read",
+        ),
+    ],
+)
+def test_the_diff(change: dict[str, Tensor | None], line: str) -> None:
+    given: dict[str, Any] = {**tensors(), **change}
+    assert refusal(Model(), {name: t for name, t in given.items() if t is not None}) == [line]
+
+
+def test_what_shapes_do_not_show() -> None:
+    model = Model()
+    model.groups = 1
+    assert refusal(model, tensors()) == ["groups is 1, the checkpoint's config says 2"]
+    del model.groups
+    assert refusal(model, tensors()) == ["groups is None, the checkpoint's config says 2"]
+
+
+def test_a_part_that_no_rule_covers_is_missing() -> None:
+    layout = Layout(part="model", rules={"embedding.*": ["m.emb.*"]}, absent=["enc"])
+    assert refusal(Model(), {"m.emb.weight": torch.zeros(5, 3)}, layout) == [
+        "missing encoders.bias (2,)",
+        "missing encoders.weight (2, 2)",
+        "missing layers.0.bias (4,)",
+        "missing layers.0.weight (4, 3)",
+    ]
+
+
+def test_our_own_names_with_and_without_the_second_name_of_a_tensor() -> None:
+    source = Model()
+    given = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    target = Model()
+    copy_into(target, given, "x")
+    assert torch.equal(target.head.weight, source.head.weight)
+    without = {name: tensor for name, tensor in given.items() if name != "head.weight"}
+    target = Model()
+    copy_into(target, without, "x")
+    assert torch.equal(target.head.weight, source.head.weight)
+    with pytest.raises(CheckpointError, match=r"head\.weight differs from embedding\.weight"):
+        copy_into(target, {**given, "head.weight": torch.zeros(5, 3)}, "x")

@@ -1,0 +1,112 @@
+"""Saved models: in shards, to the hub and back, the language model for transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ssmvl
+from ssmvl.assistant import Assistant
+from ssmvl.build import build_processor
+from ssmvl.checkpoints import files
+from ssmvl.errors import CheckpointError, ContractError
+
+
+@pytest.fixture(scope="module")
+def assistant() -> Assistant:
+    recipe = ssmvl.load_recipe("quickstart")
+    model = ssmvl.build_model(recipe)
+    return Assistant(model, build_processor(recipe, model), recipe)
+
+
+def assert_equal(first: Assistant, second: Assistant) -> None:
+    ours, theirs = first.model.state_dict(), second.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert first.recipe.data == second.recipe.data
+    assert first.processor.end == second.processor.end
+
+
+def test_shards_are_bit_equal(assistant: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "SHARD", 10**6)
+    assistant.save_pretrained(tmp_path / "model")
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 2
+    assert_equal(ssmvl.load(tmp_path / "model"), assistant)
+
+
+def test_a_shard_that_did_not_arrive(assistant: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "SHARD", 10**6)
+    assistant.save_pretrained(tmp_path / "model")
+    max((tmp_path / "model").glob("model-*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match=r"model-0000\d-of-0000\d\.safetensors: missing"):
+        ssmvl.load(tmp_path / "model")
+
+
+def test_to_the_hub_and_back(assistant: Assistant, tmp_path: Path, hub: Any) -> None:
+    address = assistant.push_to_hub("someone/small")
+    assert address.startswith(hub.url)
+    assert hub.files("someone/small")["README.md"].decode().startswith("---\nlibrary_name: ssmvl")
+    assert_equal(ssmvl.load("someone/small"), assistant)
+    assistant.push_to_hub("someone/small")  # again, over itself
+    hub.close()
+    assert_equal(ssmvl.load("someone/small"), assistant)
+
+
+def test_what_the_hub_does_not_have(hub: Any) -> None:
+    with pytest.raises(CheckpointError, match="someone/none: no such file or folder here, and it cannot be fetched"):
+        ssmvl.load("someone/none")
+    hub.model("someone/empty").joinpath("notes.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds no saved model"):
+        ssmvl.load("someone/empty")
+
+
+def test_nothing_is_fetched_that_nobody_asked_for(hub: Any) -> None:
+    language = "model.language={weights: someone/big}"
+    ssmvl.build_model("quickstart", language, "model.tokenizer=someone/words")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_language_model_from_the_hub(hub: Any, name: str) -> None:
+    source = ssmvl.build_model("quickstart").language
+    tensors = {f"backbone.{key}": t for key, t in source.state_dict().items()}
+    folder = hub.model("someone/language")
+    (folder / "config.json").write_text('{"ssm_cfg": {"layer": "Mamba2", "d_state": 16, "headdim": 32, "ngroups": 4}}')
+    if name == "pytorch_model.bin":
+        torch.save(tensors, folder / name)
+    else:
+        files.write_tensors(folder / name, tensors)
+    mixer = "{name: mamba2, norm_groups: 4}"
+    overrides = [f"model.language={{weights: someone/language, mixer: {mixer}}}"]
+    model = ssmvl.build_model("quickstart", *overrides, weights="recipe")
+    for key, tensor in model.language.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[key])
+
+
+def test_the_language_model_for_transformers(assistant: Assistant, tmp_path: Path) -> None:
+    assistant.save_language(tmp_path / "language")
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "language")
+    transformers.logging.set_verbosity(before)
+    ids = torch.tensor([tokenizer("What is in row 2?").input_ids])
+    assert ids[0].tolist() == assistant.processor.tokenizer.encode("What is in row 2?").ids
+    assert tokenizer.eos_token_id == assistant.processor.end_id
+    language: Any = assistant.model.language
+    with torch.no_grad():
+        expected = language.head(language.backbone(language.embed(ids)))
+        torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_language_model_that_transformers_has_not(assistant: Assistant, tmp_path: Path) -> None:
+    recipe = ssmvl.load_recipe("quickstart", "model.language.mixer.norm_groups=4")
+    other = Assistant(ssmvl.build_model(recipe), assistant.processor, recipe)
+    with pytest.raises(ContractError, match="norm_groups must be 1"):
+        other.save_language(tmp_path / "language")
+    assert not (tmp_path / "language").exists()

@@ -1,0 +1,223 @@
+"""Weights of timm's ViTs: files, folders and tags, read strictly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from torch import nn
+
+from ssmvl.checkpoints import write_tensors
+from ssmvl.errors import CheckpointError, ContractError
+from ssmvl.vision import sources
+from ssmvl.vision.encoders import VitEncoder, timm_encoder
+
+Refused = Callable[[nn.Module, str], None]
+Moved = Callable[[Any], Any]
+
+PIXELS = torch.randint(256, (2, 3, 160, 160), dtype=torch.uint8)
+SMALL = ["test_vit", "test_vit2", "test_vit3"]  # a class token; a register token; a register token and map pooling
+
+
+def test_weights_are_loaded_when_asked_and_not_before(tmp_path: Path) -> None:
+    source = timm_encoder("test_vit", image_size=160)
+    write_tensors(tmp_path / "vit.safetensors", source.vit.state_dict())
+    encoder = timm_encoder("test_vit", image_size=160, weights=str(tmp_path / "vit.safetensors"))
+    before = encoder(PIXELS)
+    assert not torch.equal(before, source(PIXELS))
+    encoder.load_weights()
+    assert torch.equal(encoder(PIXELS), source(PIXELS))
+
+
+def test_without_weights_nothing_is_loaded() -> None:
+    encoder = timm_encoder("test_vit")
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    encoder.load_weights()
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("model", SMALL)
+@pytest.mark.parametrize("size", [96, 176])
+def test_positions_are_resampled_as_timm_does(tmp_path: Path, model: str, size: int, moved: Moved) -> None:
+    path = tmp_path / "model.safetensors"
+    write_tensors(path, moved(timm.create_model(model, num_classes=0, img_size=160)).state_dict())
+    encoder = timm_encoder(model, image_size=size, weights=str(path))
+    encoder.load_weights()
+    overlay = {"file": str(path)}
+    expected = timm.create_model(
+        model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, img_size=size
+    ).state_dict()
+    found = encoder.vit.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert found["pos_embed"].shape[1] - (size // 16) ** 2 in (0, 1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, moved: Moved) -> Path:
+    """A folder as timm writes them for the hub, with the classifier that its model had."""
+    save_for_hf(moved(timm.create_model("test_vit.r160_in1k")), str(tmp_path / "vit"), safe_serialization=True)
+    return tmp_path / "vit"
+
+
+def assert_holds(encoder: VitEncoder, path: Path) -> None:
+    expected, found = load_file(path), encoder.vit.state_dict()
+    assert expected.keys() - found.keys() == {"head.weight", "head.bias"}
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_reads_a_folder_of_timms_without_a_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "hf_hub_download", None)
+    encoder = timm_encoder("test_vit.r160_in1k", weights=f"local-dir:{folder}")
+    encoder.load_weights()
+    assert_holds(encoder, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("model", "weights"), [("test_vit", "r160_in1k"), ("test_vit.r160_in1k", "r160_in1k")])
+def test_a_tag_is_fetched_when_weights_are_wanted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, model: str, weights: str
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def fetch(repo: str, name: str) -> str:
+        asked.append((repo, name))
+        return str(folder / name)
+
+    monkeypatch.setattr(sources, "hf_hub_download", fetch)
+    encoder = timm_encoder(model, weights=weights)
+    assert not asked
+    encoder.load_weights()
+    assert asked == [("timm/test_vit.r160_in1k", "model.safetensors")]
+    assert_holds(encoder, folder / "model.safetensors")
+
+
+def test_without_a_network_a_tag_is_a_checkpoint_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(repo: str, name: str) -> str:
+        raise LocalEntryNotFoundError(f"no {name} of {repo} in the cache")
+
+    monkeypatch.setattr(sources, "hf_hub_download", fail)
+    encoder = timm_encoder("test_vit", weights="r160_in1k")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors of timm/test_vit\.r160_in1k .* local-dir:FOLDER"):
+        encoder.load_weights()
+
+
+def test_weights_that_are_missing_name_the_file() -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere\.safetensors"):
+        timm_encoder("test_vit", image_size=160, weights="nowhere.safetensors").load_weights()
+
+
+def test_a_cut_file_is_refused(folder: Path, assert_refused: Refused) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert_refused(timm_encoder("test_vit", weights=str(path)), r"model\.safetensors: cannot be read")
+
+
+def test_missing_surplus_and_misshapen_tensors_are_listed(tmp_path: Path, assert_refused: Refused) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = timm.create_model("test_vit", num_classes=0).state_dict()
+    tensors["blocks.0.mlp.fc1.bias"] = torch.zeros(3)
+    tensors["more.weight"] = torch.zeros(2)
+    del tensors["norm.bias"]
+    write_tensors(path, tensors)
+    encoder = timm_encoder("test_vit", weights=str(path))
+    for match in (r"missing norm\.bias", r"surplus more\.weight", r"blocks\.0\.mlp\.fc1\.bias is \(3,\)"):
+        assert_refused(encoder, rf"model\.safetensors does not fit[\s\S]*{match}")
+
+
+def test_positions_that_cannot_be_resampled_are_refused(tmp_path: Path, assert_refused: Refused) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = timm.create_model("test_vit", num_classes=0).state_dict()
+    write_tensors(path, {**tensors, "pos_embed": torch.zeros(1, 12, 64)})
+    assert_refused(timm_encoder("test_vit", weights=str(path)), r"model\.safetensors: does not fit the model")
+
+
+def test_a_folder_without_safetensors_names_what_it_holds(folder: Path, assert_refused: Refused) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    encoder = timm_encoder("test_vit", weights=f"local-dir:{folder}")
+    assert_refused(encoder, r"must hold model\.safetensors; pickles are not read.*pytorch_model\.bin")
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, assert_refused: Refused) -> None:
+    assert_refused(timm_encoder("test_vit", weights=f"local-dir:{tmp_path / 'no'}"), "no such folder")
+
+
+def test_a_folder_of_another_model_is_refused(folder: Path, assert_refused: Refused) -> None:
+    encoder = timm_encoder("test_vit2", weights=f"local-dir:{folder}")
+    assert_refused(encoder, "its weights are those of 'test_vit', the encoder is 'test_vit2'")
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_a_folder_with_other_statistics_is_refused(folder: Path, name: str, assert_refused: Refused) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"][name] = [0.1, 0.2, 0.3]
+    (folder / "config.json").write_text(json.dumps(config))
+    encoder = timm_encoder("test_vit", weights=f"local-dir:{folder}")
+    assert_refused(encoder, rf"config\.json: {name} is \[0\.1, 0\.2, 0\.3\].*model: test_vit\.r160_in1k")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"architecture": "test_vit", "pretrained_cfg": 3}'])
+def test_a_folder_whose_config_is_none_is_refused(folder: Path, text: str, assert_refused: Refused) -> None:
+    (folder / "config.json").write_text(text)
+    assert_refused(timm_encoder("test_vit", weights=f"local-dir:{folder}"), r"config\.json: ")
+
+
+@pytest.mark.parametrize(
+    ("weights", "match"),
+    [
+        ("vit.pt", "reading a pickle can run any code"),
+        ("r160_in1", "nor a tag of 'test_vit'. Did you mean 'r160_in1k'"),
+        ("local-dir:", "nor a tag"),
+    ],
+)
+def test_weights_that_are_nothing_of_the_kind_are_refused(weights: str, match: str) -> None:
+    with pytest.raises(ContractError, match=match):
+        timm_encoder("test_vit", weights=weights)
+
+
+def test_unknown_and_double_tags_are_refused() -> None:
+    with pytest.raises(ContractError, match=r"Invalid pretrained tag \(x\).*its tags: r160_in1k"):
+        timm_encoder("test_vit.x")
+    with pytest.raises(ContractError, match="name two tags"):
+        timm_encoder("vit_base_patch32_clip_224.laion2b", weights="datacompxl")
+
+
+def test_a_tag_that_is_a_pickle_only_is_refused() -> None:
+    with torch.device("meta"), pytest.raises(ContractError, match=r"as a pickle only.*\.pth\.tar"):
+        timm_encoder("vit_huge_patch14_gap_224", weights="in1k_ijepa")
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [
+        ("vit_large_patch14_clip_336", "openai"),
+        ("vit_large_patch14_clip_336.openai", "none"),
+        ("vit_large_patch14_clip_336.openai", "clip.safetensors"),
+    ],
+)
+def test_weights_that_need_quickgelu_name_the_model_that_has_it(model: str, weights: str) -> None:
+    with pytest.raises(ContractError, match=r"write model: vit_large_patch14_clip_quickgelu_336\.openai"):
+        timm_encoder(model, weights=weights)
+
+
+def test_a_folder_of_quickgelu_weights_goes_with_the_model_that_has_it(tmp_path: Path) -> None:
+    config = {"architecture": "vit_base_patch32_clip_224", "pretrained_cfg": {"tag": "openai"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = ("vit_base_patch32_clip_224", "vit_base_patch32_clip_quickgelu_224")
+    with torch.device("meta"):
+        plain, quick = (timm_encoder(name, weights=f"local-dir:{tmp_path}") for name in names)
+    with pytest.raises(CheckpointError, match=f"its weights are those of '{names[1]}', the encoder is '{names[0]}'"):
+        plain.load_weights()
+    with pytest.raises(CheckpointError, match=r"must hold model\.safetensors"):
+        quick.load_weights()
+    config["pretrained_cfg"] = {"tag": "laion2b"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"its weights are those of '{names[0]}', the encoder is '{names[1]}'"):
+        quick.load_weights()
