@@ -67,13 +67,15 @@ def _config(options: Mapping[str, Any]) -> Any:
     kind = given.pop("model_type", None)
     if kind not in KINDS:
         raise ContractError(f"config.model_type is {kind!r}, which names no causal LM.{nearest(str(kind), KINDS)}")
-    default = AutoConfig.for_model(kind)
-    for key, value in given.items():
-        usual = getattr(default, key, None)
-        if not _fits(key, value, usual):
-            raise ContractError(f"config.{key} must be of the type of {usual!r}, received {value!r}")
     try:
+        default = AutoConfig.for_model(kind)
+        for key, value in given.items():
+            usual = getattr(default, key, None)
+            if not _fits(key, value, usual):
+                raise ContractError(f"config.{key} must be of the type of {usual!r}, received {value!r}")
         config = AutoConfig.for_model(kind, **given)
+    except ContractError:
+        raise
     except Exception as error:  # foreign code
         raise ContractError(f"config of {kind} is refused: {type(error).__name__}: {error}") from error
     names = set(inspect.signature(type(config).__init__).parameters) - {"self", "kwargs"}
@@ -104,8 +106,9 @@ def _unfit(model: Any) -> str:
     if others or getattr(model, "_is_stateful", False):
         what = f"layers of {', '.join(sorted(others))}" if others else "layers that are no attention"
         return f"it has {what}, whose state padding would change"
-    for name in {"position_ids", "past_key_values"} - inspect.signature(body.forward).parameters.keys():
-        return f"it takes no {name}, so it cannot go on from rows that differ in length"
+    for name in ("position_ids", "past_key_values"):
+        if name not in inspect.signature(body.forward).parameters:
+            return f"it takes no {name}, so it cannot go on from rows that differ in length"
     covered = {id(p) for part in (body, head) for p in part.parameters()}
     between = [name for name, p in model.named_parameters() if id(p) not in covered]
     if between:
@@ -116,6 +119,7 @@ def _unfit(model: Any) -> str:
             allowed = " or ".join(map(repr, neutral))
             return f"config.{key}={value!r} changes the logits after the output embedding; it must be {allowed}"
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rope.get("rope_type", rope.get("type")) in ROW_DEPENDENT:
-        return f"rope_type {', '.join(map(repr, ROW_DEPENDENT))} makes each row depend on the longest of its batch"
+    turning = rope.get("rope_type", rope.get("type"))
+    if turning in ROW_DEPENDENT:
+        return f"rope_type {turning!r} makes each row depend on the longest of its batch"
     return ""

@@ -13,7 +13,7 @@ HEADS = {"lm_head", "embed_out", "output_projection"}
 EMBEDDING = re.compile(r"\w+\.(decoder\.)?(embed_tokens|word_embeddings|embed_in|wte)\.weight")
 ATTENTION = re.compile(r"\w+\.(\w+\.)*\d+\.\w*att\w*\..+")
 # Options of architectures whose value no answer depends on, or which shapes show.
-IDLE = re.compile(r"use_cache|pretraining_tp|initializer_range|max_position_embeddings|\w*(token_id|drop|pdrop)\w*")
+IDLE = re.compile(r"use_cache|pretraining_tp|initializer_range|max_position_embeddings|\w*(token_id|drop)\w*")
 
 
 def transformers_causal_lm(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
@@ -28,7 +28,12 @@ def transformers_causal_lm(names: Collection[str], config: Mapping[str, Any]) ->
         return None
     # The name of a head may change from one version of transformers to the next, while files keep theirs.
     heads = {f"model.{own}.*": [f"{head}.*"] for head in tops & HEADS for own in HEADS}
-    return Layout(part="language", rules={**heads, "model.*": ["*"]}, expects=_expected(config) if config else {})
+    return Layout(
+        part="language",
+        rules={**heads, "model.*": ["*"]},
+        ignored=["*.rotary_emb.inv_freq"],  # older files of Llama and its kin hold the table
+        expects=_expected(config) if config else {},
+    )
 
 
 def _expected(config: Mapping[str, Any]) -> dict[str, Any]:

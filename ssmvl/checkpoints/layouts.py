@@ -27,6 +27,7 @@ class Layout:
             mixer's scan paths are.
         tied: names in the file whose tensor must equal one of the module's: heads that are the embedding.
         absent: prefixes of the module's names that files of this layout never hold.
+        ignored: patterns of names in the file that are no weights, such as tables that a module makes itself.
         expects: attributes of the module by dotted name and the value each must have: what the file's config says and
             shapes do not show.
     """
@@ -35,6 +36,7 @@ class Layout:
     rules: Mapping[str, Sequence[str]]
     tied: Mapping[str, str] = field(default_factory=dict)
     absent: Sequence[str] = ()
+    ignored: Sequence[str] = ()
     expects: Mapping[str, Any] = field(default_factory=dict)
 
     def table(self, ours: Iterable[str]) -> dict[str, list[str]]:
@@ -66,6 +68,8 @@ class Layout:
                 problems.append(f"missing {name} {tuple(tensor.shape)}")
         used = {name for names in sources.values() for name in names}
         for name in tensors.keys() - used:
+            if any(re.fullmatch(_pattern(pattern), name) for pattern in self.ignored):
+                continue
             (same,) = sources.get(tied.get(name, ""), [""])[:1]
             if same not in tensors:
                 problems.append(f"surplus {name} {tuple(tensors[name].shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,6 +117,12 @@ def test_a_part_that_no_rule_covers_is_missing() -> None:
         "missing layers.0.bias (4,)",
         "missing layers.0.weight (4, 3)",
     ]
+
+
+def test_what_a_file_holds_beside_weights_may_be_ignored() -> None:
+    layout = replace(LAYOUT, ignored=["m.*.inv_freq"])
+    layout.load(Model(), tensors(**{"m.blocks.0.inv_freq": torch.zeros(2)}), "file.pt")
+    assert refusal(Model(), tensors(**{"m.blocks.0.freq": torch.zeros(2)}), layout) == ["surplus m.blocks.0.freq (2,)"]
 
 
 def test_our_own_names_with_and_without_the_second_name_of_a_tensor() -> None:

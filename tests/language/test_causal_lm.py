@@ -163,6 +163,18 @@ def test_training_rows_do_not_see_their_padding(llama: CausalLM) -> None:
         assert_near(logits[row, :length], alone(llama, x[row, :length]))
 
 
+def test_training_attends_without_a_mask_of_all_positions(llama: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = F.scaled_dot_product_attention, []
+
+    def recorded(*args: Any, **options: Any) -> Tensor:
+        calls.append((options["attn_mask"], options["is_causal"]))
+        return plain(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    llama.backbone(embeds(llama, 2, 5))
+    assert calls == [(None, True)] * 2
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_keeps_the_contract(kind: str) -> None:
     make_lm = functools.partial(CausalLM, config=CONFIGS[kind], num_tokens=20)

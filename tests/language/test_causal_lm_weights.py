@@ -75,6 +75,17 @@ def test_what_transformers_saved_is_read(kind: str, shard: str, tmp_path: Path) 
     assert len(list(lm.parameters())) == len(list(written.parameters()))
 
 
+def test_tables_of_rotary_frequencies_in_older_files_are_ignored(tmp_path: Path) -> None:
+    theirs, ours = make(0, **CONFIGS["llama"]), make(1, **CONFIGS["llama"])
+    tensors = {name.removeprefix("model."): tensor for name, tensor in theirs.state_dict().items()}
+    names = {
+        name if name == "lm_head.weight" else f"model.{name.removeprefix('model.')}": t for name, t in tensors.items()
+    }
+    torch.save(names | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    load(ours, tmp_path)
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+
 def test_a_head_that_is_the_embedding_stays_so(tmp_path: Path) -> None:
     written, lm = make(1, **CONFIGS["tied"]), make(2, **CONFIGS["tied"])
     written.model.save_pretrained(tmp_path)
@@ -94,6 +105,17 @@ def test_a_head_of_its_own_is_no_tied_one(tmp_path: Path) -> None:
         load(make(2, **CONFIGS["tied"]), tmp_path / "own")
     with pytest.raises(CheckpointError, match=r"missing model.lm_head.weight \(there lm_head.weight\) \(23, 16\)"):
         load(make(2, **CONFIGS["llama"]), tmp_path / "tied")
+
+
+def test_a_head_may_have_another_name_in_the_file(tmp_path: Path) -> None:
+    """As that of GPT-NeoX, which is `embed_out` in files and in transformers 4, `lm_head` in transformers 5."""
+    written, lm = make(1, **CONFIGS["gpt_neox"]), make(2, **CONFIGS["gpt_neox"])
+    heads = ("embed_out.weight", "lm_head.weight")
+    for head in heads:
+        tensors = {head if name in heads else name: t for name, t in written.model.state_dict().items()}
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+        load(lm, tmp_path)
+        assert_same(lm, written)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from functools import partial
@@ -18,10 +19,20 @@ from ssmvl.data.shards import ensure_shards
 from ssmvl.recipe import recipe_names
 from ssmvl.registry import INJECTED, Entry
 
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 400,
+}
 TINY = {"width": 64, "num_layers": 2, "num_tokens": 20}
 OPTIONS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("encoder", "timm"): [{"model": "vit_tiny_patch16_224"}],
+    ("encoder", "open_clip"): [{"model": "ViT-S-16"}],
     ("encoder", "digit_vit"): [{"stem": "fine"}, {"stem": "coarse"}],
+    ("language_model", "causal_lm"): [{"num_tokens": 300, "config": LLAMA}],
     ("language_model", "mamba1_lm"): [TINY],
     ("language_model", "mamba2_lm"): [TINY],
     ("dataset", "digit_scenes"): [{"train_size": 8, "test_size": 5}],
@@ -34,6 +45,10 @@ MARKS: dict[str, tuple[list[str], list[str]]] = {
     "transformers_mamba": (["backbone.embeddings.weight"], []),
     "ml_mamba_release": (["model.bidirectional_mamba.norm_f.weight"], []),
     "cobra_release": (["model.projector.projector.0.weight"], ["model.connector=mlp"]),
+    "transformers": (
+        ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"],
+        [f"model.language={{name: causal_lm, num_tokens: 339, config: {json.dumps(LLAMA)}}}"],
+    ),
 }
 SWEPT = [
     pytest.param(entry, options, id=" ".join([entry.kind, entry.name, *map(str, options.values())]))
