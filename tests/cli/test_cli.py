@@ -86,7 +86,7 @@ def test_a_wrong_command_line_leaves_with_2(argv: list[str], capsys: Capture) ->
             ["train", "quickstart", "model.connector.nosuch=1"],
             "model.connector.nosuch: connector 'msc_advanced' (ssmvl 0.1.0 (ssmvl_ml_mamba)) has no option",
         ),
-        (["generate", "nosuch", "--prompt", "x"], "nosuch holds no saved model"),
+        (["generate", "nosuch", "--prompt", "x"], "nosuch: no such file or folder, and no model of the hub"),
     ],
 )
 def test_a_mistake_is_printed_without_a_traceback_and_gives_2(

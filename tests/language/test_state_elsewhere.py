@@ -48,7 +48,7 @@ def test_another_process_continues_identically(tmp_path: Path) -> None:
         folder.mkdir()
         state = model.new_state(3)
         advance(model, state, seed=1)
-        write_tensors(folder / "weights", model.state_dict())
+        write_tensors(folder / "weights.safetensors", model.state_dict())
         state.save(folder / "before")
         states[kind, dtype] = model, state, folder
     subprocess.run([sys.executable, __file__, tmp_path], check=True)

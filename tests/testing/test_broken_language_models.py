@@ -124,7 +124,7 @@ class Remembered:
 class Averages(nn.Module):
     """The mean of all that came before: a language model that is not recurrent."""
 
-    width, vocab_rows, num_tokens, recurrent = 8, 16, 16, False
+    width, vocab_rows, num_tokens, recurrent, weights = 8, 16, 16, False, "none"
 
     def __init__(self) -> None:
         super().__init__()
