@@ -92,7 +92,7 @@ def assert_refused(state: RecurrentState, path: Path, message: str) -> None:
 def continue_all(folder: Path) -> None:
     for kind, dtype in CASES:
         place, model = folder / f"{kind}-{dtype}", build(kind).to(dtype)
-        load_into(model, place / "weights")
+        load_into(model, place / "weights.safetensors")
         state = model.new_state(3)
         state.load(place / "before")
         write_tensors(place / "hidden", {"hidden": advance(model, state, seed=2)})

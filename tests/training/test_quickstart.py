@@ -97,7 +97,7 @@ def test_killed_and_started_again_finishes(composer: Composer) -> None:
     process = composer(RECIPE, "run=three")
     assert process.stdout is not None
     for line in process.stdout:
-        if " 230/750" in line:
+        if " 230/850" in line:
             os.killpg(process.pid, signal.SIGKILL)
             break
     process.communicate()
@@ -106,5 +106,5 @@ def test_killed_and_started_again_finishes(composer: Composer) -> None:
     output = finish(composer(RECIPE, "run=three"))
     said = next(line for line in output.splitlines() if "stage finetune: resumed at step" in line)
     print(said)
-    assert "resumed at step 150," in said
+    assert "resumed at step 200," in said
     assert_promised(results(Path("runs/three")))
