@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -135,3 +138,17 @@ def test_the_released_configuration_of_ml_mamba_is_an_override() -> None:
     recipe = load_recipe("ml_mamba", "run=released", "stages.align=null", "stages.finetune.batch=128")
     assert list(recipe.data["stages"]) == ["finetune"]
     assert frozen_without_weights(recipe) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_building_on_meta_takes_little(name: str) -> None:
+    code = (
+        "import resource, ssmvl\n"
+        f"ssmvl.build_model({name!r}, device='meta')\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    start = time.monotonic()
+    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    print(f"{name}: {time.monotonic() - start:.1f} s, imports included, {peak / 1e9:.2f} GB at the peak")
+    assert peak < 1e9
