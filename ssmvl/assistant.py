@@ -15,9 +15,8 @@ from torch import Tensor
 from ssmvl.batch import collate, pad
 from ssmvl.build import build_model, build_processor
 from ssmvl.checkpoints import write_folder
-from ssmvl.errors import DataError
+from ssmvl.errors import ContractError, DataError
 from ssmvl.interfaces import IGNORED, IMAGE_PLACE, LanguageModel
-from ssmvl.language.layouts import to_transformers
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.saved import save_folder, saved_folder, tokenizer_files
 from ssmvl.text.processor import Processor
@@ -164,7 +163,8 @@ class Assistant:
             self.save_pretrained(Path(folder) / "model")
             api = HfApi()
             api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "model"))
+            older = ["*.safetensors", "*.safetensors.index.json"]  # shards of a larger model would be read first
+            return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "model", delete_patterns=older))
 
     def save_language(self, folder: str | Path) -> None:
         """Write the language model alone with its tokenizer in the layout of transformers, whole or not at all.
@@ -173,7 +173,10 @@ class Assistant:
             ContractError: transformers has no such model.
             CheckpointError: the folder holds other files, which would be lost.
         """
-        tensors, config = to_transformers(self.model.language, self.processor.end_id)
+        write = getattr(self.model.language, "to_transformers", None)
+        if write is None:
+            raise ContractError(f"{type(self.model.language).__name__} has no method to_transformers")
+        tensors, config = write(self.processor.end_id)
         texts = {"config.json": json.dumps(config, indent=2) + "\n"} | tokenizer_files(self.processor)
         write_folder(Path(folder), tensors, texts)
 

@@ -81,24 +81,26 @@ def build_model(
     """
     found = load_recipe(recipe, *overrides)
     parts = _bind(found)
+    with torch.device("meta"), _default_dtype(dtype):  # finds grids that differ and orders that are no permutation
+        model = _assemble(parts, found.source)
     if device is not None and torch.device(device).type == "meta":
         if weights != "none":
             raise CheckpointError(f"a model on meta holds no weights, but weights={str(weights)!r} was asked for")
-    else:
-        with torch.device("meta"):  # finds grids that differ and orders that are no permutation before allocating
-            _assemble(parts, found.source)
-    whole = None if weights in ("none", "recipe") else open_weights(weights, "model")
-    everything = whole is not None and not whole.layout.absent
+        return model
+    part, named = "", str(weights)
+    if weights == "recipe":
+        part, named = "language", cast(interfaces.LanguageModel, model.language).weights
+    files = None if named == "none" else open_weights(named, "language" if part else "model")
+    if files is not None:
+        files.check(model.get_submodule(part))  # before anything is allocated
+    everything = files is not None and files.layout.part == "model" and not files.layout.absent
     with torch.device(device or "cpu"), _default_dtype(dtype), _NoInitialValues() if everything else nullcontext():
         model = _assemble(parts, found.source)
-    named = cast(interfaces.LanguageModel, model.language).weights
-    if weights == "recipe" and named != "none":
-        open_weights(named, "language").load(model.language)
     if weights != "none" and not everything:
         for encoder in model.encoders.values():
             encoder.load_weights()
-    if whole is not None:
-        whole.load(model)
+    if files is not None:
+        files.load(model.get_submodule(part))
     return model
 
 
@@ -172,7 +174,10 @@ def lacks_nothing(built: Any, part: object, contract: type[Any]) -> Any:
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """Parameters are made in `dtype`, never in fp32 first: a model that fits is not built at twice its size."""
+    """Parameters are made in `dtype`, never in fp32 first: a model that fits is not built at twice its size.
+
+    It is torch's default for all threads, so models are built one at a time.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     try:

@@ -5,19 +5,38 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from ssmvl.errors import CheckpointError
 
 ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.json)(?<!\.yaml)(?<!\.safetensors)(?<!\.bin)(?<!\.pt)(?<!\.pth)")  # no file name
 
 
+def hub_file(repo: str, name: str) -> Path:
+    """A file of an encoder in the hub: from the cache, or fetched now.
+
+    Args:
+        repo: `owner/model`.
+        name: of the file.
+
+    Raises:
+        CheckpointError: it cannot be fetched.
+    """
+    try:
+        return Path(hf_hub_download(repo, name))
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors, a malformed id is a ValueError
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{name} of {repo} cannot be fetched from the hub ({type(error).__name__}: {reason}); "
+            "without a network download the folder elsewhere and write weights: local-dir:FOLDER"
+        ) from error
+
+
 def local(name: str | Path, *patterns: str) -> Path:
     """A file or folder of that name, or the folder into which files of the hub's model of that name were fetched.
 
     Args:
-        name: a path, or `owner/model`.
+        name: a path, or as a text `owner/model`.
         patterns: of file names in the hub, e.g. `*.safetensors`.
 
     Raises:
@@ -26,11 +45,11 @@ def local(name: str | Path, *patterns: str) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if not ID.fullmatch(str(name)):
-        raise CheckpointError(f"{name}: no such file or folder, and no model of the hub, which would be owner/model")
+    if isinstance(name, Path) or not ID.fullmatch(name) or path.parent.is_dir():
+        raise CheckpointError(f"{name}: no such file or folder, and no model of the hub, which is named owner/model")
     try:
-        return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{name}: no such file or folder here, and it cannot be fetched from the hub ({reason}); "

@@ -19,6 +19,14 @@ class Weights(NamedTuple):
     found: Foreign
     layout: Layout
 
+    def check(self, module: nn.Module) -> None:
+        """Compare them with the part that the layout is of; it may be on `meta`.
+
+        Raises:
+            CheckpointError: they do not fit.
+        """
+        self.layout.check(module, self.found.tensors, self.found.source)
+
     def load(self, module: nn.Module) -> None:
         """Copy them into the part that the layout is of, cast to its dtypes.
 
@@ -40,22 +48,22 @@ def open_weights(name: str | Path, part: Literal["language", "model"]) -> Weight
             of another part.
     """
     path = local(name, "*.safetensors", "*.json")
-    if path.is_dir() and not any(path.glob("*.safetensors")) and not Path(name).expanduser().exists():
-        path = local(name, "*.bin", "*.pt", "*.json")  # an older model of the hub
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        path = local(name, "*.bin", "*.pt", "*.pth", "*.json")  # in the hub, an older model
     found = open_checkpoint(path)
-    layouts = {}
+    layouts, failures = {}, ""
     for known in components().names("checkpoint"):
-        entry = components().find("checkpoint", known)
         try:
-            layout = entry.load()(names=found.tensors.keys(), config=found.config)
-        except Exception as error:  # foreign code, or a config that lacks what its layout needs
-            raise CheckpointError(f"{found.source}: {entry} failed ({type(error).__name__}: {error})") from error
+            layout = components().find("checkpoint", known).load()(names=found.tensors.keys(), config=found.config)
+        except Exception as error:  # foreign code, or a config that lacks what its layout needs: it breaks no other
+            failures += f"\ncheckpoint {known!r} failed: {type(error).__name__}: {error}"
+            continue
         if layout is not None:
             layouts[known] = layout
     if len(layouts) != 1:
         what = f"{' and '.join(layouts)} all recognise" if layouts else "no registered layout recognises"
         first, known = ", ".join(sorted(found.tensors)[:3]), ", ".join(components().names("checkpoint"))
-        raise CheckpointError(f"{found.source}: {what} its names ({first}, …). Layouts: {known}")
+        raise CheckpointError(f"{found.source}: {what} its names ({first}, …). Layouts: {known}{failures}")
     ((known, layout),) = layouts.items()
     if layout.part != part:
         where = "model.language.weights" if layout.part == "language" else "weights= of build_model"

@@ -73,6 +73,10 @@ class Handler(BaseHTTPRequestHandler):
             if self._exists(name, revision):
                 siblings = [{"rfilename": file} for file in self.hub.files(name)]
                 self._json(200, {"id": name, "sha": self.hub.commit(name), "siblings": siblings, "tags": []})
+        elif path[4:5] == ["tree"]:
+            if self._exists("/".join(path[2:4]), path[5]):
+                files = self.hub.files("/".join(path[2:4])).items()
+                self._json(200, [{"type": "file", "path": f, "size": len(b), "oid": "0"} for f, b in files])
         elif path[2:3] == ["resolve"]:
             self._file("/".join(path[:2]), path[3], "/".join(path[4:]))
         else:
@@ -94,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
             self._json(200, {"files": [file | {"uploadMode": "regular", "shouldIgnore": False} for file in files]})
         elif path[4:5] == ["commit"] and self._exists(name, path[5]):
             for line in map(json.loads, body.splitlines()):
+                if line["key"] == "deletedFile":
+                    (self.hub.model(name) / line["value"]["path"]).unlink()
                 if line["key"] == "file":
                     target = self.hub.model(name) / line["value"]["path"]
                     target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub import Hub
 
 import ssmvl
 from ssmvl.checkpoints import write_tensors
+from ssmvl.core_plugin import components
 from ssmvl.errors import CheckpointError
 from ssmvl.language.mamba_lm import MambaLM
 from ssmvl.loading import open_weights
@@ -24,8 +26,9 @@ def state_spaces_file(folder: Path, width: int, layers: int) -> str:
     """A language model of that size in the layout of state-spaces; returns its recipe node."""
     with torch.device("meta"):
         model = MambaLM(width=width, num_layers=layers, num_tokens=50277)
-    tensors = {f"backbone.{name}": torch.full(p.shape, 0.01) for name, p in model.named_parameters()}
-    tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
+    half = {"dtype": torch.float16}  # as the published ones are
+    tensors = {f"backbone.{name}": torch.full(p.shape, 0.01, **half) for name, p in model.named_parameters()}
+    tensors["lm_head.weight"] = tensors["backbone.embedding.weight"].clone()
     torch.save(tensors, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps({"ssm_cfg": {"layer": "Mamba2"}}))
     mixer = "{name: mamba2, d_state: 128, head_dim: 64, num_groups: 1}"
@@ -68,7 +71,7 @@ def test_a_plugins_layout_is_found(tmp_path: Path, install_plugin: Callable[...,
 
 
 def test_two_layouts_that_recognise_one_file_and_one_that_fails(
-    tmp_path: Path, install_plugin: Callable[..., None]
+    tmp_path: Path, install_plugin: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_plugin(
         "greedy",
@@ -88,8 +91,15 @@ def test_two_layouts_that_recognise_one_file_and_one_that_fails(
         "@ssmvl.hookimpl\n"
         "def ssmvl_register(register): register('checkpoint', 'bad', lambda names, config: config['missing'])\n",
     )
-    with pytest.raises(CheckpointError, match=r"checkpoint 'bad' \(broken 1\.0 \(broken\)\) failed \(KeyError"):
+    monkeypatch.setenv("SSMVL_DISABLE_PLUGINS", "greedy")
+    components.cache_clear()
+    with pytest.raises(
+        CheckpointError, match=r"(?s)no registered layout.*checkpoint 'bad' failed: KeyError: 'missing'"
+    ):
         open_weights(tmp_path / "x.safetensors", "language")
+    source = MambaLM(width=64, num_layers=1, num_tokens=10)
+    write_tensors(tmp_path / "y.safetensors", {f"backbone.{name}": t for name, t in source.state_dict().items()})
+    assert open_weights(tmp_path / "y.safetensors", "language").layout.part == "language"
 
 
 def test_names_that_nobody_knows(tmp_path: Path) -> None:
@@ -111,7 +121,23 @@ def test_a_whole_model_is_no_language_model(tmp_path: Path) -> None:
 def test_the_default_dtype_is_left_alone_and_every_value_is_read(tmp_path: Path) -> None:
     source = ssmvl.build_model("quickstart")
     write_tensors(tmp_path / "model.safetensors", source.state_dict())
+    before = torch.get_rng_state()
     loaded = ssmvl.build_model("quickstart", weights=tmp_path, dtype=torch.float64)
+    assert torch.equal(torch.get_rng_state(), before), "no initial values are drawn"
     assert torch.get_default_dtype() == torch.float32
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, source.state_dict()[name].double())
+
+
+def test_a_file_that_does_not_fit_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "model.safetensors", ssmvl.build_model("quickstart").state_dict())
+    big = "model.language={width: 1000000, num_layers: 1000}"  # 40 TB
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit the model.*and \d+ more"):
+        ssmvl.build_model("quickstart", big, weights=tmp_path)
+
+
+def test_a_path_is_never_asked_of_the_hub(hub: Hub) -> None:
+    for name in (Path("runs/quickstart"), "tests/quickstart.json", "nowhere"):
+        with pytest.raises(CheckpointError, match="no such file or folder, and no model of the hub"):
+            open_weights(name, "model")
+    assert hub.requests == []

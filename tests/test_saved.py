@@ -52,9 +52,21 @@ def test_to_the_hub_and_back(assistant: Assistant, tmp_path: Path, hub: Any) -> 
     assert address.startswith(hub.url)
     assert hub.files("someone/small")["README.md"].decode().startswith("---\nlibrary_name: ssmvl")
     assert_equal(ssmvl.load("someone/small"), assistant)
-    assistant.push_to_hub("someone/small")  # again, over itself
     hub.close()
     assert_equal(ssmvl.load("someone/small"), assistant)
+
+
+def test_a_push_over_a_larger_model_leaves_none_of_its_shards(
+    assistant: Assistant, hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "SHARD", 10**6)
+    assistant.push_to_hub("someone/small")
+    assert "model.safetensors.index.json" in hub.files("someone/small")
+    monkeypatch.setattr(files, "SHARD", 10**9)
+    recipe = assistant.recipe
+    other = Assistant(ssmvl.build_model(recipe), assistant.processor, recipe)
+    other.push_to_hub("someone/small")
+    assert_equal(ssmvl.load("someone/small"), other)
 
 
 def test_what_the_hub_does_not_have(hub: Any) -> None:
@@ -67,7 +79,9 @@ def test_what_the_hub_does_not_have(hub: Any) -> None:
 
 def test_nothing_is_fetched_that_nobody_asked_for(hub: Any) -> None:
     language = "model.language={weights: someone/big}"
-    ssmvl.build_model("quickstart", language, "model.tokenizer=someone/words")
+    timm = "model.encoders.fine={name: timm, model: vit_tiny_patch16_224, weights: augreg_in21k_ft_in1k}"
+    clip = "model.encoders.coarse={name: open_clip, model: ViT-B-16-quickgelu, weights: openai}"
+    ssmvl.build_model("quickstart", language, timm, clip, "model.tokenizer=someone/words")
     assert hub.requests == []
 
 
@@ -102,6 +116,18 @@ def test_the_language_model_for_transformers(assistant: Assistant, tmp_path: Pat
     with torch.no_grad():
         expected = language.head(language.backbone(language.embed(ids)))
         torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_language_model_of_transformers_itself(tmp_path: Path, assistant: Assistant) -> None:
+    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"intermediate_size": 48, "vocab_size": 400, "tie_word_embeddings": True}
+    recipe = ssmvl.load_recipe("quickstart", f"model.language={{name: causal_lm, num_tokens: 339, config: {config}}}")
+    own = Assistant(ssmvl.build_model(recipe), assistant.processor, recipe)
+    own.save_language(tmp_path / "language")
+    theirs, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval(), torch.tensor([[3, 1, 4]])
+    language: Any = own.model.language
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, language.head(language.backbone(language.embed(ids))))
 
 
 def test_a_language_model_that_transformers_has_not(assistant: Assistant, tmp_path: Path) -> None:

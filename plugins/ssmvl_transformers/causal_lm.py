@@ -102,6 +102,11 @@ class CausalLM(nn.Module):
         device = self.model.get_input_embeddings().weight.device if device is None else device
         return KeyValueState(self._name, DynamicCache(), torch.zeros(rows, dtype=torch.long, device=device))
 
+    def to_transformers(self, end_id: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The model as transformers has it: its tensors by name, and its `config.json`; `end_id` is its own already."""
+        tensors = {name.removeprefix("model."): tensor for name, tensor in self.state_dict().items()}
+        return tensors, {**self.model.config.to_diff_dict(), "architectures": [type(self.model).__name__]}
+
     def shard_units(self) -> Sequence[nn.Module]:
         """Each decoder layer; never the embedding and the head, which may be one."""
         lists = [module for module in body_of(self.model).modules() if isinstance(module, nn.ModuleList)]

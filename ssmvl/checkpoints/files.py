@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -91,14 +92,16 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], texts: Mapping[str
 
 
 def _ours(name: str, texts: Mapping[str, str]) -> bool:
-    return name in texts or name == INDEX_FILE or (name.startswith("model") and name.endswith(".safetensors"))
+    return (
+        name in texts or name == INDEX_FILE or re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name) is not None
+    )
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     seen: set[object] = set()
     kept = {}
     for name, tensor in tensors.items():
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape)
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         if not tensor.numel() or place not in seen:
             kept[name] = tensor
         seen.add(place)

@@ -55,7 +55,7 @@ def open_checkpoint(path: str | Path) -> Foreign:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     config = path.parent / "config.json"
-    return Foreign(_tensors(path), _json(config) if config.is_file() else {}, str(path))
+    return Foreign(_tensors(path), read_json(config) if config.is_file() else {}, str(path))
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -70,13 +70,15 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _shards(index: Path) -> dict[str, Tensor]:
-    where = _json(index).get("weight_map")
+    where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise CheckpointError(f"{index}: has no mapping `weight_map` of tensors to files")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(where.values())):
         if Path(name).name != name:
             raise CheckpointError(f"{index}: {name!r} lies in another folder; shards lie beside their index")
+        if name.endswith(".json"):
+            raise CheckpointError(f"{index}: {name!r} is no file of tensors")
         if not (index.parent / name).is_file():
             raise CheckpointError(
                 f"{index.parent / name}: missing, but {index.name} lists it; was it downloaded whole?"
@@ -111,9 +113,19 @@ def _flat(prefix: str, node: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _flat(f"{prefix}.{key}" if prefix else str(key), value)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _float(node: dict[str, Any]) -> Any:
+    """Newer versions of transformers write infinity as `{"__float__": "Infinity"}`."""
+    return float(node["__float__"]) if node.keys() == {"__float__"} else node
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping.
+
+    Raises:
+        CheckpointError: it does not.
+    """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(), object_hook=_float)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(found, dict):

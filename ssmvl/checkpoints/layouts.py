@@ -6,13 +6,11 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ssmvl.checkpoints.foreign import open_checkpoint
 from ssmvl.errors import CheckpointError
 
 
@@ -23,8 +21,8 @@ class Layout:
     Attributes:
         part: what a file of this layout fills: a language model, or a whole `VisionLanguageModel`.
         rules: patterns of the module's names -> patterns of the file's, the first that matches counts. Each `*` stands
-            for the same text on both sides. Several names are joined along the first axis, as the parameters of a
-            mixer's scan paths are.
+            for the same text on both sides. Several names, of one shape, are joined along the first axis, as the
+            parameters of a mixer's scan paths are.
         tied: names in the file whose tensor must equal one of the module's: heads that are the embedding.
         absent: prefixes of the module's names that files of this layout never hold.
         ignored: patterns of names in the file that are no weights, such as tables that a module makes itself.
@@ -50,40 +48,49 @@ class Layout:
                     break
         return found
 
+    def sources(self, module: nn.Module) -> dict[str, list[str]]:
+        """The names in the file that fill each parameter and saved buffer of a module, each under its first name."""
+        return self.table(_own(module)[0])
+
+    def check(self, module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Compare a file with a module, which may be on `meta`.
+
+        Raises:
+            CheckpointError: names, shapes or expected values differ. Lists every difference.
+        """
+        expected, second = _own(module)
+        table, problems = self.table(expected), self._unexpected(module)
+        for name, tensor in expected.items():
+            if name in table:
+                problems += _differences(name, tensor, table[name], tensors)
+            elif not name.startswith(tuple(f"{prefix}." for prefix in self.absent)):
+                problems.append(f"missing {name} {tuple(tensor.shape)}")
+        tied = {**self.tied, **{self.table([name]).get(name, [name])[0]: own for name, own in second.items()}}
+        for name in tensors.keys() - {name for names in table.values() for name in names}:
+            if any(re.fullmatch(_pattern(pattern), name) for pattern in self.ignored):
+                continue
+            (same,) = table.get(tied.get(name, ""), [""])[:1]
+            if same not in tensors:
+                problems.append(f"surplus {name} {tuple(tensors[name].shape)}")
+            elif not _equal(tensors[name], tensors[same]):
+                problems.append(f"{name} differs from {same}, but the model has one tensor for both")
+        if problems:
+            shown = sorted(problems)[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+            raise CheckpointError(f"{source} does not fit the model:\n  " + "\n  ".join(shown))
+
     def load(self, module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
         """Copy a file's tensors into a module, cast to its dtypes.
 
         Raises:
             CheckpointError: names, shapes or expected values differ; nothing was copied. Lists every difference.
         """
-        expected, second = _own(module)
-        table, problems = self.table(expected), self._unexpected(module)
-        tied = {**self.tied, **{self.table([name]).get(name, [name])[0]: own for name, own in second.items()}}
-        sources: dict[str, list[str]] = {}
-        for name, tensor in expected.items():
-            if name in table:
-                sources[name] = table[name]
-                problems += _differences(name, tensor, table[name], tensors)
-            elif not name.startswith(tuple(f"{prefix}." for prefix in self.absent)):
-                problems.append(f"missing {name} {tuple(tensor.shape)}")
-        used = {name for names in sources.values() for name in names}
-        for name in tensors.keys() - used:
-            if any(re.fullmatch(_pattern(pattern), name) for pattern in self.ignored):
-                continue
-            (same,) = sources.get(tied.get(name, ""), [""])[:1]
-            if same not in tensors:
-                problems.append(f"surplus {name} {tuple(tensors[name].shape)}")
-            elif not torch.equal(tensors[name].float(), tensors[same].float()):
-                problems.append(f"{name} differs from {same}, but the model has one tensor for both")
-        if problems:
-            shown = sorted(problems)[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-            raise CheckpointError(f"{source} does not fit the model:\n  " + "\n  ".join(shown))
+        self.check(module, tensors, source)
+        expected, _ = _own(module)
         with torch.no_grad():
-            for name, names in sources.items():
-                parts = [tensors[other] for other in names]
-                sizes = [len(part) for part in parts] if len(parts) > 1 else []
-                for target, part in zip(expected[name].split(sizes) if sizes else [expected[name]], parts, strict=True):
-                    target.copy_(part)
+            for name, names in self.table(expected).items():
+                targets = expected[name].chunk(len(names)) if len(names) > 1 else [expected[name]]
+                for target, other in zip(targets, names, strict=True):
+                    target.copy_(tensors[other])
 
     def _unexpected(self, module: nn.Module) -> list[str]:
         problems = []
@@ -102,18 +109,8 @@ SAME = Layout(part="model", rules={"*": ["*"]})  # our own
 
 def ssmvl_model(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
     """The layout of what `save_pretrained` writes: the model's own names."""
-    ours = all(any(name.startswith(f"{part}.") for name in names) for part in ("encoders", "connector", "language"))
-    return SAME if ours else None
-
-
-def load_into(module: nn.Module, path: str | Path) -> None:
-    """Copy a checkpoint that has the module's own names into it, strictly, cast to the module's dtypes.
-
-    Raises:
-        CheckpointError: it cannot be read, or names or shapes differ; nothing was copied. Lists every difference.
-    """
-    found = open_checkpoint(path)
-    copy_into(module, found.tensors, found.source)
+    parts = {name.partition(".")[0] for name in names}  # a part may have no tensor, but the language model has
+    return SAME if "language" in parts and parts <= {"encoders", "fusion", "connector", "language"} else None
 
 
 def copy_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -142,6 +139,11 @@ def _own(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return own, second
 
 
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Without a copy where both have one dtype, as they nearly always do."""
+    return torch.equal(one, other) if one.dtype == other.dtype else torch.equal(one.float(), other.float())
+
+
 def _differences(name: str, tensor: Tensor, names: list[str], tensors: Mapping[str, Tensor]) -> list[str]:
     label = name if names == [name] else f"{name} (there {' + '.join(names)})"
     lacking = [other for other in names if other not in tensors]
@@ -151,8 +153,10 @@ def _differences(name: str, tensor: Tensor, names: list[str], tensors: Mapping[s
     if tensor.is_floating_point() and not all(part.is_floating_point() for part in parts):
         return [f"{label} is {', '.join(str(part.dtype) for part in parts)}; quantised weights are not read"]
     shape = list(parts[0].shape)
-    if len(parts) > 1 and all(part.ndim and part.shape[1:] == parts[0].shape[1:] for part in parts):
-        shape[0] = sum(len(part) for part in parts)
+    if any(part.shape != parts[0].shape for part in parts):
+        return [f"{label} are {', '.join(str(tuple(part.shape)) for part in parts)}; they must have one shape"]
+    if len(parts) > 1 and shape:
+        shape[0] *= len(parts)
     if shape != list(tensor.shape):
         return [f"{label} is {tuple(shape)}, the model has {tuple(tensor.shape)}"]
     return []

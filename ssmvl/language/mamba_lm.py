@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmvl.errors import ContractError
 from ssmvl.interfaces import Count, Mixer, MixerPart
+from ssmvl.language.layouts import HF_LAYOUT, HF_MODELS
 from ssmvl.language.state import RecurrentState
 from ssmvl.layers.block import Block, scale_residual
 from ssmvl.layers.mamba1 import Mamba1Mixer
@@ -112,6 +114,39 @@ class MambaLM(nn.Module):
     ) -> RecurrentState:
         """A state of `rows` rows that has seen nothing; device and dtype default to the weights'."""
         return RecurrentState(self._name, [b.mixer.new_state(rows, device, dtype) for b in self.layers])
+
+    def to_transformers(self, end_id: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The model as transformers has it: its tensors by name, and its `config.json`.
+
+        Args:
+            end_id: id of the end token.
+
+        Raises:
+            ContractError: transformers has no such model; says why.
+        """
+        mixer = self.layers[0].mixer
+        if not isinstance(mixer, Mamba1Mixer | Mamba2Mixer):
+            raise ContractError(f"transformers has no language model of {type(mixer).__name__}")
+        config: dict[str, Any] = {
+            "hidden_size": self.width,
+            "num_hidden_layers": len(self.layers),
+            "vocab_size": self.vocab_rows,
+            "state_size": mixer.d_state,
+            "expand": mixer.inner // self.width,
+            "conv_kernel": mixer.conv1d.kernel_size[0],
+            "layer_norm_epsilon": self.norm_f.eps,
+            "tie_word_embeddings": self.lm_head is None,
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_id),
+        }
+        if isinstance(mixer, Mamba2Mixer):
+            if mixer.norm.groups > 1:
+                raise ContractError("transformers' Mamba-2 normalises the whole inner width: norm_groups must be 1")
+            config |= {"model_type": "mamba2", "head_dim": mixer.head_dim, "num_heads": mixer.heads}
+            config |= {"n_groups": mixer.num_groups, "time_step_limit": list(mixer.dt_limit)}
+        else:
+            config |= {"model_type": "mamba", "intermediate_size": mixer.inner, "time_step_rank": mixer.dt_rank}
+        config["architectures"] = [HF_MODELS[config["model_type"]]]
+        return {HF_LAYOUT.table([name])[name][0]: tensor for name, tensor in self.state_dict().items()}, config
 
     @functools.cached_property
     def _name(self) -> str:

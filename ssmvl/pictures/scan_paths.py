@@ -163,9 +163,11 @@ def _draw_path(axes: Any, path: Array, grid: Grid, cell: float, left: float, top
     lines, colours = np.stack([centres[:-1], centres[1:]], axis=1), (colours[:-1] + colours[1:]) / 2
     steps = np.diff(path, axis=0)
     near = (steps[:, 0] == 0) & (np.abs(steps).max(axis=1) == 1)
-    if 2 * near.sum() >= len(near):  # where most steps are jumps, as between stitched maps, their lines would hide the cells
-        dashed = {"lw": 4 * cell, "ls": (0, (3, 3)), "alpha": 0.45}
-        axes.add_collection(LineCollection(lines[~near], colors=colours[~near], **dashed))
+    if 2 * near.sum() >= len(
+        near
+    ):  # where most steps are jumps, as between stitched maps, their lines would hide the cells
+        jumps = LineCollection(lines[~near], colors=colours[~near], lw=4 * cell, ls=(0, (3, 3)), alpha=0.45)
+        axes.add_collection(jumps)
     if cell >= NUMBERED:
         for position, (x, y) in enumerate(centres):
             axes.text(x - 0.42 * cell, y - 0.4 * cell, str(position), va="top", color=INK, fontsize=12 * cell)

@@ -41,7 +41,10 @@ def check_checkpoint(
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.fill_(torch.nan)
-    _load(name, found, module, tensors)
+    try:
+        found.load(module, tensors, name)
+    except CheckpointError as error:
+        require(False, f"{name} must fit the module it is checked with: {error}")
     left = [
         own
         for own, parameter in module.named_parameters()
@@ -50,18 +53,9 @@ def check_checkpoint(
     require(
         not left, f"{name}: the file must fill all of the module; {', '.join(left[:5])} still hold their old values"
     )
-    for lacking in tensors:
-        if lacking not in found.tied:
-            rest = {key: tensor for key, tensor in tensors.items() if key != lacking}
-            try:
-                found.load(module, rest, name)
-            except CheckpointError:
-                continue
-            require(False, f"{name}: a file without {lacking} must be refused")
-
-
-def _load(name: str, layout: Layout, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        layout.load(module, tensors, name)
-    except CheckpointError as error:
-        require(False, f"{name} must fit the module it is checked with: {error}")
+    for lacking in (theirs for names in found.sources(module).values() for theirs in names):
+        try:
+            found.check(module, {key: tensor for key, tensor in tensors.items() if key != lacking}, name)
+        except CheckpointError:
+            continue
+        require(False, f"{name}: a file without {lacking} must be refused")

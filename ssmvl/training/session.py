@@ -32,6 +32,8 @@ from ssmvl.training.folder import RunFolder
 from ssmvl.training.report import report
 from ssmvl.training.stages import Plan, Stage, composer_class
 
+WAIT = 3600.0  # seconds that ranks wait for each other: the first one may be fetching weights
+
 
 class Session:
     """One process of a run, on any number of ranks.
@@ -53,7 +55,7 @@ class Session:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // dist.get_local_world_size()))
         if self.world > 1:
-            dist.initialize_dist(get_device(None))
+            dist.initialize_dist(get_device(None), timeout=WAIT)
         if dist.get_local_rank() == 0:
             clean_stale_segments()
         finished = self._claim()

@@ -14,7 +14,7 @@ from torch import nn
 
 from ssmvl.binding import bind
 from ssmvl.build import ModelParts, build_model, lacks_nothing
-from ssmvl.errors import ContractError, Problem, RecipeError, nearest
+from ssmvl.errors import Problem, RecipeError, nearest
 from ssmvl.evaluation import Evaluation
 from ssmvl.interfaces import Check, Count, DatasetPart, Prompt, PromptPart, Seed
 from ssmvl.recipe import Recipe
@@ -157,8 +157,8 @@ def check(recipe: Recipe) -> tuple[Plan, list[str]]:
         if stage_.prompt is not None:
             try:
                 lacks_nothing(stage_.prompt(), stage_.prompt, Prompt)
-            except ContractError as error:
-                problems.append(Problem(f"stages.{name}.prompt", str(error)))
+            except Exception as error:  # a foreign component may raise anything
+                problems.append(Problem(f"stages.{name}.prompt", f"{type(error).__name__}: {error}"))
         problems += _check_prefixes(f"stages.{name}.train", stage_.train, model)
         problems += _check_prefixes(f"stages.{name}.optimizer.lr_of", stage_.optimizer.lr_of, model)
     if problems:

@@ -6,7 +6,6 @@ Their weights are made by `scripts/make_digit_encoders.py` from training digits 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,7 +13,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ssmvl.vision.encoders import VitEncoder
-from ssmvl.vision.sources import user_file
 
 SIZE, CELLS, EMPTY = 48, 3, 10  # pixels a side, cells a side, and the class of a cell without a digit
 SHIPPED = Path(__file__).parent / "weights"
@@ -79,5 +77,5 @@ def digit_vit(stem: Literal["fine", "coarse"], *, weights: str = "shipped") -> V
         embed_layer=embed,
     )
     path = str(SHIPPED / f"digit_vit_{stem}.safetensors") if weights == "shipped" else weights
-    file = None if weights == "none" else partial(user_file, path)
+    file = None if weights == "none" else Path(path).expanduser
     return VitEncoder(vit, size=SIZE, mean=[variant.mean] * 3, std=[variant.std] * 3, file=file)

@@ -13,19 +13,17 @@ import torch
 from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 
-from ssmvl.checkpoints import WEIGHTS_FILE, copy_into
+from ssmvl.checkpoints import WEIGHTS_FILE, copy_into, read_json
 from ssmvl.errors import CheckpointError, ContractError
+from ssmvl.hub import hub_file
 from ssmvl.interfaces import Count, Grid, ImageSpec, Resize
 from ssmvl.vision.sources import (
     adapting,
     folder_file,
-    hub_file,
     parse_weights,
-    read_config,
     read_under,
     require_statistics,
     similar,
-    user_file,
 )
 
 WeightsFile = Callable[[], Path]
@@ -199,7 +197,7 @@ def timm_encoder(
     mean, std = config["mean"], config["std"]
     file: WeightsFile | None = None
     if source.kind == "file":
-        file = partial(user_file, source.value)
+        file = Path(source.value).expanduser
     elif source.kind == "folder":
         file = partial(_folder, source.value, name, mean, std)
     elif source.kind == "tag":
@@ -223,7 +221,7 @@ def _quick(name: str) -> str:
 def _folder(folder: str, name: str, mean: Sequence[float], std: Sequence[float]) -> Path:
     """The weights in a folder of timm's, once its config agrees with the encoder."""
     path = folder_file(folder, "config.json")
-    config = read_config(path)
+    config = read_json(path)
     with adapting(path):
         found = str(config.get("architecture"))
         pretrained = config.get("pretrained_cfg", config)  # older folders have one mapping

@@ -16,21 +16,19 @@ from open_clip.transform import PreprocessCfg
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
-from ssmvl.checkpoints import copy_into
+from ssmvl.checkpoints import copy_into, read_json
 from ssmvl.errors import CheckpointError, ContractError, nearest
+from ssmvl.hub import hub_file
 from ssmvl.interfaces import Count, Grid, Resize
 from ssmvl.vision.encoders import Encoder, VitEncoder, WeightsFile
 from ssmvl.vision.sources import (
     Source,
     adapting,
     folder_file,
-    hub_file,
     parse_weights,
-    read_config,
     read_under,
     require_statistics,
     similar,
-    user_file,
 )
 
 TOWER = "visual."  # of names in open_clip's files
@@ -168,7 +166,7 @@ def _file(
     source: Source, name: str, pretrained: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]
 ) -> WeightsFile | None:
     if source.kind == "file":
-        return partial(user_file, source.value)
+        return Path(source.value).expanduser
     if source.kind == "folder":
         return partial(_folder, source.value, name, mean, std)
     if source.kind == "tag":
@@ -185,7 +183,7 @@ def _file(
 def _folder(folder: str, name: str, mean: Sequence[float], std: Sequence[float]) -> Path:
     """The weights in a folder of open_clip's, once its config agrees with the encoder."""
     path = folder_file(folder, HF_CONFIG_NAME)
-    config = read_config(path)
+    config = read_json(path)
     with adapting(path):
         theirs, own = _what_counts(config.get("model_cfg", config)), _what_counts(open_clip.get_model_config(name))
         wrong = [f"{key} is {theirs[key]!r}, {name} has {own[key]!r}" for key in own if theirs[key] != own[key]]

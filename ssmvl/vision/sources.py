@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from ssmvl.checkpoints import read_tensors
@@ -61,53 +59,17 @@ def similar(name: str, names: Collection[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, names, n=5, cutoff=0.4)) or "none"
 
 
-def hub_file(repo: str, name: str) -> Path:
-    """A file of a repository in the hub: from the cache, or downloaded now.
-
-    Raises:
-        CheckpointError: it cannot be fetched.
-    """
-    try:
-        return Path(hf_hub_download(repo, name))
-    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors, a malformed id is a ValueError
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{name} of {repo} cannot be fetched from the hub ({type(error).__name__}: {reason}); "
-            f"without a network download the folder elsewhere and write weights: {LOCAL_DIR}FOLDER"
-        ) from error
-
-
-def user_file(path: str) -> Path:
-    """A path as a user writes it."""
-    return Path(path).expanduser()
-
-
 def folder_file(folder: str, name: str) -> Path:
     """A file of a downloaded folder.
 
     Raises:
         CheckpointError: the folder or the file is not there.
     """
-    path = user_file(folder) / name
+    path = Path(folder).expanduser() / name
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else "no such folder"
         raise CheckpointError(f"{path.parent} must hold {name}; pickles are not read. Found: {found or 'nothing'}")
     return path
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a mapping.
-
-    Raises:
-        CheckpointError: it does not.
-    """
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a mapping, found {type(config).__name__}")
-    return config
 
 
 def require_statistics(

@@ -98,6 +98,7 @@ def test_a_shard_that_is_missing(tmp_path: Path) -> None:
         ({}, "weight_map"),
         ([], "weight_map"),
         ({"a": 3}, "weight_map"),
+        ({"a": "pytorch_model.bin.index.json"}, "is no file of tensors"),
     ],
 )
 def test_an_index_that_lies(tmp_path: Path, where: Any, said: str) -> None:
@@ -149,6 +150,12 @@ def test_a_folder_without_one_checkpoint(tmp_path: Path, files: list[str], said:
         (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match=said):
         open_checkpoint(tmp_path)
+
+
+def test_infinity_as_newer_transformers_write_it(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "x.safetensors", TENSORS)
+    (tmp_path / "config.json").write_text('{"time_step_limit": [0.0, {"__float__": "Infinity"}]}')
+    assert open_checkpoint(tmp_path).config == {"time_step_limit": [0.0, float("inf")]}
 
 
 def test_no_such_path_another_suffix_and_a_broken_config(tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ LAYOUT = Layout(
 def tensors(**other: Tensor) -> dict[str, Tensor]:
     found = {
         "m.emb.weight": torch.randn(5, 3),
-        "m.blocks.0.b": torch.tensor([1.0]),
-        "m.blocks.0.b_back": torch.tensor([2.0, 3.0, 4.0]),
+        "m.blocks.0.b": torch.tensor([1.0, 2.0]),
+        "m.blocks.0.b_back": torch.tensor([3.0, 4.0]),
         "m.blocks.0.weight": torch.randn(4, 3, dtype=torch.float64),
     }
     return {**found, **other}
@@ -87,8 +87,12 @@ def test_a_tied_head_may_be_there_if_it_is_equal() -> None:
         ({"m.blocks.1.b": torch.zeros(1)}, "surplus m.blocks.1.b (1,)"),
         ({"m.emb.weight": torch.zeros(6, 3)}, "embedding.weight (there m.emb.weight) is (6, 3), the model has (5, 3)"),
         (
-            {"m.blocks.0.b": torch.zeros(2)},
-            "layers.0.bias (there m.blocks.0.b + m.blocks.0.b_back) is (5,), the model has (4,)",
+            {"m.blocks.0.b": torch.zeros(3), "m.blocks.0.b_back": torch.zeros(3)},
+            "layers.0.bias (there m.blocks.0.b + m.blocks.0.b_back) is (6,), the model has (4,)",
+        ),
+        (
+            {"m.blocks.0.b": torch.zeros(1), "m.blocks.0.b_back": torch.zeros(3)},
+            "layers.0.bias (there m.blocks.0.b + m.blocks.0.b_back) are (1,), (3,); they must have one shape",
         ),
         (
             {"m.emb.weight": torch.zeros(5, 3, dtype=torch.int8)},

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, 
 
 from ssmvl.checkpoints import open_checkpoint, write_tensors
 from ssmvl.errors import CheckpointError, ContractError
-from ssmvl.language.layouts import to_transformers
 from ssmvl.language.mamba_lm import Mamba1LM, MambaLM
 from ssmvl.layers.mamba1 import Mamba1Mixer
 from ssmvl.layers.mamba2 import Mamba2Mixer
@@ -84,7 +83,10 @@ def state_spaces_file(folder: Path, version: int, ssm_cfg: dict[str, Any], **cha
 
 @pytest.mark.parametrize(
     ("version", "ssm_cfg"),
-    [(1, {}), (2, {"layer": "Mamba2", "d_state": 8, "headdim": 16, "chunk_size": 64})],
+    [
+        (1, {"dt_rank": "auto", "expand": 2, "dt_min": 0.001}),
+        (2, {"layer": "Mamba2", "d_state": 8, "headdim": 16, "chunk_size": 64, "expand": 2, "bias": False}),
+    ],
 )
 def test_state_spaces(tmp_path: Path, version: int, ssm_cfg: dict[str, Any]) -> None:
     theirs = state_spaces_file(tmp_path, version, ssm_cfg)
@@ -103,6 +105,10 @@ def test_state_spaces(tmp_path: Path, version: int, ssm_cfg: dict[str, Any]) -> 
     [
         ({"layer": "Mamba2", "d_state": 4, "headdim": 16, "ngroups": 2}, "mixer.num_groups is 1, the .* says 2"),
         ({"layer": "Mamba2", "d_state": 8, "headdim": 16, "norm_before_gate": True}, "norm_before_gate is None"),
+        (
+            {"layer": "Mamba2", "d_state": 8, "headdim": 16, "dt_limit": [0.0, 1.0]},
+            r"dt_limit is .*says \(0\.0, 1\.0\)",
+        ),
     ],
 )
 def test_a_config_that_the_shapes_do_not_show(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -161,7 +167,7 @@ def test_transformers_in_and_out(tmp_path: Path, version: int, tied: bool) -> No
         expected, found = theirs(IDS).logits, ours.head(ours.backbone(ours.embed(IDS)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
-    tensors, config = to_transformers(ours, end_id=0)
+    tensors, config = ours.to_transformers(end_id=0)
     write_tensors(tmp_path / "model.safetensors", tensors, {"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(config))
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -182,6 +188,14 @@ def test_transformers_with_other_groups_of_the_same_shapes(tmp_path: Path) -> No
         open_weights(tmp_path, "language").load(mamba2(groups=2, norm_groups=2))
 
 
+def test_transformers_with_another_activation(tmp_path: Path) -> None:
+    hf_mamba1(True).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu", "layer_norm_epsilon": 1e-6}))
+    with pytest.raises(CheckpointError, match=r"hidden_act is None, .* says 'gelu'\n.*norm_f\.eps is 1e-05, .* 1e-06"):
+        open_weights(tmp_path, "language").load(mamba1())
+
+
 def test_another_model_with_the_same_names_is_not_taken(tmp_path: Path) -> None:
     hf_mamba1(True).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -192,9 +206,11 @@ def test_another_model_with_the_same_names_is_not_taken(tmp_path: Path) -> None:
 
 def test_what_transformers_has_no_layout_for() -> None:
     with pytest.raises(ContractError, match="norm_groups must be 1"):
-        to_transformers(mamba2(groups=2, norm_groups=2), 0)
-    with pytest.raises(ContractError, match="Linear is no Mamba-1 or Mamba-2 mixer"):
-        to_transformers(nn.Linear(1, 1), 0)
+        mamba2(groups=2, norm_groups=2).to_transformers(0)
+    other = mamba2()
+    other.layers[0].mixer = nn.Linear(1, 1)
+    with pytest.raises(ContractError, match="transformers has no language model of Linear"):
+        other.to_transformers(0)
 
 
 def test_a_language_model_is_not_a_whole_model(tmp_path: Path) -> None:

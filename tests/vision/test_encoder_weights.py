@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
 
+from ssmvl import hub
 from ssmvl.checkpoints import write_tensors
 from ssmvl.errors import CheckpointError, ContractError
-from ssmvl.vision import sources
 from ssmvl.vision.encoders import VitEncoder, timm_encoder
 
 Refused = Callable[[nn.Module, str], None]
@@ -75,7 +75,7 @@ def assert_holds(encoder: VitEncoder, path: Path) -> None:
 
 
 def test_reads_a_folder_of_timms_without_a_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "hf_hub_download", None)
+    monkeypatch.setattr(hub, "hf_hub_download", None)
     encoder = timm_encoder("test_vit.r160_in1k", weights=f"local-dir:{folder}")
     encoder.load_weights()
     assert_holds(encoder, folder / "model.safetensors")
@@ -91,7 +91,7 @@ def test_a_tag_is_fetched_when_weights_are_wanted(
         asked.append((repo, name))
         return str(folder / name)
 
-    monkeypatch.setattr(sources, "hf_hub_download", fetch)
+    monkeypatch.setattr(hub, "hf_hub_download", fetch)
     encoder = timm_encoder(model, weights=weights)
     assert not asked
     encoder.load_weights()
@@ -103,7 +103,7 @@ def test_without_a_network_a_tag_is_a_checkpoint_error(monkeypatch: pytest.Monke
     def fail(repo: str, name: str) -> str:
         raise LocalEntryNotFoundError(f"no {name} of {repo} in the cache")
 
-    monkeypatch.setattr(sources, "hf_hub_download", fail)
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
     encoder = timm_encoder("test_vit", weights="r160_in1k")
     with pytest.raises(CheckpointError, match=r"model\.safetensors of timm/test_vit\.r160_in1k .* local-dir:FOLDER"):
         encoder.load_weights()

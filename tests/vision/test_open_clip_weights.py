@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmvl import hub
 from ssmvl.checkpoints import write_tensors
 from ssmvl.errors import CheckpointError, ContractError
 from ssmvl.interfaces import Grid
-from ssmvl.vision import sources
 from ssmvl.vision.open_clip_encoders import open_clip_encoder
 
 Refused = Callable[[nn.Module, str], None]
@@ -107,7 +107,7 @@ def test_reads_a_folder_without_a_network(
     folder: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, loaded: Loaded
 ) -> None:
     name, place = folder
-    monkeypatch.setattr(sources, "hf_hub_download", None)
+    monkeypatch.setattr(hub, "hf_hub_download", None)
     encoder = open_clip_encoder(name, weights=f"local-dir:{place}").eval()
     encoder.load_weights()
     pixels = images(encoder.image_spec.size)
@@ -185,7 +185,7 @@ def test_a_tag_is_fetched_when_weights_are_wanted(monkeypatch: pytest.MonkeyPatc
         asked.append((repo, name))
         raise LocalEntryNotFoundError("offline")
 
-    monkeypatch.setattr(sources, "hf_hub_download", fail)
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
     with torch.device("meta"):
         encoder = open_clip_encoder("ViT-L-14-336-quickgelu", weights="openai")
     assert not asked
