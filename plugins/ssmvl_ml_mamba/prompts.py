@@ -12,6 +12,8 @@ from ssmvl.text.prompts import learned, turns
 class ZephyrPrompt:
     r"""`<|user|>\n{question}<end>\n<|assistant|>\n{answer}<end>`, turns one line apart; images before all text.
 
+    Blanks at the ends of a text are left out, and an empty answer is a blank.
+
     Source: the released code of ML-Mamba (arXiv 2407.19832), and of Cobra (arXiv 2403.14520).
     """
 
@@ -25,7 +27,8 @@ class ZephyrPrompt:
         """
         pieces, opening = [], "<|user|>\n"
         for question, answer in turns(conversation):
-            pieces += [Piece(opening, template=True), Piece(question)]
+            answer = None if answer is None else answer.strip() or " "
+            pieces += [Piece(opening, template=True), Piece(question.strip())]
             pieces += [Piece(f"{end}\n<|assistant|>\n", template=True), *learned(answer, end)]
             opening = "\n<|user|>\n"
         return pieces

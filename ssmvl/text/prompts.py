@@ -79,11 +79,11 @@ class MambaPrompt:
 
 
 class VicunaPrompt:
-    """`<s>{system} USER: {question} ASSISTANT: {answer}<end>USER: …`, turn after turn; images where their marks are.
+    """`<s>{system} USER: {question} ASSISTANT: {answer}<end>USER: …`, turn after turn; images before their question.
 
     For LLaMA tokenizers, which write a space before every text that they are given: a piece therefore begins after the
-    space that stands between it and the one before. Beside an image the space is written, as it is a token there. The
-    ids are those of LLaVA-1.5, which looks at no other place for an image than the beginning of a question.
+    space that stands between it and the one before. Beside an image the space is written, as it is a token there.
+    Images are moved to the beginning of their question, as LLaVA-1.5 does before it reads; the ids are then its own.
 
     Source: Vicuna v1.5 (arXiv 2306.05685); with images, LLaVA-1.5 (arXiv 2310.03744).
     """
@@ -98,6 +98,9 @@ class VicunaPrompt:
         """
         pieces, opening = [], f"<s>{VICUNA_SYSTEM} USER:"
         for question, answer in turns(conversation):
+            if IMAGE in question:
+                marks = f"{IMAGE}\n" * question.count(IMAGE)
+                question = (marks + question.replace(IMAGE, "").strip()).strip()
             before, after = " " * question.startswith(IMAGE), " " * question.endswith(IMAGE)
             pieces += [Piece(opening + before, template=True), Piece(question)]
             pieces += [Piece(f"{after}ASSISTANT:", template=True), *learned(answer, end)]

@@ -43,9 +43,14 @@ def tokenizer() -> Tokenizer:
 
 
 def llava(tokenizer: Tokenizer, texts: list[str], places: int) -> list[int]:
-    """One text, cut at its images; the tokenizer writes a space at the beginning of each part and after each `</s>`."""
+    """One text, cut at its images; the tokenizer writes a space at the beginning of each part and after each `</s>`.
+
+    Marks are moved to the front of their message first.
+    """
     text = f"{VICUNA_SYSTEM} "
     for number, said in enumerate(texts):
+        if count := said.count("<image>"):
+            said = ("<image>\n" * count + said.replace("<image>", "").strip()).strip()
         text += f"ASSISTANT: {said}</s>" if number % 2 else f"USER: {said} "
     text += "ASSISTANT:" if len(texts) % 2 else ""
     tokenizer.encode_special_tokens = False

@@ -71,6 +71,13 @@ def test_zephyr_turn_after_turn() -> None:
     assert "".join(piece.text for piece in pieces) == f"{text}\n{text}"
 
 
+def test_zephyr_strips_as_the_released_code_does() -> None:
+    talk = [{"role": "user", "content": " why?\n"}, {"role": "assistant", "content": "\nso. "}]
+    assert ZephyrPrompt().pieces(talk, "<end>") == ZephyrPrompt().pieces([user(), assistant()], "<end>")
+    talk[1] = {"role": "assistant", "content": ""}
+    assert ZephyrPrompt().pieces(talk, "<end>")[-2] == Piece(" ", supervised=True)
+
+
 def test_vicuna_turn_after_turn() -> None:
     first = [Piece(VICUNA, template=True), Piece("why?"), Piece("ASSISTANT:", template=True)]
     second = [Piece("USER:", template=True), *first[1:]]
@@ -89,9 +96,10 @@ def test_vicuna_writes_the_space_beside_an_image() -> None:
         " ASSISTANT:",
         "USER: ",
         "ASSISTANT:",
-        "USER:",
-        " ASSISTANT:",
+        "USER: ",
+        "ASSISTANT:",
     ]
+    assert Piece("<image>\na") in VicunaPrompt().pieces([user("a<image>")], ""), "images are moved to the front"
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -1,0 +1,82 @@
+"""Each architecture that `causal_lm` takes: its rows are as alone, and no position sees a later one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ssmvl_transformers.causal_lm import CausalLM
+from ssmvl_transformers.configuration import TESTED
+
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "vocab_size": 23,
+    "max_position_embeddings": 64,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+GPT = {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": 23, "n_positions": 64}
+CONFIGS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("gpt_neox", "olmo", "olmo2", "persimmon", "phi", "granite"), SIZES),
+    **dict.fromkeys(("exaone4", "llama", "qwen2"), GROUPED),
+    **{key: {**GROUPED, "sliding_window": 3} for key in ("mistral", "starcoder2")},
+    **{key: {**GROUPED, "pad_token_id": 0} for key in ("phi3", "smollm3")},
+    "stablelm": {**SIZES, "num_key_value_heads": 4},
+    "mixtral": {**GROUPED, "num_local_experts": 4},
+    "qwen2_moe": {**GROUPED, "num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8},
+    **{key: {**GROUPED, "head_dim": 4} for key in ("gemma", "qwen3")},
+    "gemma3_text": {**GROUPED, "head_dim": 4, "sliding_window": 3},
+    "glm": {**GROUPED, "head_dim": 4, "pad_token_id": 0},
+    "gpt2": GPT,
+    "gptj": {**GPT, "rotary_dim": 2},
+    "gpt_neo": {
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_heads": 4,
+        "vocab_size": 23,
+        "max_position_embeddings": 64,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 3,
+    },
+    "opt": {**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16},
+    "falcon": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 23},
+    "xglm": {
+        "d_model": 16,
+        "num_layers": 2,
+        "attention_heads": 4,
+        "ffn_dim": 24,
+        "vocab_size": 23,
+        "max_position_embeddings": 64,
+    },
+}
+CONFIGS["opt"] = {key: value for key, value in CONFIGS["opt"].items() if key != "intermediate_size"}
+
+
+def test_every_architecture_that_is_taken_is_here() -> None:
+    assert sorted(CONFIGS) == sorted(TESTED)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@torch.no_grad()
+def test_rows_are_as_alone_and_no_position_sees_a_later_one(kind: str) -> None:
+    lm = CausalLM(config={"model_type": kind, **CONFIGS[kind]}, num_tokens=20).eval()
+    for parameter in lm.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.2)
+    x, lengths = torch.randn(3, 12, lm.width), [5, 2, 7]
+    logits = lm.head(lm.backbone(x))
+    later = torch.cat([x[:, :7], torch.randn(3, 5, lm.width)], 1)
+    near = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(lm.head(lm.backbone(later))[:, :7], logits[:, :7], **near)
+    for row, expected in zip(x, logits, strict=True):
+        torch.testing.assert_close(lm.model(inputs_embeds=row[None], use_cache=False).logits[0], expected, **near)
+    state = lm.new_state(3)
+    read = lm.head(lm.prefill(x[:, :7], torch.tensor(lengths), state))
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(read[row, :length], logits[row, :length], **near)
+    for t in range(4):
+        at = torch.arange(3), torch.tensor(lengths) + t
+        torch.testing.assert_close(lm.head(lm.step(x[at], state)), logits[at], **near)
+    assert logits.std() > 0.1
