@@ -1,7 +1,7 @@
 """Rows of the papers' ablation tables: each a recipe with overrides, under a name. Imports no torch.
 
-`recipes/ablations.yaml` is a list of them; `ablation:ml_mamba/table7/csm` stands where a recipe's name may, except as the
-`base:` of another.
+`recipes/ablations.yaml` is a list of them; `ablation:ml_mamba/table7/csm` stands where a recipe's name may, but not as
+the `base:` of another.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ WeightsFile = Callable[[], Path]
 """Gives the safetensors file of an encoder's weights; called when they are loaded, and only then may it fetch it."""
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """What the encoders of every library share; a subclass adds `features` and `load_weights`.
 
     Args:
@@ -70,13 +71,13 @@ class Encoder(nn.Module):
         scaled = [(plane / 255 - m) / s for plane, m, s in zip(planes, self.mean, self.std, strict=True)]
         return torch.stack(scaled, dim=1).to(dtype)
 
+    @abstractmethod
     def features(self, x: Tensor) -> Tensor:
         """Normalised (I, 3, S, S), I > 0 -> (I, N, D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_weights(self) -> None:
         """Load the weights that were named; nothing if none were."""
-        raise NotImplementedError
 
     def shard_units(self) -> Sequence[nn.Module]:
         """The encoder as a whole."""
