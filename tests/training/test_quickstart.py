@@ -36,11 +36,12 @@ def finish(process: subprocess.Popen[str]) -> str:
     """Let a run end; print its seconds and the peak memory of its process tree, looked at every five seconds."""
     assert process.stdout is not None
     start, looked, peak, said = time.monotonic(), 0.0, 0, []
-    for line in process.stdout:
-        said.append(line)
-        if time.monotonic() - looked > 5:  # looking takes the run's cores for a moment
-            looked, peak = time.monotonic(), max(peak, tree_bytes(process.pid))
-    assert process.wait() == 0, "".join(said[-40:])
+    with process:
+        for line in process.stdout:
+            said.append(line)
+            if time.monotonic() - looked > 5:  # looking takes the run's cores for a moment
+                looked, peak = time.monotonic(), max(peak, tree_bytes(process.pid))
+    assert process.returncode == 0, "".join(said[-40:])
     print(f"{time.monotonic() - start:.0f} s, {peak / 2**30:.2f} GiB at the peak")
     assert peak < 3e9
     return "".join(said)
