@@ -99,7 +99,7 @@ def test_killed_and_started_again_finishes(composer: Composer) -> None:
     process = composer(RECIPE, "run=three")
     assert process.stdout is not None
     for line in process.stdout:
-        if " 230/850" in line:
+        if " 230/1000" in line:
             os.killpg(process.pid, signal.SIGKILL)
             break
     process.communicate()
