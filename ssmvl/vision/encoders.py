@@ -137,7 +137,7 @@ class VitEncoder(Encoder):
         return features
 
     def load_weights(self) -> None:
-        """Load the weights that were named, strictly; their positions are resampled as timm does, for another size.
+        """Load the weights that were named; as timm does, positions and patches of another size are resampled first.
 
         Raises:
             CheckpointError: they cannot be found or fetched, are damaged, or do not fit.
