@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,23 @@ import torch
 from hub import hub as hub
 
 from ssmvl.core_plugin import components
+
+# What reads shards takes the first free name in shared memory, which two processes at once may both find.
+STREAMING = ("data", "training", "testing", "test_docs.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for each of several workers, and for what they start: more would wait for each other."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests that read shards run on one worker."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in STREAMING:
+            item.add_marker(pytest.mark.xdist_group("streaming"))
 
 
 @pytest.fixture(autouse=True)

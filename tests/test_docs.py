@@ -36,7 +36,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 BIN = Path(sys.executable).parent
 SHIMS = {
     "composer": f'exec "{BIN}/composer" "$@" {" ".join(CUTS)}',
-    "pytest": f'[ $# -eq 0 ] || exec "{BIN}/python" -m pytest -q -p no:cacheprovider "$@"',
+    "pytest": f'[ $# -eq 0 ] || exec "{BIN}/python" -m pytest -q -n 0 -p no:cacheprovider "$@"',
     "pip": f"""
 [ "$1 $2" = "install -e" ] || {{ echo "pip $*: not allowed here" >&2; exit 2; }}
 case "$3" in .*) exit 0;; esac  # the library itself is installed

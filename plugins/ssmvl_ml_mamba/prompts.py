@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ssmvl.interfaces import Message, Piece
-from ssmvl.text.prompts import learned, turns
+from ssmvl.text.prompts import learned, stripped
 
 
 class ZephyrPrompt:
@@ -26,9 +26,8 @@ class ZephyrPrompt:
             DataError: there is no message, or they do not alternate, beginning with the user's.
         """
         pieces, opening = [], "<|user|>\n"
-        for question, answer in turns(conversation):
-            answer = None if answer is None else answer.strip() or " "
-            pieces += [Piece(opening, template=True), Piece(question.strip())]
+        for question, answer in stripped(conversation):
+            pieces += [Piece(opening, template=True), Piece(question)]
             pieces += [Piece(f"{end}\n<|assistant|>\n", template=True), *learned(answer, end)]
             opening = "\n<|user|>\n"
         return pieces

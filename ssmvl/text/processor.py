@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ssmvl.errors import DataError
-from ssmvl.interfaces import IGNORED, IMAGE_PLACE, ImageSpec, Message, Piece, Prompt
+from ssmvl.interfaces import IGNORED, IMAGE_PLACE, ImageSpec, Message, Prompt
 from ssmvl.text.tokenizers import END
 from ssmvl.vision.transforms import ImageLike, read_image, to_pixels
 
@@ -59,7 +59,8 @@ class Processor:
         """A conversation with its images as a sample.
 
         `<image>` marks in the user's text say where images stand. Without any mark they come first: before all text,
-        or, where the prompt writes images in place, before the first question, each on a line of its own.
+        or, where the prompt writes images in place, before the first question, each on a line of its own. Where the
+        prompt writes them before all text, marks are left out, and blanks at the ends of their message with them.
 
         Args:
             conversation: messages, the user's first.
@@ -70,19 +71,22 @@ class Processor:
             DataError: marks and images differ in number, an image cannot be decoded, there is neither text nor an
                 image to read, or nothing is supervised.
         """
-        pieces = self.prompt.pieces(conversation, self.end)
+        pieces = self.prompt.pieces(conversation, self.end)  # refuses what is no conversation
         marks = sum(message["content"].count(IMAGE) for message in conversation if message["role"] == "user")
         if marks not in (0, len(images)):
             raise DataError(f"{marks} {IMAGE} marks in the text, but {len(images)} images; they must match in number")
         in_place = self.prompt.image_placement == "in_place"
         if in_place and images and not marks:
             first, *rest = conversation
-            marked = {**first, "content": f"{IMAGE}\n" * len(images) + first["content"]}
+            marked: Message = {**first, "content": f"{IMAGE}\n" * len(images) + first["content"]}
             pieces = self.prompt.pieces([marked, *rest], self.end)
+        elif marks and not in_place:
+            pieces = self.prompt.pieces([_without_marks(message) for message in conversation], self.end)
         ids = [] if in_place else [IMAGE_PLACE] * (self.places * len(images))
         labels = [IGNORED] * len(ids)
         for piece in pieces:
-            for number, text in enumerate(_around_marks(piece, in_place)):
+            read = piece.text.split(IMAGE) if in_place and not piece.supervised else [piece.text]
+            for number, text in enumerate(read):
                 places = [IMAGE_PLACE] * self.places if number else []
                 tokens = self._tokenise(text, piece.template)
                 ids += places + tokens
@@ -122,11 +126,10 @@ class Processor:
         return ids
 
 
-def _around_marks(piece: Piece, in_place: bool) -> list[str]:
-    """The text between image marks. Where images come first, a mark leaves with the line it stands on."""
-    if piece.supervised or IMAGE not in piece.text:
-        return [piece.text]
-    return piece.text.split(IMAGE) if in_place else [re.sub(rf"{IMAGE}\n|\n?{IMAGE}", "", piece.text)]
+def _without_marks(message: Message) -> Message:
+    if message["role"] != "user" or IMAGE not in message["content"]:
+        return message
+    return {**message, "content": message["content"].replace(IMAGE, "").strip()}
 
 
 def _plain(conversation: Sequence[Message]) -> str:

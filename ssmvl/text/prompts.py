@@ -32,6 +32,14 @@ def turns(conversation: Sequence[Message]) -> list[tuple[str, str | None]]:
     return list(zip_longest(texts[::2], texts[1::2]))
 
 
+def stripped(conversation: Sequence[Message]) -> list[tuple[str, str | None]]:
+    """`turns` without the blanks at the ends of their texts; an empty answer is a blank.
+
+    Source: the released code of Cobra (arXiv 2403.14520) and of ML-Mamba (arXiv 2407.19832), which goes back to it.
+    """
+    return [(asked.strip(), None if said is None else said.strip() or " ") for asked, said in turns(conversation)]
+
+
 def learned(answer: str | None, end: str) -> list[Piece]:
     """The supervised pieces of a turn, its answer and the end; none while the answer is still to come."""
     return [] if answer is None else [Piece(answer, supervised=True), Piece(end, supervised=True, template=True)]
@@ -58,9 +66,12 @@ class PlainPrompt:
 
 
 class MambaPrompt:
-    r"""`In: {question}\nOut: {answer}<end>`, turn after turn; images before all text; answers are supervised.
+    r"""`In: {question}\nOut: {answer}<end>`, turns one line apart; images before all text; answers are supervised.
 
-    Source: the plain prompt of Cobra (arXiv 2403.14520) and its relatives for language models without a chat format.
+    The space before a question is read with it, as byte-level tokenizers write words. Blanks at the ends of a text are
+    left out, and an empty answer is a blank.
+
+    Source: the released code of Cobra (arXiv 2403.14520), its prompt for language models without a chat format.
     """
 
     image_placement: Literal["before_all_text", "in_place"] = "before_all_text"
@@ -71,10 +82,11 @@ class MambaPrompt:
         Raises:
             DataError: see `turns`.
         """
-        pieces = []
-        for question, answer in turns(conversation):
-            pieces += [Piece("In: ", template=True), Piece(question), Piece("\nOut: ", template=True)]
+        pieces, opening = [], "In:"
+        for question, answer in stripped(conversation):
+            pieces += [Piece(opening, template=True), Piece(f" {question}"), Piece("\nOut: ", template=True)]
             pieces += learned(answer, end)
+            opening = "\nIn:"
         return pieces
 
 

@@ -18,6 +18,7 @@ from ssmvl.text.tokenizers import END, byte_tokenizer
 
 SMALL, LARGE = ImageSpec(4), ImageSpec(6)
 IN, OUT, END_ID, NONE = [40, 77, 25, 220], [198, 46, 84, 83, 25, 220], 256, -100
+AGAIN = [198, *IN]
 RED, BLUE = Image.new("RGB", (5, 3), (255, 0, 0)), Image.new("RGB", (3, 5), (0, 0, 255))
 
 
@@ -92,6 +93,7 @@ def test_mark_leaves_the_text_when_images_come_first() -> None:
     plain = processor().encode(talk("a", "b"), [RED])
     assert same(processor().encode(talk("<image>\na", "b"), [RED]), plain)
     assert same(processor().encode(talk("<image>a", "b"), [RED]), plain)
+    assert same(processor().encode(talk("<image> a", "b"), [RED]), plain)
 
 
 def test_mark_below_the_question_leaves_with_its_line() -> None:
@@ -101,13 +103,13 @@ def test_mark_below_the_question_leaves_with_its_line() -> None:
 
 def test_marks_in_place() -> None:
     ids = processor(InPlacePrompt()).encode(talk("a<image>b", "c", "<image>\nd"), [RED, BLUE])["ids"].tolist()
-    assert ids == [*IN, 64, -1, -1, 65, *OUT, 66, END_ID, *IN, -1, -1, 198, 67, *OUT]
+    assert ids == [*IN, 64, -1, -1, 65, *OUT, 66, END_ID, *AGAIN, -1, -1, 198, 67, *OUT]
 
 
 def test_images_without_marks_stand_above_the_first_question_where_images_are_in_place() -> None:
     for given in (talk("a", "b", "c"), talk("<image>\n<image>\na", "b", "c")):
         ids = processor(InPlacePrompt()).encode(given, [RED, BLUE])["ids"].tolist()
-        assert ids == [*IN, -1, -1, 198, -1, -1, 198, 64, *OUT, 65, END_ID, *IN, 66, *OUT]
+        assert ids == [*IN, -1, -1, 198, -1, -1, 198, 64, *OUT, 65, END_ID, *AGAIN, 66, *OUT]
 
 
 def test_marks_that_a_prompt_leaves_out_are_counted() -> None:
@@ -146,7 +148,7 @@ def test_special_tokens_of_a_user_are_text() -> None:
 def test_pieces_are_tokenised_alone() -> None:
     assert merging_tokenizer().encode(" b").ids == [256]
     ids = processor(tokenizer=merging_tokenizer()).encode(talk("b", "b"))["ids"].tolist()
-    assert ids == [*IN, 65, *OUT, 65, 257]
+    assert ids == [*IN[:-1], 256, *OUT, 65, 257], "the question with the space before it, the answer without"
 
 
 def test_continued_conversation_starts_with_the_shorter_one() -> None:
@@ -165,7 +167,7 @@ def test_nothing_to_learn_is_refused_in_training() -> None:
 
 def test_empty_answer_still_teaches_its_end() -> None:
     labels = processor().encode(talk("a", ""), train=True)["labels"]
-    assert labels[labels != NONE].tolist() == [END_ID]
+    assert labels[labels != NONE].tolist() == [220, END_ID]
 
 
 @pytest.mark.parametrize("content", [None, 5, ["a"]])

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ssmvl_ml_mamba.prompts import ZephyrPrompt
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import ssmvl
 from ssmvl.build import build_processor
@@ -18,7 +21,7 @@ from ssmvl.text.processor import Processor
 from ssmvl.text.prompts import MambaPrompt, PlainPrompt, VicunaPrompt
 from ssmvl.text.tokenizers import byte_tokenizer
 
-QUESTION = [Piece("In: ", False, True), Piece("why?", False, False), Piece("\nOut: ", False, True)]
+QUESTION = [Piece("In:", False, True), Piece(" why?", False, False), Piece("\nOut: ", False, True)]
 ANSWER = [Piece("so.", True, False), Piece("<end>", True, True)]
 VICUNA = (
     "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -50,9 +53,10 @@ def test_mamba_answer_and_its_end_are_supervised() -> None:
     assert MambaPrompt().pieces([user(), assistant()], "<end>") == QUESTION + ANSWER
 
 
-def test_mamba_turns_follow_each_other() -> None:
+def test_mamba_turns_stand_one_line_apart() -> None:
     pieces = MambaPrompt().pieces([user(), assistant(), user("why?"), assistant("so.")], "<end>")
-    assert pieces == (QUESTION + ANSWER) * 2
+    assert pieces == [*QUESTION, *ANSWER, Piece("\nIn:", template=True), *QUESTION[1:], *ANSWER]
+    assert "".join(piece.text for piece in pieces) == "In: why?\nOut: so.<end>\nIn: why?\nOut: so.<end>"
 
 
 def test_plain_is_the_captions_alone() -> None:
@@ -71,11 +75,46 @@ def test_zephyr_turn_after_turn() -> None:
     assert "".join(piece.text for piece in pieces) == f"{text}\n{text}"
 
 
-def test_zephyr_strips_as_the_released_code_does() -> None:
+@pytest.mark.parametrize("prompt", [MambaPrompt, ZephyrPrompt])
+def test_blanks_are_stripped_as_the_released_code_does(prompt: type[Prompt]) -> None:
     talk = [{"role": "user", "content": " why?\n"}, {"role": "assistant", "content": "\nso. "}]
-    assert ZephyrPrompt().pieces(talk, "<end>") == ZephyrPrompt().pieces([user(), assistant()], "<end>")
+    assert prompt().pieces(talk, "<end>") == prompt().pieces([user(), assistant()], "<end>")
     talk[1] = {"role": "assistant", "content": ""}
-    assert ZephyrPrompt().pieces(talk, "<end>")[-2] == Piece(" ", supervised=True)
+    assert prompt().pieces(talk, "<end>")[-2] == Piece(" ", supervised=True)
+
+
+@pytest.fixture(scope="module")
+def neox() -> Tokenizer:
+    """A byte-level BPE with GPT-NeoX's way of cutting text into words, which take the space before them along."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([f"In: What is this? {VICUNA}\nOut: <|user|> <|assistant|> a cat"] * 2, trainer)
+    tokenizer.add_special_tokens(["<end>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("prompt", "opening", "middle"),
+    [(MambaPrompt, "In: ", "\nOut: "), (ZephyrPrompt, "<|user|>\n", "<end>\n<|assistant|>\n")],
+)
+@given(texts=st.lists(st.text(" \nabWhatuser:'s?!3é猫", max_size=12), min_size=1, max_size=4))
+def test_ids_are_those_of_a_turn_read_at_once(
+    neox: Tokenizer, prompt: type[Prompt], opening: str, middle: str, texts: list[str]
+) -> None:
+    expected = []
+    for number, text in enumerate(texts):
+        if number % 2:
+            turn = (text.strip() or " ") + "<end>"
+        else:
+            turn = ("\n" if number else "") + opening + text.strip() + middle
+        neox.encode_special_tokens = False
+        expected += neox.encode(turn).ids
+    processor = Processor(neox, prompt(), (ImageSpec(8),), places=2, end="<end>")
+    talk = [(user, assistant)[number % 2](text) for number, text in enumerate(texts)]
+    assert processor.encode(talk)["ids"].tolist() == expected
 
 
 def test_vicuna_turn_after_turn() -> None:

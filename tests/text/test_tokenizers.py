@@ -44,7 +44,8 @@ def test_words_has_bytes_and_whole_words_of_the_quickstarts_questions() -> None:
         pair = None
         while pair is None:
             pair = ask(scene, rng)
-        for text in pair:
+        question, answer = pair
+        for text in (f" {question}", answer):
             pieces = re.findall(r" ?\d| ?[A-Za-z]+|[.,?] ?", text)
             assert len(tokenizer.encode(text).ids) == len(pieces), text
 
