@@ -56,11 +56,13 @@ def read_ablations(path: Path) -> list[Ablation]:
     """The entries of a file, in its order.
 
     Raises:
-        RecipeError: it is no list of entries, or two have one name; every problem is listed.
+        RecipeError: it is no list of entries, has none, or two have one name; every problem is listed.
     """
     listed = read_yaml(path)
     if not isinstance(listed, list):
         raise RecipeError([Problem("", "ablations are a list of entries; this is none")], str(path))
+    if not listed:
+        raise RecipeError([Problem("", "the list has no entry; write at least one, or check a recipe")], str(path))
     entries: dict[str, Ablation] = {}
     problems = []
     for number, node in enumerate(listed, 1):

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ssmvl.batch import collate, pad
 from ssmvl.build import build_model, build_processor
-from ssmvl.checkpoints import write_folder
-from ssmvl.errors import ContractError, DataError
+from ssmvl.errors import BackendError, CheckpointError, ContractError, DataError
+from ssmvl.hub import ID, short
 from ssmvl.interfaces import IGNORED, IMAGE_PLACE, LanguageModel
 from ssmvl.recipe import Recipe, load_recipe
-from ssmvl.saved import save_folder, saved_folder, tokenizer_files
+from ssmvl.saved import CARD_FILE, is_ours, save_folder, saved_folder, tokenizer_files, write_files
 from ssmvl.text.processor import Processor
 from ssmvl.vision.transforms import ImageLike
 from ssmvl.vlm import VisionLanguageModel
@@ -53,10 +53,10 @@ class Assistant:
             max_new_tokens: length of an answer at the most.
 
         Raises:
-            DataError: prompts is one text, prompts and images differ in number, or an image cannot be decoded.
+            DataError: prompts are no list of texts, images no list of as many, max_new_tokens no whole number, or an
+                image cannot be decoded.
         """
-        if isinstance(prompts, str):
-            raise DataError("prompts must be a list of texts, received one text; write generate([prompt], [image])")
+        _check_lists(prompts, images, max_new_tokens)
         images = [None] * len(prompts) if images is None else images
         if len(images) != len(prompts):
             raise DataError(f"{len(prompts)} prompts, but {len(images)} images; give one image or None for each prompt")
@@ -82,9 +82,10 @@ class Assistant:
             max_new_tokens: length of an answer at the most.
 
         Raises:
-            DataError: ids and mask differ in shape, a row has no real position, an id is none of the tokenizer's, or
-                image places and images do not match in number.
+            DataError: ids and mask differ in shape, a row has no real position, an id is none of the tokenizer's,
+                image places and images do not match in number, or max_new_tokens is no whole number.
         """
+        _check_lists([], images, max_new_tokens)
         if ids.ndim != 2 or ids.shape != mask.shape:
             raise DataError(
                 f"ids and mask must have one shape (B, T), received {tuple(ids.shape)}, {tuple(mask.shape)}"
@@ -144,8 +145,11 @@ class Assistant:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights (safetensors), recipe, tokenizer, model card and format version, whole or not at all.
 
+        Args:
+            folder: made if it is not there; a model card in it that somebody else wrote stays.
+
         Raises:
-            CheckpointError: the folder holds other files, which would be lost.
+            CheckpointError: the folder holds other files, which would be lost, or cannot be written.
         """
         save_folder(folder, self.model.state_dict(), self.recipe, self.processor)
 
@@ -158,27 +162,52 @@ class Assistant:
 
         Returns:
             The address of the upload.
+
+        Raises:
+            CheckpointError: `repo_id` is no such id, or the hub refuses it or cannot be reached.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder) / "model")
-            api = HfApi()
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            older = ["*.safetensors", "*.safetensors.index.json"]  # shards of a larger model would be read first
-            return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "model", delete_patterns=older))
+        if not (isinstance(repo_id, str) and ID.fullmatch(repo_id)):
+            raise CheckpointError(f"{repo_id!r} names no model of the hub; write owner/model")
+        older = ["*.safetensors", "*.safetensors.index.json"]  # shards of a larger model would be read first
+        with tempfile.TemporaryDirectory() as name:
+            folder, api = Path(name) / "model", HfApi()
+            self.save_pretrained(folder)
+            try:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                if api.file_exists(repo_id, CARD_FILE) and not is_ours(api.hf_hub_download(repo_id, CARD_FILE)):
+                    (folder / CARD_FILE).unlink()  # the one that somebody wrote stays
+                return str(api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=older))
+            except (OSError, ValueError) as error:  # the hub's own errors are OSErrors, a malformed id is a ValueError
+                reason = short(" ".join(str(error).split()))
+                raise CheckpointError(f"{repo_id}: cannot be pushed to the hub ({reason})") from error
 
     def save_language(self, folder: str | Path) -> None:
         """Write the language model alone with its tokenizer in the layout of transformers, whole or not at all.
 
         Raises:
             ContractError: transformers has no such model.
-            CheckpointError: the folder holds other files, which would be lost.
+            CheckpointError: the folder holds other files, which would be lost, or cannot be written.
         """
         write = getattr(self.model.language, "to_transformers", None)
         if write is None:
             raise ContractError(f"{type(self.model.language).__name__} has no method to_transformers")
         tensors, config = write(self.processor.end_id)
         texts = {"config.json": json.dumps(config, indent=2) + "\n"} | tokenizer_files(self.processor)
-        write_folder(Path(folder), tensors, texts)
+        write_files(folder, tensors, texts)
+
+
+def _check_lists(prompts: object, images: object, max_new_tokens: object) -> None:
+    """Refuse what is no list of texts, no list of images (or None), or no whole number."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        one = "one text" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
+        raise DataError(f"prompts must be a list of texts, received {one}; write generate([prompt], [image])")
+    for number, text in enumerate(prompts):
+        if not isinstance(text, str):
+            raise DataError(f"prompts must be a list of texts; number {number} is a {type(text).__name__}: {text!r}")
+    if isinstance(images, str | bytes) or not (images is None or isinstance(images, Sequence)):
+        raise DataError(f"images must be a list, received a {type(images).__name__}; write generate([prompt], [image])")
+    if not isinstance(max_new_tokens, int):
+        raise DataError(f"max_new_tokens must be a whole number, received {max_new_tokens!r}")
 
 
 def load(
@@ -193,7 +222,15 @@ def load(
 
     Raises:
         CheckpointError: nothing of that name is found, or it holds no model, a damaged one, or one of a newer format.
+        BackendError: there is no such device here, or `dtype` is no torch.dtype of floating point.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise BackendError(f"dtype must be one of floating point, such as torch.bfloat16; received {dtype!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BackendError(f"device {device!r} cannot be used here ({reason}); such as 'cpu' or 'cuda:0'") from error
     folder = saved_folder(folder)
     if device is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())

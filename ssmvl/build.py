@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from ssmvl import interfaces
 from ssmvl.binding import bind
+from ssmvl.checkpoints.layouts import SAME
 from ssmvl.errors import CheckpointError, ContractError, Problem, RecipeError, SsmvlError
 from ssmvl.interfaces import ConnectorPart, EncoderPart, FusionPart, LanguageModelPart, PromptPart
-from ssmvl.loading import open_weights
+from ssmvl.loading import differences, open_weights
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.text.processor import Processor
 from ssmvl.text.tokenizers import load_tokenizer
@@ -34,22 +35,31 @@ RANDOM = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelParts:
-    """The `model:` of a recipe: its fields are the schema.
+class Modules:
+    """What a model's weights are of.
 
     Args:
         encoders: by name, in the recipe's order.
         fusion: joins their features.
         connector: makes visual tokens.
         language: reads them, and text.
-        prompt: how conversations are written.
-        tokenizer: `bytes`, `words`, a path, or the id of a model in the hub.
     """
 
     encoders: dict[str, EncoderPart]
     fusion: FusionPart
     connector: ConnectorPart
     language: LanguageModelPart
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParts(Modules):
+    """The `model:` of a recipe: its fields are the schema.
+
+    Args:
+        prompt: how conversations are written.
+        tokenizer: `bytes`, `words`, a path, or the id of a model in the hub.
+    """
+
     prompt: PromptPart
     tokenizer: str
 
@@ -70,7 +80,9 @@ def build_model(
         dtype: of the parameters, fp32 if None.
         weights: `none` keeps initial weights and fetches nothing. `recipe` loads those that the recipe's parts name.
             Anything else is a checkpoint of a whole model, in a layout that is registered as a `checkpoint`: a file, a
-            folder, or an id in the hub. Encoders that such a file does not hold load their own.
+            folder, or an id in the hub. Encoders that such a file does not hold load their own. Where the recipe that
+            a model was saved with lies beside its weights, it must be of the same encoders, fusion, connector and
+            language model.
 
     Returns:
         The model, in training mode.
@@ -92,6 +104,8 @@ def build_model(
         part, named = "language", cast(interfaces.LanguageModel, model.language).weights
     files = None if named == "none" else open_weights(named, "language" if part else "model")
     if files is not None:
+        if files.layout is SAME:  # written by us
+            _same_modules(Path(files.found.source).with_name("recipe.yaml"), parts, found.source)
         files.check(model.get_submodule(part))  # before anything is allocated
     everything = files is not None and files.layout.part == "model" and not files.layout.absent
     with torch.device(device or "cpu"), _default_dtype(dtype), _NoInitialValues() if everything else nullcontext():
@@ -131,6 +145,25 @@ def _bind(recipe: Recipe) -> ModelParts:
         raise RecipeError(problems, recipe.source)
     parts: ModelParts = bound()
     return parts
+
+
+def _same_modules(path: Path, parts: Modules, source: str) -> None:
+    """Compare with the recipe that weights of ours were saved with, if it is there: shapes do not show everything."""
+    if not path.is_file():
+        return
+    ours = {field.name: getattr(parts, field.name) for field in fields(Modules)}
+    try:
+        model = load_recipe(path).data["model"]
+    except RecipeError as error:
+        raise CheckpointError(f"{path}, which the weights were saved with, cannot be read: {error}") from error
+    saved, problems = bind({name: model[name] for name in ours if name in model}, Modules, "model")
+    wrong = [f"saved with {problem}" for problem in problems] or differences(saved.options, ours, "model")
+    if wrong:
+        raise CheckpointError(
+            f"{path.parent} holds weights of another model than {source}:\n  "
+            + "\n  ".join(wrong)
+            + "\nwrite into the recipe what they were saved with, or build from the folder itself"
+        )
 
 
 def _assemble(parts: ModelParts, source: str) -> VisionLanguageModel:

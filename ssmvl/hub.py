@@ -25,11 +25,30 @@ def hub_file(repo: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(repo, name))
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors, a malformed id is a ValueError
-        reason = " ".join(str(error).split())[:300]
+        reason = short(" ".join(str(error).split()))
         raise CheckpointError(
             f"{name} of {repo} cannot be fetched from the hub ({type(error).__name__}: {reason}); "
             "without a network download the folder elsewhere and write weights: local-dir:FOLDER"
         ) from error
+
+
+def user_path(name: str | Path) -> Path:
+    """A path that a user wrote, `~` resolved; whether something lies there can be asked without an error.
+
+    Raises:
+        CheckpointError: nothing can be called that, there is no such user, or its folder may not be read.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{short(str(name))}: cannot be a path here ({short(str(error))})") from error
+    return path
+
+
+def short(text: str) -> str:
+    """A text for a message: of one beyond 300 letters, its beginning and its end."""
+    return text if len(text) <= 300 else f"{text[:180]} … {text[-100:]}"
 
 
 def local(name: str | Path, *patterns: str) -> Path:
@@ -42,7 +61,7 @@ def local(name: str | Path, *patterns: str) -> Path:
     Raises:
         CheckpointError: there is no such path, and no such model in the hub or no way to reach it.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.exists():
         return path
     if isinstance(name, Path) or not ID.fullmatch(name) or path.parent.is_dir():
@@ -50,7 +69,7 @@ def local(name: str | Path, *patterns: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = short(" ".join(str(error).split()) or type(error).__name__)
         raise CheckpointError(
             f"{name}: no such file or folder here, and it cannot be fetched from the hub ({reason}); "
             "give the path of a folder that holds its files"

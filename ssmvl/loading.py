@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from ssmvl.binding import Bound
 from ssmvl.checkpoints import Foreign, Layout, open_checkpoint
 from ssmvl.core_plugin import components
 from ssmvl.errors import CheckpointError
-from ssmvl.hub import local
+from ssmvl.hub import local, short
 
 
 class Weights(NamedTuple):
@@ -44,28 +48,72 @@ def open_weights(name: str | Path, part: Literal["language", "model"]) -> Weight
         part: what it shall fill.
 
     Raises:
-        CheckpointError: it cannot be found or read, no registered layout or more than one recognises it, or it is one
-            of another part.
+        CheckpointError: it cannot be found or read, no registered layout or more than one recognises it, the config
+            that its layout needs is not beside it, or it is one of another part.
     """
-    path = local(name, "*.safetensors", "*.json")
+    path = local(name, "*.safetensors", "*.json", "recipe.yaml")
     if path.is_dir() and not any(path.glob("*.safetensors")):
         path = local(name, "*.bin", "*.pt", "*.pth", "*.json")  # in the hub, an older model
     found = open_checkpoint(path)
-    layouts, failures = {}, ""
+    layouts, failures, refused = {}, "", []
     for known in components().names("checkpoint"):
         try:
             layout = components().find("checkpoint", known).load()(names=found.tensors.keys(), config=found.config)
-        except Exception as error:  # foreign code, or a config that lacks what its layout needs: it breaks no other
+        except CheckpointError as error:  # its kind of file, but not one that it can read
+            refused.append(str(error))
+            continue
+        except Exception as error:  # foreign code: it breaks no other layout
             failures += f"\ncheckpoint {known!r} failed: {type(error).__name__}: {error}"
             continue
         if layout is not None:
             layouts[known] = layout
+    if refused and not layouts:
+        raise CheckpointError(f"{found.source}: {'; '.join(refused)}")
     if len(layouts) != 1:
         what = f"{' and '.join(layouts)} all recognise" if layouts else "no registered layout recognises"
-        first, known = ", ".join(sorted(found.tensors)[:3]), ", ".join(components().names("checkpoint"))
+        first, known = short(", ".join(sorted(found.tensors)[:3])), ", ".join(components().names("checkpoint"))
         raise CheckpointError(f"{found.source}: {what} its names ({first}, …). Layouts: {known}{failures}")
     ((known, layout),) = layouts.items()
     if layout.part != part:
         where = "model.language.weights" if layout.part == "language" else "weights= of build_model"
         raise CheckpointError(f"{found.source}: its layout {known!r} is of a {layout.part}; name it as {where}")
     return Weights(found, layout)
+
+
+def differences(saved: Mapping[str, Bound], ours: Mapping[str, Bound], path: str) -> list[str]:
+    """Where two sets of parts do not compute the same: each path with both values; defaults count as written out.
+
+    Options called `weights` are left aside: they say where values came from that a checkpoint replaces.
+    """
+    there, here = dict(_written_out(saved, path)), dict(_written_out(ours, path))
+    nothing = (None, "nothing")
+    return [
+        f"{where}: saved with {short(there.get(where, nothing)[1])}, here {short(here.get(where, nothing)[1])}"
+        for where in [*here, *(path for path in there if path not in here)]
+        if there.get(where, nothing)[0] != here.get(where, nothing)[0]
+    ]
+
+
+def _written_out(node: Any, path: str) -> Iterator[tuple[str, tuple[Any, str]]]:
+    """Every option by path, defaults included: what is compared, and as a message shows it."""
+    if isinstance(node, functools.partial):
+        node = Bound(node.func, node.keywords, str(getattr(node.func, "__name__", node.func)))
+    if callable(node) and not isinstance(node, Bound):
+        node = Bound(node, {}, str(getattr(node, "__name__", node)))
+    if isinstance(node, Bound):
+        yield path, (node.factory, str(node))
+        try:
+            parameters = inspect.signature(node.factory).parameters.values()
+        except ValueError:  # a function written in C
+            parameters = {}.values()
+        usual = {p.name: p.default for p in parameters if p.default is not p.empty}
+        for name, value in {**usual, **node.options}.items():
+            if name != "weights":
+                yield from _written_out(value, f"{path}.{name}")
+    elif isinstance(node, Mapping):
+        if all(isinstance(value, Bound) for value in node.values()):  # their order may count, as that of encoders
+            yield path, (list(node), f"the order {', '.join(map(str, node))}")
+        for key, value in node.items():
+            yield from _written_out(value, f"{path}.{key}")
+    else:
+        yield path, (list(node) if isinstance(node, tuple) else node, repr(node))

@@ -19,12 +19,15 @@ from ssmvl.text.tokenizers import CONFIG_FILE, TOKENIZER_FILE, config_text
 
 FORMAT_VERSION = 1
 ABOUT_FILE, CARD_FILE = "ssmvl.json", "README.md"
+OURS = "<!-- Written by ssmvl. Saving again writes it anew, unless this line is deleted. -->"
 CARD = """---
 library_name: ssmvl
 pipeline_tag: image-text-to-text
 tags: [state-space-model, mamba]
 ---
 # {run}
+
+{ours}
 
 A vision-language model out of the blocks of ssmvl: encoders {encoders}; fusion {fusion}; connector {connector};
 language model {language}; prompt {prompt}. `recipe.yaml` says how it is built and how it was trained.
@@ -41,16 +44,37 @@ print(assistant.generate(["What is in the image?"], ["image.png"]))
 def save_folder(folder: str | Path, tensors: Mapping[str, Tensor], recipe: Recipe, processor: Processor) -> None:
     """Write what `saved_folder` finds; an older such folder stays until the new one is complete.
 
+    A model card that lies there and is not ours stays.
+
     Raises:
-        CheckpointError: the folder holds other files, which would be lost.
+        CheckpointError: see `write_files`.
     """
+    card = Path(folder).expanduser() / CARD_FILE
     about = {"format_version": FORMAT_VERSION, "ssmvl": __version__, "torch": torch.__version__}
     texts = {
         "recipe.yaml": recipe.to_yaml(),
-        CARD_FILE: _card(recipe),
+        CARD_FILE: card.read_text() if card.is_file() and not is_ours(card) else _card(recipe),
         ABOUT_FILE: json.dumps(about, indent=2) + "\n",
     }
-    write_folder(Path(folder), tensors, texts | tokenizer_files(processor))
+    write_files(folder, tensors, texts | tokenizer_files(processor))
+
+
+def write_files(folder: str | Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
+    """`write_folder`, of a folder as a user names it.
+
+    Raises:
+        CheckpointError: the folder holds other files, which would be lost; a file is in its way; or it cannot be
+            written.
+    """
+    try:
+        write_folder(Path(folder).expanduser(), tensors, texts)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written as a folder ({error})") from error
+
+
+def is_ours(card: str | Path) -> bool:
+    """Whether a model card has the line with which ours says that it may be replaced."""
+    return OURS.encode() in Path(card).read_bytes()
 
 
 def tokenizer_files(processor: Processor) -> dict[str, str]:
@@ -85,4 +109,4 @@ def _card(recipe: Recipe) -> str:
     model = recipe.data["model"]
     encoders = " and ".join(f"{name} ({node['name']})" for name, node in model["encoders"].items())
     parts = {kind: model[kind]["name"] for kind in ("fusion", "connector", "language", "prompt")}
-    return CARD.format(run=recipe.data["run"], encoders=encoders, **parts)
+    return CARD.format(ours=OURS, run=recipe.data["run"], encoders=encoders, **parts)

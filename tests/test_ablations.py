@@ -6,20 +6,21 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from hub import Hub
 
 from ssmvl.ablations import PREFIX, Ablation, find_ablation, read_ablations, shipped_ablations
 from ssmvl.cli import main
-from ssmvl.errors import Problem, RecipeError
-from ssmvl.recipe import Recipe, load_recipe, recipe_names, recipe_path
+from ssmvl.errors import RecipeError
+from ssmvl.recipe import load_recipe, recipe_names, recipe_path
 from ssmvl.training import stages
 from ssmvl.training.run import main as composer_main
 
 ROOT = Path(__file__).parents[1]
 CSM = "ablation:ml_mamba/table7/csm"
 ENTRY = "table: t1, row: a, recipe: quickstart, overrides: [seed=1], published: {VQAv2: 1}"
+NOT_CHECKED = "model.tokenizer: not checked, EleutherAI/gpt-neox-20b is not in the hub's cache; training fetches it"
 Capture = pytest.CaptureFixture[str]
 Write = Callable[[str], Path]
 
@@ -121,6 +122,7 @@ def test_the_file_is_no_recipe() -> None:
             [f"entry 1.{key}: an ablation needs" for key in ("table", "recipe", "overrides", "published")]
             + ["entry 2: expected a mapping"],
         ),
+        ("[]", ["the list has no entry"]),
         ("model: {}", ["ablations are a list of entries; this is none"]),
         ("- {a: 1, a: 2}", ["cannot be read"]),
         ("- [", ["cannot be read"]),
@@ -135,10 +137,10 @@ def test_every_mistake_of_a_file_is_reported(write: Write, text: str, expected: 
 # Commands
 
 
-def test_check_takes_every_shipped_entry(capsys: Capture) -> None:
+def test_check_takes_every_shipped_entry(hub: Hub, capsys: Capture) -> None:
     assert main(["check", str(ROOT / "recipes/ablations.yaml")]) == 0
     expected = [f"{PREFIX}{entry.name}: no problem found" for entry in shipped_ablations()]
-    assert capsys.readouterr().out.splitlines() == expected
+    assert capsys.readouterr().out.splitlines() == [*expected, NOT_CHECKED]
 
 
 def test_check_prints_a_line_for_each_entry_and_all_problems(write: Write, capsys: Capture) -> None:
@@ -163,32 +165,31 @@ def test_check_prints_a_line_for_each_entry_and_all_problems(write: Write, capsy
     assert "quickstrat/t1/no_recipe: no recipe named 'quickstrat'" in shown.err
 
 
-def test_entries_of_one_model_are_checked_once(write: Write, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    asked: list[Any] = []
-
-    def found(recipe: Recipe) -> tuple[None, list[str]]:
-        asked.append(recipe.data["seed"])
-        if recipe.data["seed"] == 1:
-            raise RecipeError([Problem("seed", "no luck")])
-        return None, ["a note"]
-
-    monkeypatch.setattr(stages, "check", found)
-    texts = [
-        ENTRY.replace("row: a", f"row: {row}").replace("=1", f"={seed}")
-        for row, seed in zip("abcde", "12123", strict=True)
-    ]
-    path = write("".join(f"- {{{text}}}\n" for text in texts))
-    assert main(["check", str(path)]) == 2
-    assert asked == [1, 2, 3]
-    assert capsys.readouterr().err.count("seed: no luck") == 2
-    assert main(["check", str(path), "seed=4"]) == 0
-    assert asked == [1, 2, 3, 4]
-    assert capsys.readouterr().out.splitlines()[-1:] == ["a note"]
+def test_a_note_of_several_entries_is_printed_once(write: Write, hub: Hub, capsys: Capture) -> None:
+    text = ENTRY.replace("seed=1", "model.tokenizer=owner/none")
+    path = write(f"- {{{text}}}\n- {{{text.replace('row: a', 'row: b')}}}\n")
+    assert main(["check", str(path)]) == 0
+    said = [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["ablation:quickstart/t1/a", "ablation:quickstart/t1/b", "model.tokenizer"]
+    assert hub.requests == []
 
 
-def test_check_show_and_train_take_an_entry(capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_show_says_what_the_paper_published(capsys: Capture) -> None:
+    assert main(["show", "ablation:ml_mamba/table4/mamba2-2.7b"]) == 0
+    row, published, note, first = capsys.readouterr().out.splitlines()[:4]
+    assert row == "# ml_mamba, table4, row mamba2-2.7b"
+    assert published == "# published: VQAv2 75.26, GQA 60.68, TextVQA 52.2, POPE 88.3, VizWiz 45.17, VSR 51.5"
+    assert note.startswith("# note: the table is said to use the plain MLP, but these are the figures of msc_advanced;")
+    assert first == "seed: 0"
+    assert main(["show", CSM]) == 0
+    assert "# note" not in capsys.readouterr().out
+
+
+def test_check_show_and_train_take_an_entry(
+    hub: Hub, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert main(["check", "ablation:mamba_vlm/table3/baseline"]) == 0
-    assert capsys.readouterr().out == "ablation:mamba_vlm/table3/baseline: no problem found\n"
+    assert capsys.readouterr().out == f"ablation:mamba_vlm/table3/baseline: no problem found\n{NOT_CHECKED}\n"
     assert main(["show", CSM, "seed=3"]) == 0
     (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
     assert load_recipe(tmp_path / "again.yaml").data == load_recipe(CSM, "seed=3").data

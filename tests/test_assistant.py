@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ssmvl.assistant import Assistant
 from ssmvl.batch import collate, pad
 from ssmvl.build import build_processor
 from ssmvl.checkpoints import read_tensors
-from ssmvl.errors import CheckpointError, DataError
+from ssmvl.errors import BackendError, CheckpointError, DataError
 
 PROMPTS = ["a", "what is this?", "", "x" * 90, "Which row?", "b", "cc"]
 
@@ -146,6 +147,47 @@ def test_no_prompts_no_tokens(assistant: Assistant) -> None:
     assert assistant.generate(["a"], max_new_tokens=0) == [""]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a",), r"list of texts, received one text; write generate\(\[prompt\], \[image\]\)"),
+        ((None,), "list of texts, received a NoneType"),
+        ((["a", 5],), "list of texts; number 1 is a int: 5"),
+        ((["a"], Image.new("RGB", (8, 8))), "images must be a list, received a Image"),
+        ((["a"], "x"), "images must be a list, received a str"),
+        ((["a"], b"x"), "images must be a list, received a bytes"),
+        ((["a"], Path("x")), "images must be a list, received a PosixPath"),
+    ],
+)
+def test_what_is_no_list_is_refused(assistant: Assistant, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        assistant.generate(*arguments)
+
+
+@pytest.mark.parametrize("limit", ["5", 2.5, None])
+def test_a_length_that_is_no_whole_number_is_refused(assistant: Assistant, limit: Any) -> None:
+    with pytest.raises(DataError, match="max_new_tokens must be a whole number, received"):
+        assistant.generate(["a"], max_new_tokens=limit)
+    with pytest.raises(DataError, match="max_new_tokens must be a whole number, received"):
+        assistant.generate_ids(torch.ones(1, 1), torch.ones(1, 1), max_new_tokens=limit)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bf16"}, "dtype must be one of floating point, such as torch.bfloat16; received 'bf16'"),
+        ({"dtype": torch.int8}, "received torch.int8"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used here"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+        ({"device": 2.5}, "device 2.5 cannot be used here"),
+    ],
+)
+def test_a_device_or_dtype_that_is_none_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BackendError, match=message) as caught:
+        ssmvl.load(tmp_path, **options)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_images_and_prompts_must_match_in_number(assistant: Assistant) -> None:
     with pytest.raises(DataError, match="2 prompts, but 1 images"):
         assistant.generate(["a", "b"], [None])
@@ -196,10 +238,43 @@ def test_a_failed_save_leaves_the_old_folder(
         raise OSError("no space left")
 
     monkeypatch.setattr("ssmvl.checkpoints.files.write_tensors", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match="no space"):
         assistant.save_pretrained(tmp_path / "model")
     assert read_tensors(tmp_path / "model" / "model.safetensors")[0]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_folder_is_named_as_on_the_command_line(
+    assistant: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assistant.save_pretrained("~/model")
+    assistant.save_language("~/language")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "language" / "model.safetensors").is_file()
+    assert ssmvl.load("~/model").recipe == ssmvl.load(tmp_path / "model").recipe
+
+
+@pytest.mark.parametrize("name", ["file", "file/model"])
+def test_a_file_in_the_way_stays(assistant: Assistant, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    for save in (assistant.save_pretrained, assistant.save_language):
+        with pytest.raises(CheckpointError, match=rf"{name} cannot be written as a folder"):
+            save(tmp_path / name)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_model_card_that_somebody_wrote_stays(assistant: Assistant, tmp_path: Path) -> None:
+    assistant.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    ours = card.read_text()
+    card.write_text(ours.replace("fusion channel", "fusion of old"))
+    assistant.save_pretrained(tmp_path)
+    assert card.read_text() == ours
+    card.write_text("# Mine\n")
+    assistant.save_pretrained(tmp_path)
+    assert card.read_text() == "# Mine\n"
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"format_version": 99}'])

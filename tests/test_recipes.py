@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from ssmvl.training.stages import check, is_under, stage_order
 
 SYSTEMS = ["ml_mamba", "cobra", "vl_mamba", "mamba_vlm", "mamba_vlm_7b"]
 EVERY = [*recipe_names(), *[PREFIX + entry.name for entry in shipped_ablations()]]
-TINY = {"name": "mamba2_lm", "width": 64, "num_layers": 1, "num_tokens": 16}
+TINY = {"name": "mamba2_lm", "width": 64, "num_layers": 1, "num_tokens": 257}
 
 NEW, ALL = ["connector"], ["connector", "language"]  # what is trained
 ALIGN = ("data/llava_558k", "plain", NEW, 1e-3, 0.0, 256, "1ep")
@@ -30,13 +31,13 @@ FINETUNE: dict[str, tuple[Any, ...]] = {
     "mamba_vlm": ("data/llava_lvis_lrv_1231k", None, ["fusion", *ALL], 2e-5, 0.1, 128, "2ep"),
     "mamba_vlm_7b": ("data/llava_665k", None, ["fusion", *ALL], 2e-5, 0.1, 128, "1ep"),
 }
-# Visual tokens, and parameters of connector and language model where their sizes are published.
-SIZES: dict[str, tuple[int, int | None, int]] = {
-    "ml_mamba": (729, 184_405_440, 2_702_599_680),
-    "cobra": (729, 47_789_568, 2_768_345_600),
-    "vl_mamba": (729, None, 2_768_345_600),
-    "mamba_vlm": (1458, None, 2_768_345_600),
-    "mamba_vlm_7b": (1458, None, 6_738_415_616),
+# Visual tokens; parameters of fusion, connector and language model: published, or added up by hand from the widths.
+SIZES = {
+    "ml_mamba": (729, 0, 184_405_440, 2_702_599_680),
+    "cobra": (729, 0, 47_789_568, 2_768_345_600),
+    "vl_mamba": (729, 0, 50_754_560, 2_768_345_600),
+    "mamba_vlm": (1458, 2_509_056, 6_515_968, 2_768_345_600),
+    "mamba_vlm_7b": (1458, 2_509_056, 8_286_976, 6_738_415_616),
 }
 
 
@@ -44,7 +45,8 @@ def in_small(recipe: Recipe) -> Recipe:
     """The recipe with tiny encoders and a tiny language model; fusion and connector are its own."""
     model = recipe.data["model"]
     encoders = {name: {"name": "digit_vit", "stem": "fine"} for name in model["encoders"]}
-    return Recipe({**recipe.data, "model": {**model, "encoders": encoders, "language": TINY}}, recipe.source)
+    small = {**model, "encoders": encoders, "language": TINY, "tokenizer": "bytes"}
+    return Recipe({**recipe.data, "model": small}, recipe.source)
 
 
 def weights_of(kind: str, node: dict[str, Any]) -> str:
@@ -110,12 +112,43 @@ def test_stages_are_the_papers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_parts_have_the_published_sizes(name: str) -> None:
-    model = build_model(name, device="meta")
-    tokens, connector, language = SIZES[name]
-    sizes = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("connector", "language")}
-    assert (model.tokens_per_image, sizes["language"]) == (tokens, language)
-    assert connector in (None, sizes["connector"])
+def test_parts_have_the_published_sizes_and_the_docs_say_so(name: str) -> None:
+    model, data = build_model(name, device="meta"), load_recipe(name).data["model"]
+    counts = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
+    fusion, connector, language = (counts[part] for part in ("fusion", "connector", "language"))
+    assert (model.tokens_per_image, fusion, connector, language) == SIZES[name]
+
+    shown = column_of_the_docs(name)
+    node = data["language"]
+    layers = node.get("num_layers") or node["config"]["num_hidden_layers"]
+    one = len(data["encoders"]) == 1
+    assert shown["fusion"] == ("none" if one else f"`{data['fusion']['name']}`, width {model.fusion.width}")
+    assert shown["connector"].partition(",")[0] == f"`{data['connector']['name']}`"
+    order = data["connector"].get("scan_order")
+    paths = order and components().find("scan_order", order).load()(model.grid).shape[0]
+    assert shown["scan order"] == (f"`{order}`, {paths} paths" if order else "–")
+    assert shown["visual tokens of an image"] == str(model.tokens_per_image)
+    assert shown["its width, layers"] == f"{model.language.width}, {layers}"
+    assert shown["prompt"] == f"`{data['prompt']['name']}`"
+    assert shown["parameters: encoders"] == f"{counts['encoders']:,}"
+    assert shown["fusion and connector"] == f"{fusion + connector:,}"
+    assert shown["language model"] == f"{language:,}"
+    assert shown["all"] == f"{sum(counts.values()):,}"
+
+
+def column_of_the_docs(name: str) -> dict[str, str]:
+    """What the first table of docs/systems.md says of a system, by row; `the same` is what stands to its left."""
+    text = (Path(__file__).parents[1] / "docs/systems.md").read_text()
+    table = text.partition("## Side by side")[2].partition("\n## ")[0]
+    found: dict[str, str] = {}
+    for line in re.findall(r"^\| (\w.*) \|$", table, flags=re.MULTILINE):
+        label, *cells = line.split(" | ")
+        at = SYSTEMS.index(name)
+        while cells[at] == "the same":
+            at -= 1
+        found[label] = cells[at]
+    assert found["recipe"] == f"[{name}](../recipes/{name}.yaml)"
+    return found
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -69,6 +69,34 @@ def test_a_push_over_a_larger_model_leaves_none_of_its_shards(
     assert_equal(ssmvl.load("someone/small"), other)
 
 
+def test_a_model_card_that_somebody_wrote_stays_in_the_hub(assistant: Assistant, hub: Any) -> None:
+    assistant.push_to_hub("someone/small")
+    card = hub.model("someone/small") / "README.md"
+    ours = card.read_text()
+    card.write_text(ours.replace("fusion channel", "fusion of old"))
+    assistant.push_to_hub("someone/small")
+    assert card.read_text() == ours
+    card.write_text("# Mine\n")
+    assistant.push_to_hub("someone/small")
+    assert card.read_text() == "# Mine\n"
+
+
+@pytest.mark.parametrize("name", ["small", "no such/model", "a/b/c", "", None, "a--b/c"])
+def test_a_push_to_what_names_no_model(assistant: Assistant, hub: Any, name: Any) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"names no model of the hub; write owner/model|cannot be pushed"
+    ) as caught:
+        assistant.push_to_hub(name)
+    assert len(str(caught.value).splitlines()) == 1
+    assert hub.requests == []
+
+
+def test_a_push_without_a_connection(assistant: Assistant, hub: Any) -> None:
+    hub.close()
+    with pytest.raises(CheckpointError, match=r"someone/small: cannot be pushed to the hub \("):
+        assistant.push_to_hub("someone/small")
+
+
 def test_what_the_hub_does_not_have(hub: Any) -> None:
     with pytest.raises(CheckpointError, match="someone/none: no such file or folder here, and it cannot be fetched"):
         ssmvl.load("someone/none")
@@ -121,13 +149,32 @@ def test_the_language_model_for_transformers(assistant: Assistant, tmp_path: Pat
 def test_a_language_model_of_transformers_itself(tmp_path: Path, assistant: Assistant) -> None:
     config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config |= {"intermediate_size": 48, "vocab_size": 400, "tie_word_embeddings": True}
-    recipe = ssmvl.load_recipe("quickstart", f"model.language={{name: causal_lm, num_tokens: 339, config: {config}}}")
+    recipe = ssmvl.load_recipe("quickstart", f"model.language={{name: causal_lm, num_tokens: 344, config: {config}}}")
     own = Assistant(ssmvl.build_model(recipe), assistant.processor, recipe)
     own.save_language(tmp_path / "language")
     theirs, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval(), torch.tensor([[3, 1, 4]])
     language: Any = own.model.language
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, language.head(language.backbone(language.embed(ids))))
+
+
+def test_transformers_stops_where_an_answer_ends(tmp_path: Path, assistant: Assistant) -> None:
+    """Its own models too, whose config names another end."""
+    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"intermediate_size": 48, "vocab_size": 400, "eos_token_id": 2}
+    tokens = assistant.processor.tokenizer.get_vocab_size()
+    theirs = f"model.language={{name: causal_lm, num_tokens: {tokens}, config: {config}}}"
+    for name, overrides in (("ours", []), ("theirs", [theirs])):
+        recipe = ssmvl.load_recipe("quickstart", *overrides)
+        model, end = ssmvl.build_model(recipe), assistant.processor.end_id
+        Assistant(model, assistant.processor, recipe).save_language(tmp_path / name)
+        language = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        assert language.generation_config.eos_token_id == end
+        language.get_output_embeddings().register_forward_hook(
+            lambda module, inputs, logits, end=end: logits.index_fill(-1, torch.tensor([end]), 1e9)
+        )
+        ids = torch.tensor([[3, 1, 4]])
+        assert language.generate(ids, do_sample=False, max_new_tokens=8)[0].tolist() == [3, 1, 4, end]
 
 
 def test_a_language_model_that_transformers_has_not(assistant: Assistant, tmp_path: Path) -> None:

@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from hub import Hub
+from huggingface_hub import hf_hub_download
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ssmvl.errors import Problem, RecipeError
 from ssmvl.recipe import load_recipe
+from ssmvl.text.tokenizers import byte_tokenizer
 from ssmvl.training.stages import check, is_under
 
 Install = Callable[[str, str], None]
@@ -199,6 +202,32 @@ def test_without_composer_the_check_says_what_it_left_out(monkeypatch: pytest.Mo
     monkeypatch.setattr("ssmvl.training.stages.find_spec", lambda name: None)
     _, notes = check(load_recipe("quickstart", "stages.align.callbacks={NoSuch: {}}"))
     assert any(note.startswith("stages.align.callbacks: not checked") for note in notes)
+
+
+def test_a_tokenizer_with_other_ids_is_found_with_the_other_problems() -> None:
+    found = problems("model.tokenizer=bytes", "stages.align.train=[conector]")
+    assert set(found) == {"model.tokenizer", "stages.align.train"}
+    assert "but tokenizer 'bytes' has 257 ids" in found["model.tokenizer"]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "none.json", "a/b/c", "x--y/z"])
+def test_a_tokenizer_that_is_nowhere_is_a_problem(hub: Hub, name: str) -> None:
+    assert f"no tokenizer: {name}: " in problems(f"model.tokenizer={name}")["model.tokenizer"]
+    assert hub.requests == []
+
+
+def test_a_tokenizer_of_the_hub_is_read_where_it_was_fetched_before(hub: Hub) -> None:
+    folder, recipe = hub.model("owner/lm"), load_recipe("quickstart", "model.tokenizer=owner/lm")
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text("{}")
+    note = "model.tokenizer: not checked, owner/lm is not in the hub's cache; training fetches it"
+    assert check(recipe)[1] == [note]
+    hf_hub_download("owner/lm", "tokenizer.json")  # without its config its end is not known
+    assert check(recipe)[1] == [note]
+    hf_hub_download("owner/lm", "tokenizer_config.json")
+    hub.close()
+    assert "has 257 ids" in problems("model.tokenizer=owner/lm")["model.tokenizer"]
+    assert check(load_recipe(recipe, "model.language.num_tokens=257"))[1] == []
 
 
 def test_grids_that_do_not_match_are_found_at_the_fusion() -> None:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import inf
 from typing import Any
 
+import torch
+
 from ssmvl.checkpoints import Layout
+from ssmvl.interfaces import Grid
+from ssmvl.ops.reorder import path_table
+from ssmvl.scans import bsm
 
 SCAN = "model.bidirectional_mamba"
 OF_A_PATH = {  # what each scan path has of its own: the forward path's, the backward path's
@@ -15,6 +21,26 @@ OF_A_PATH = {  # what each scan path has of its own: the forward path's, the bac
     "A_log": "A_log_b",
     "D": "D_b",
 }
+# What the releases fixed and no shape shows; a file of them has no config beside it.
+MAMBA2 = {"num_groups": 1, "norm.groups": 1, "norm.eps": 1e-5, "dt_limit": (0.0, inf)}
+FEATURES = {
+    "fusion.__class__.__name__": "ChannelFusion",
+    "fusion.order": ["dinov2", "siglip"],
+    "encoders.dinov2.image_spec.resize": "resize-naive",
+    "encoders.siglip.image_spec.resize": "resize-naive",
+}
+
+
+class _Paths:
+    """Equal to any scan order, options bound or not, that gives the same paths over the release's grid."""
+
+    grid = Grid(1, 27, 27)
+
+    def __eq__(self, other: object) -> bool:
+        return callable(other) and torch.equal(path_table(other, self.grid), path_table(bsm, self.grid))
+
+    def __repr__(self) -> str:
+        return "the paths of bsm"
 
 
 def ml_mamba_release(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
@@ -32,23 +58,34 @@ def ml_mamba_release(names: Collection[str], config: Mapping[str, Any]) -> Layou
         "connector.projector.0.*": [f"{SCAN}.norm_f.*"],
         "connector.projector.1.*": ["model.projector.projector.*"],
     }
-    return _with_language(connector, names)
+    fixed = {
+        "connector.paths.order": _Paths(),
+        "connector.layers.0.mixer.folding.merge_by": "mean",
+        **{f"connector.layers.0.mixer.{name}": value for name, value in MAMBA2.items()},
+        "connector.layers.0.mlp_norm.eps": 1e-5,
+        "connector.projector.0.eps": 1e-5,
+    }
+    return _with_language(connector, names, fixed)
 
 
 def cobra_release(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
     """The layout of Cobra's released checkpoints, into `mlp` and a Mamba-1 model."""
     if "model.projector.projector.0.weight" not in names or f"{SCAN}.norm_f.weight" in names:
         return None
-    return _with_language({"connector.projector.*": ["model.projector.projector.*"]}, names)
+    return _with_language({"connector.projector.*": ["model.projector.projector.*"]}, names, {})
 
 
-def _with_language(connector: Mapping[str, list[str]], names: Collection[str]) -> Layout:
+def _with_language(connector: Mapping[str, list[str]], names: Collection[str], fixed: Mapping[str, Any]) -> Layout:
     wrapped = any(name.startswith("model.llm_backbone.llm.") for name in names)
     theirs = "model.llm_backbone.llm" if wrapped else "model.llm_backbone"
     language = {f"language.{part}.*": [f"{theirs}.backbone.{part}.*"] for part in ("embedding", "layers", "norm_f")}
+    mamba2 = any(name.startswith(theirs) and name.endswith(".mixer.dt_bias") for name in names)
+    mixer = {f"layers.0.mixer.{name}": value for name, value in MAMBA2.items()} if mamba2 else {}
+    spoken = {"norm_f.eps": 1e-5, "layers.0.norm.eps": 1e-5, **mixer}
     return Layout(
         part="model",
         rules={**connector, **language},
         tied={f"{theirs}.lm_head.weight": "language.embedding.weight"},
         absent=["encoders"],
+        expects={**FEATURES, **fixed, **{f"language.{name}": value for name, value in spoken.items()}},
     )

@@ -103,9 +103,10 @@ class CausalLM(nn.Module):
         return KeyValueState(self._name, DynamicCache(), torch.zeros(rows, dtype=torch.long, device=device))
 
     def to_transformers(self, end_id: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The model as transformers has it: its tensors by name, and its `config.json`; `end_id` is its own already."""
+        """The model as transformers has it: its tensors by name, and its `config.json` with `end_id` as its end."""
         tensors = {name.removeprefix("model."): tensor for name, tensor in self.state_dict().items()}
-        return tensors, {**self.model.config.to_diff_dict(), "architectures": [type(self.model).__name__]}
+        own = {"architectures": [type(self.model).__name__], "eos_token_id": end_id}
+        return tensors, {**self.model.config.to_diff_dict(), **own}
 
     def shard_units(self) -> Sequence[nn.Module]:
         """Each decoder layer; never the embedding and the head, which may be one."""

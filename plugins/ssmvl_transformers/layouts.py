@@ -7,11 +7,16 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ssmvl.checkpoints import Layout
+from ssmvl.checkpoints import Layout, need
+from ssmvl.errors import CheckpointError
 
 HEADS = {"lm_head", "embed_out", "output_projection"}
-EMBEDDING = re.compile(r"\w+\.(decoder\.)?(embed_tokens|word_embeddings|embed_in|wte)\.weight")
-ATTENTION = re.compile(r"\w+\.(\w+\.)*\d+\.\w*att\w*\..+")
+BODIES = ("model", "transformer", "gpt_neox")  # what the architectures call what lies below the head
+TOKENS = re.compile(r"(embed_tokens|word_embeddings|embed_in|wte)\.weight")
+EMBEDDING = re.compile(rf"(\w+\.)?(decoder\.)?{TOKENS.pattern}")
+ATTENTION = re.compile(r"(\w+\.)+\d+\.\w*att\w*\..+")
+# Buffers that older files hold: tables of rotary angles, and of Llama's kin and GPT's the mask and its value.
+TABLES = ("*.rotary_emb.inv_freq", "*.attention.bias", "*.attention.masked_bias", "*.attn.bias", "*.attn.masked_bias")
 # Options of architectures whose value no answer depends on, or which shapes show.
 IDLE = re.compile(r"use_cache|pretraining_tp|initializer_range|max_position_embeddings|\w*(token_id|drop)\w*")
 
@@ -22,17 +27,24 @@ def transformers_causal_lm(names: Collection[str], config: Mapping[str, Any]) ->
     Args:
         names: of the file's tensors.
         config: its `config.json`; what it says and no shape shows must be as the recipe's.
+
+    Raises:
+        CheckpointError: the config is missing, or transformers refuses it.
     """
     tops = {name.partition(".")[0] for name in names}
-    if len(tops - HEADS) != 1 or not all(any(map(kind.fullmatch, names)) for kind in (EMBEDDING, ATTENTION)):
+    bare = tops - HEADS == {"decoder"} or any(map(TOKENS.fullmatch, names))  # the body alone, as the hub's gpt2
+    if not all(any(map(kind.fullmatch, names)) for kind in (EMBEDDING, ATTENTION)):
+        return None
+    if not bare and len(tops - HEADS) != 1:
         return None
     # The name of a head may change from one version of transformers to the next, while files keep theirs.
     heads = {f"model.{own}.*": [f"{head}.*"] for head in tops & HEADS for own in HEADS}
+    bodies = {f"model.{body}.*": ["*"] for body in BODIES} if bare else {}
     return Layout(
         part="language",
-        rules={**heads, "model.*": ["*"]},
-        ignored=["*.rotary_emb.inv_freq"],  # older files of Llama and its kin hold the table
-        expects=_expected(config) if config else {},
+        rules={**heads, **bodies, "model.*": ["*"]},
+        ignored=TABLES,
+        expects=_expected(config),
     )
 
 
@@ -40,11 +52,21 @@ def _expected(config: Mapping[str, Any]) -> dict[str, Any]:
     """The architecture's own options, in the form that the installed transformers gives them on both sides."""
     from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+    need(config, ["model_type"], "attention")
     given = copy.deepcopy(dict(config))
-    kind = given.pop("model_type", None)
+    kind = given.pop("model_type")
     expected = {"model_type": kind}
-    if kind in CONFIG_MAPPING:
-        theirs, default = AutoConfig.for_model(kind, **given), AutoConfig.for_model(kind)
-        own = vars(default).keys() - vars(PretrainedConfig()).keys()
-        expected |= {key: getattr(theirs, key) for key in sorted(own) if not IDLE.fullmatch(key)}
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        try:
+            theirs, default = AutoConfig.for_model(kind, **given), AutoConfig.for_model(kind)
+        except Exception as error:  # foreign code
+            why = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"transformers refuses the {kind} config.json beside it ({why})") from error
+        own = {key for key in vars(default).keys() - vars(PretrainedConfig()).keys() if not IDLE.fullmatch(key)}
+        if kind == "xglm":  # its positions at that number are zero
+            own.add("pad_token_id")
+        rope = [getattr(theirs, key, None) for key in ("rope_scaling", "rope_parameters")]
+        if any(isinstance(found, Mapping) and found.get("rope_type") != "default" for found in rope):
+            own.add("max_position_embeddings")  # from which some scalings, such as YaRN, count
+        expected |= {key: getattr(theirs, key, None) for key in sorted(own)}
     return {f"model.config.{key}": value for key, value in expected.items()}

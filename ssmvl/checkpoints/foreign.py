@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssmvl.checkpoints.files import INDEX_FILE, WEIGHTS_FILE, read_tensors
 from ssmvl.errors import CheckpointError
+from ssmvl.hub import short, user_path
 
 TORCH_FILES = (".bin", ".pt", ".pth")
 FIRST = (INDEX_FILE, WEIGHTS_FILE, "pytorch_model.bin.index.json", "pytorch_model.bin")  # of a folder, in this order
@@ -41,21 +42,26 @@ def open_checkpoint(path: str | Path) -> Foreign:
         path: `*.safetensors`, `*.bin`, `*.pt`, `*.pth`, an index of shards (`*.index.json`), or a folder.
 
     Raises:
-        CheckpointError: nothing is there, a file is damaged or missing, or it holds more than tensors and would have
-            to be unpickled.
+        CheckpointError: nothing is there or more than one, a file is damaged or missing, a tensor in it cannot be
+            read by its name, or it holds more than tensors and would have to be unpickled.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        found = [path / name for name in FIRST if (path / name).is_file()]
-        found = found or [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", *TORCH_FILES)]
-        if not found or (len(found) > 1 and found[0].name not in FIRST):
-            what = f"several ({', '.join(p.name for p in found[:5])}); name one" if found else "none"
-            raise CheckpointError(f"{path} must hold one checkpoint, such as {', '.join(FIRST)}; it holds {what}")
-        path = found[0]
+    path = user_path(path)
+    path = _of_folder(path) if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     config = path.parent / "config.json"
     return Foreign(_tensors(path), read_json(config) if config.is_file() else {}, str(path))
+
+
+def _of_folder(folder: Path) -> Path:
+    """The one checkpoint of a folder; of safetensors and pickles side by side, as in many hubs, the safetensors."""
+    usual = [folder / name for name in FIRST if (folder / name).is_file()]
+    found = [path for path in usual if path.name.startswith("model")] or usual
+    found = found or [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", *TORCH_FILES)]
+    if len(found) != 1:
+        what = f"several ({', '.join(short(p.name) for p in found[:5])}); name one" if found else "none"
+        raise CheckpointError(f"{folder} must hold one checkpoint, such as {', '.join(FIRST)}; it holds {what}")
+    return found[0]
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -64,7 +70,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     if path.suffix in TORCH_FILES:
-        return dict(_flat("", _unpickled_without_code(path)))
+        return _by_name(path, _unpickled_without_code(path))
     allowed = ", ".join((".safetensors", *TORCH_FILES, ".index.json"))
     raise CheckpointError(f"{path}: a checkpoint ends in one of {allowed}")
 
@@ -76,17 +82,17 @@ def _shards(index: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(where.values())):
         if Path(name).name != name:
-            raise CheckpointError(f"{index}: {name!r} lies in another folder; shards lie beside their index")
+            raise CheckpointError(f"{index}: {short(name)!r} lies in another folder; shards lie beside their index")
         if name.endswith(".json"):
-            raise CheckpointError(f"{index}: {name!r} is no file of tensors")
-        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index}: {short(name)!r} is no file of tensors")
+        if not user_path(index.parent / name).is_file():
             raise CheckpointError(
                 f"{index.parent / name}: missing, but {index.name} lists it; was it downloaded whole?"
             )
         inside = _tensors(index.parent / name)
         wrong = sorted(inside.keys() ^ {tensor for tensor, file in where.items() if file == name})
         if wrong:
-            raise CheckpointError(f"{index.parent / name}: {index.name} disagrees about {', '.join(wrong[:5])}")
+            raise CheckpointError(f"{index.parent / name}: {index.name} disagrees about {short(', '.join(wrong[:5]))}")
         tensors |= inside
     return tensors
 
@@ -100,22 +106,46 @@ def _unpickled_without_code(path: Path) -> Any:
             f"{path}: holds more than tensors, and reading that could run any code, so it is refused "
             f"({reason.strip()[:200]}); save its tensors as safetensors"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except Exception as error:  # damaged bytes may raise anything on their way through torch
         raise CheckpointError(f"{path}: cannot be read as a checkpoint of torch ({str(error)[:200]})") from error
 
 
-def _flat(prefix: str, node: Any) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of nested mappings; numbers and texts beside them are left out."""
+def _by_name(path: Path, tree: Any) -> dict[str, Tensor]:
+    """The tensors of nested mappings, by their keys joined by dots; numbers and texts beside them are left out."""
+    found: dict[str, Tensor] = {}
+    places: dict[str, str] = {}
+    try:
+        for keys, tensor, listed in _leaves((), tree):
+            name, place = ".".join(map(str, keys)), short(" > ".join(map(repr, keys)))
+            if listed:
+                raise CheckpointError(f"{path}: holds a tensor in a list ({place}), without a name; use mappings only")
+            if name in found:
+                both = f"{places[name]} and {place}"
+                raise CheckpointError(f"{path}: has two tensors of one name, {both}; save each under its own")
+            if tensor.layout is not torch.strided or tensor.is_meta:
+                what = "on meta, without values" if tensor.is_meta else str(tensor.layout)
+                raise CheckpointError(f"{path}: {short(name)} is {what}; save dense tensors with their values")
+            found[name], places[name] = tensor, place
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: holds itself, or mappings too deep in each other to be read") from error
+    return found
+
+
+def _leaves(keys: tuple[Any, ...], node: Any, listed: bool = False) -> Iterator[tuple[tuple[Any, ...], Tensor, bool]]:
+    """Keys down to each tensor, the tensor, and whether it lies in a list."""
     if isinstance(node, Tensor):
-        yield prefix, node
+        yield keys, node, listed
     elif isinstance(node, Mapping):
         for key, value in node.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else str(key), value)
+            yield from _leaves((*keys, key), value, listed)
+    elif isinstance(node, list | tuple | set):
+        for number, value in enumerate(node):
+            yield from _leaves((*keys, number), value, True)
 
 
 def _float(node: dict[str, Any]) -> Any:
     """Newer versions of transformers write infinity as `{"__float__": "Infinity"}`."""
-    return float(node["__float__"]) if node.keys() == {"__float__"} else node
+    return float(str(node["__float__"])) if node.keys() == {"__float__"} else node
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -126,8 +156,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(), object_hook=_float)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({short(str(error))})") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: expected a mapping, found {type(found).__name__}")
     return found

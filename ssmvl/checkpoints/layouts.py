@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmvl.errors import CheckpointError
+from ssmvl.hub import short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,8 @@ class Layout:
         tied: names in the file whose tensor must equal one of the module's: heads that are the embedding.
         absent: prefixes of the module's names that files of this layout never hold.
         ignored: patterns of names in the file that are no weights, such as tables that a module makes itself.
-        expects: attributes of the module by dotted name and the value each must have: what the file's config says and
-            shapes do not show.
+        expects: attributes of the module by dotted name and the value each must equal: what the file's config says, or
+            the release fixed, and shapes do not show.
     """
 
     part: Literal["language", "model"]
@@ -75,7 +76,9 @@ class Layout:
             elif not _equal(tensors[name], tensors[same]):
                 problems.append(f"{name} differs from {same}, but the model has one tensor for both")
         if problems:
-            shown = sorted(problems)[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+            shown = [short(problem) for problem in sorted(problems)[:20]] + (
+                [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+            )
             raise CheckpointError(f"{source} does not fit the model:\n  " + "\n  ".join(shown))
 
     def load(self, module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -100,8 +103,29 @@ class Layout:
             except AttributeError:
                 own = None
             if own != value:
-                problems.append(f"{name} is {own!r}, the checkpoint's config says {value!r}")
+                shown = str(own) if callable(own) else repr(own)  # a bound component says its name
+                problems.append(f"{name} is {shown}, the checkpoint needs {value!r}")
         return problems
+
+
+def need(config: Mapping[str, Any], keys: Iterable[str], kind: str) -> None:
+    """Demand what a layout reads from the `config.json` beside a file, where shapes alone leave it open.
+
+    Args:
+        config: as the layout is given it.
+        keys: that must be there.
+        kind: of the file, for the message.
+
+    Raises:
+        CheckpointError: a key is missing, or there is no `config.json`; `open_weights` adds the name of the file.
+    """
+    missing = [key for key in keys if key not in config]
+    if missing:
+        what = f"lacks {', '.join(missing)}" if config else "is missing or empty"
+        raise CheckpointError(
+            f"the config.json beside it {what}, and the tensors of {kind} do not show everything; "
+            "take it from where the weights came from"
+        )
 
 
 SAME = Layout(part="model", rules={"*": ["*"]})  # our own
@@ -141,7 +165,9 @@ def _own(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     """Without a copy where both have one dtype, as they nearly always do."""
-    return torch.equal(one, other) if one.dtype == other.dtype else torch.equal(one.float(), other.float())
+    if one.dtype == other.dtype or one.is_complex() or other.is_complex():
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return torch.equal(one.float(), other.float())
 
 
 def _differences(name: str, tensor: Tensor, names: list[str], tensors: Mapping[str, Tensor]) -> list[str]:
@@ -152,6 +178,8 @@ def _differences(name: str, tensor: Tensor, names: list[str], tensors: Mapping[s
     parts = [tensors[other] for other in names]
     if tensor.is_floating_point() and not all(part.is_floating_point() for part in parts):
         return [f"{label} is {', '.join(str(part.dtype) for part in parts)}; quantised weights are not read"]
+    if not tensor.is_floating_point() and any(part.dtype != tensor.dtype for part in parts):
+        return [f"{label} is {', '.join(str(part.dtype) for part in parts)}, the model has {tensor.dtype}"]
     shape = list(parts[0].shape)
     if any(part.shape != parts[0].shape for part in parts):
         return [f"{label} are {', '.join(str(tuple(part.shape)) for part in parts)}; they must have one shape"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,9 +24,19 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. A mistake of the user's is printed without a traceback and gives exit code 2."""
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()  # here, not when Python exits: there nobody can catch what follows
+    except BrokenPipeError:  # the reader has seen enough: `ssmvl list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left must not fail again
+        return 1
+
+
+def _run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="ssmvl", description="Vision-language models on state-space models.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    argv = sys.argv[1:] if argv is None else argv
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text)
         if verb in argv[:1]:  # only the verb that is used is imported

@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ssmvl.cli.common import recipe_arguments as arguments
 from ssmvl.errors import Problem, RecipeError
-
-if TYPE_CHECKING:
-    from ssmvl.recipe import Recipe
 
 __all__ = ["arguments", "run"]
 
@@ -35,20 +31,17 @@ def _check_ablations(path: Path, overrides: Sequence[str]) -> int:
     """A line for each entry; then the problems of all of them, as one error."""
     from ssmvl.ablations import PREFIX, read_ablations
     from ssmvl.recipe import load_recipe
+    from ssmvl.training.stages import check
 
-    checked: dict[str, Sequence[Problem]] = {}
     problems: list[Problem] = []
     notes: dict[str, None] = {}
     for entry in read_ablations(path):
+        found: Sequence[Problem] = ()
         try:
-            recipe = load_recipe(entry, *overrides)
+            _, noted = check(load_recipe(entry, *overrides))
+            notes |= dict.fromkeys(noted)
         except RecipeError as error:
-            found: Sequence[Problem] = error.problems
-        else:
-            same = repr({**recipe.data, "run": ""})  # one model is a row of several tables; it is built once
-            if same not in checked:
-                checked[same] = _problems(recipe, notes)
-            found = checked[same]
+            found = error.problems
         what = f"{len(found)} problem{'s' * (len(found) != 1)}" if found else "no problem found"
         print(f"{PREFIX}{entry.name}: {what}", flush=True)
         problems += [Problem(entry.name, str(problem)) for problem in found]
@@ -56,14 +49,3 @@ def _check_ablations(path: Path, overrides: Sequence[str]) -> int:
         raise RecipeError(problems, str(path))
     print("".join(f"{note}\n" for note in notes), end="")
     return 0
-
-
-def _problems(recipe: Recipe, notes: dict[str, None]) -> Sequence[Problem]:
-    from ssmvl.training.stages import check
-
-    try:
-        _, noted = check(recipe)
-    except RecipeError as error:
-        return error.problems
-    notes.update(dict.fromkeys(noted))
-    return ()

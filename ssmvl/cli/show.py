@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ssmvl.ablations import Ablation
     from ssmvl.anatomy import PartCost
     from ssmvl.vlm import VisionLanguageModel
 
@@ -29,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the merged recipe as YAML or what its parts cost, or draw the scan order."""
+    """Print the merged recipe as YAML (of an ablation, also what was published) or its costs, or draw a scan order."""
     if options.scan is not None:
         if options.params is not None:
             options.refuse("--params belongs to a recipe")
@@ -38,10 +39,22 @@ def run(options: argparse.Namespace) -> int:
         options.refuse("--grid and --png belong to --scan")
     if options.params is not None:
         return _print_costs(options.recipe, *options.overrides, *options.params)
+    from ssmvl.ablations import PREFIX, find_ablation
     from ssmvl.recipe import load_recipe
 
-    print(load_recipe(options.recipe, *options.overrides).to_yaml(), end="")
+    recipe = load_recipe(options.recipe, *options.overrides)
+    if options.recipe.startswith(PREFIX):
+        print(_about(find_ablation(options.recipe)))
+    print(recipe.to_yaml(), end="")
     return 0
+
+
+def _about(entry: Ablation) -> str:
+    """Which row of which table it is, and what was published there, as comments of YAML."""
+    figures = ", ".join(f"{benchmark} {figure:g}" for benchmark, figure in entry.published.items())
+    lines = [f"{entry.recipe}, {entry.table}, row {entry.row}", f"published: {figures}"]
+    lines += [f"note: {' '.join(entry.note.split())}"] if entry.note else []
+    return "\n".join(f"# {line}" for line in lines)
 
 
 def _print_costs(recipe: str, *overrides: str) -> int:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
-from ssmvl.checkpoints import Layout
+from ssmvl.checkpoints import Layout, need
+from ssmvl.errors import CheckpointError
 
 NAMES = {
     "layers.*": ["backbone.layers.*"],
@@ -17,48 +18,96 @@ NAMES = {
 TIED = {"lm_head.weight": "embedding.weight"}
 HF_MODELS = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}
 HF_LAYOUT = Layout(part="language", rules={"embedding.*": ["backbone.embeddings.*"], **NAMES}, tied=TIED)
+# Of mamba-ssm's options: those that shapes or names show, and those that only initial values or speed depend on.
+SHOWN = {"layer", "d_state", "d_conv", "expand", "conv_bias", "bias"}
+IDLE = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"}
+SSM_OPTIONS = {
+    "Mamba1": SHOWN | IDLE | {"dt_rank"},
+    "Mamba2": SHOWN | IDLE
+    | {"headdim", "ngroups", "dt_limit", "norm_before_gate"}  # compared
+    | {"d_ssm", "D_has_hdim", "rmsnorm"}  # shown
+    | {"conv_init", "A_init_range", "chunk_size", "use_mem_eff_path"},
+}  # fmt: skip
 
 
 def state_spaces(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
-    """The layout of `state-spaces/mamba-*` and `mamba2-*`, as mamba-ssm writes it."""
+    """The layout of `state-spaces/mamba-*` and `mamba2-*`, as mamba-ssm writes it.
+
+    Raises:
+        CheckpointError: a Mamba-2 file without its config, or a config that says something else than the tensors, or
+            something unknown. Of Mamba-1, shapes show everything.
+    """
     if "backbone.embedding.weight" not in names:
         return None
-    options, expects = config.get("ssm_cfg") or {}, {}
-    if options.get("layer", "Mamba1") == "Mamba2":  # of Mamba-1, shapes show everything
+    kind = _kind(names)
+    if kind == "Mamba2":
+        need(config, ["ssm_cfg"], "Mamba-2")
+    options = config.get("ssm_cfg") or {}
+    if not isinstance(options, Mapping):
+        raise CheckpointError(f"the config.json beside it has {options!r} as ssm_cfg; it must be a mapping")
+    said = options.get("layer", "Mamba1") if config else kind
+    if said != kind:
+        raise CheckpointError(f"the config.json beside it says layer {said!r}, but the tensors are of {kind}")
+    unknown = sorted(options.keys() - SSM_OPTIONS[kind])
+    if unknown:
+        raise CheckpointError(
+            f"the config.json beside it has ssm_cfg options that no {kind} layer here knows: {', '.join(unknown)}; "
+            f"known are {', '.join(sorted(SSM_OPTIONS[kind]))}"
+        )
+    expects: dict[str, Any] = {}
+    if kind == "Mamba2":
         expects = {
             "num_groups": options.get("ngroups", 1),
             "norm.groups": options.get("ngroups", 1),
             "d_state": options.get("d_state", 128),
             "head_dim": options.get("headdim", 64),
-            "dt_limit": tuple(options.get("dt_limit", (0.0, inf))),
+            "dt_limit": _range(options.get("dt_limit", (0.0, inf))),
         }
         if options.get("norm_before_gate"):
             expects["norm_before_gate"] = True  # which no mixer here has
     rules = {"embedding.*": ["backbone.embedding.*"], **NAMES}
-    return Layout(part="language", rules=rules, tied=TIED, expects=_of_mixers(expects))
+    return Layout(part="language", rules=rules, tied=TIED, expects=_expects(kind, expects, 1e-5))
 
 
 def transformers_mamba(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
-    """The layout of transformers' `MambaForCausalLM` and `Mamba2ForCausalLM`."""
-    kind = config.get("model_type", "mamba")
-    if "backbone.embeddings.weight" not in names or kind not in HF_MODELS:
+    """The layout of transformers' `MambaForCausalLM` and `Mamba2ForCausalLM`.
+
+    Raises:
+        CheckpointError: the file has no config, without which it could be FalconMamba's, or one of another layer.
+    """
+    if "backbone.embeddings.weight" not in names:
         return None
+    need(config, ["model_type"], "Mamba")
+    if config["model_type"] not in (*HF_MODELS,):
+        return None
+    kind, said = _kind(names), {"mamba": "Mamba1", "mamba2": "Mamba2"}[config["model_type"]]
+    if said != kind:
+        raise CheckpointError(f"the config.json beside it is of {said}, but the tensors are of {kind}")
     expects: dict[str, Any] = {}
-    if kind == "mamba2":
+    if kind == "Mamba2":
+        need(config, ["n_groups", "state_size", "head_dim", "time_step_limit"], "Mamba-2")
         expects = {
             "num_groups": config["n_groups"],
             "norm.groups": 1,
             "d_state": config["state_size"],
             "head_dim": config["head_dim"],
-            "dt_limit": tuple(config.get("time_step_limit", (0.0, inf))),
+            "dt_limit": _range(config["time_step_limit"]),
         }
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         expects["hidden_act"] = config["hidden_act"]  # which no mixer here has
-    expects = _of_mixers(expects)
-    if "layer_norm_epsilon" in config:
-        expects["norm_f.eps"] = config["layer_norm_epsilon"]
-    return replace(HF_LAYOUT, expects=expects)
+    return replace(HF_LAYOUT, expects=_expects(kind, expects, config.get("layer_norm_epsilon", 1e-5)))
 
 
-def _of_mixers(expects: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"layers.0.mixer.{name}": value for name, value in expects.items()}
+def _kind(names: Collection[str]) -> str:
+    """Which layer the tensors are of; only one of the two has a step size bias apart."""
+    return "Mamba2" if any(name.endswith(".mixer.dt_bias") for name in names) else "Mamba1"
+
+
+def _range(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _expects(kind: str, of_mixers: Mapping[str, Any], eps: float) -> dict[str, Any]:
+    norms = ["norm_f", "layers.0.norm", *(["layers.0.mixer.norm"] if kind == "Mamba2" else [])]
+    expects = {f"layers.0.mixer.{name}": value for name, value in of_mixers.items()}
+    return expects | {f"{name}.eps": eps for name in norms}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ssmvl.errors import CheckpointError
-from ssmvl.hub import local
+from ssmvl.hub import ID, local
 
 END = "<|endoftext|>"
 WORDS = Path(__file__).with_name("words.json")  # made by scripts/make_words.py
@@ -63,6 +64,22 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, str]:
             f"a {CONFIG_FILE} beside it names another as `eos_token`"
         )
     return tokenizer, end
+
+
+def tokenizer_here(name: str) -> Path | None:
+    """Where `load_tokenizer` finds this tokenizer without fetching it: a path of that name, or in the hub's cache.
+
+    None if it is a model's id and the cache lacks one of the two files.
+    """
+    path = Path(name)
+    if not ID.fullmatch(name) or path.exists() or path.parent.is_dir():
+        return path
+    try:
+        files = [try_to_load_from_cache(name, file) for file in (TOKENIZER_FILE, CONFIG_FILE)]
+    except ValueError:  # no id of the hub: `load_tokenizer` says so
+        return path
+    folders = [Path(file).parent for file in files if isinstance(file, str)]
+    return folders[0] if len(folders) == len(files) else None
 
 
 def config_text(end: str) -> str:

@@ -23,7 +23,7 @@ from ssmvl.batch import num_samples, num_tokens, split_batch
 from ssmvl.build import build_model, build_processor
 from ssmvl.data.shared_memory import clean_stale_segments
 from ssmvl.data.streams import read_records, train_loader
-from ssmvl.errors import Problem, RecipeError, RunError
+from ssmvl.errors import Problem, RecipeError, RunError, SsmvlError
 from ssmvl.recipe import Recipe
 from ssmvl.saved import ABOUT_FILE, save_folder
 from ssmvl.training.accuracy import AnswerAccuracy
@@ -58,7 +58,7 @@ class Session:
             dist.initialize_dist(get_device(None), timeout=WAIT)
         if dist.get_local_rank() == 0:
             clean_stale_segments()
-        finished = self._claim()
+        finished = self._prepare()
         start: Path | None = None
         for name, stage in self.plan.stages.items():
             left = self.folder.model(name)
@@ -71,21 +71,31 @@ class Session:
             self._evaluate(self.plan.evaluation, start)
         return self.folder.root
 
-    def _claim(self) -> list[str]:
-        """The stages that are finished, as rank 0 sees them; its error on every rank, if the folder is not ours."""
-        said: list[tuple[str, list[str]]] = []
+    def _prepare(self) -> list[str]:
+        """The stages that are finished. Rank 0 finds them, and what the others will read; its error ends every rank."""
+        error: SsmvlError | None = None
+        finished: list[str] = []
         if self.rank == 0:
             try:
                 self.folder.claim(self.recipe)
-                said = [("", [name for name in self.plan.stages if (self.folder.model(name) / ABOUT_FILE).is_file()])]
-            except RunError as error:
-                said = [(str(error), [])]
-        said = said or [("", [])]
+                finished = [name for name in self.plan.stages if (self.folder.model(name) / ABOUT_FILE).is_file()]
+                self._find_inputs(finished)
+            except SsmvlError as found:
+                error = found
+        said: list[Any] = [str(error or ""), finished]
         dist.broadcast_object_list(said)
-        error_text, finished = said[0]
-        if error_text:
-            raise RunError(error_text)
-        return finished
+        if said[0]:
+            raise error or RunError(said[0])
+        return list(said[1])
+
+    def _find_inputs(self, finished: list[str]) -> None:
+        """Fetch the tokenizer and find or make all data, before a weight is fetched: a wrong path costs seconds."""
+        build_processor(self.recipe, build_model(self.recipe, device="meta"))
+        for name, stage in self.plan.stages.items():
+            if name not in finished:
+                stage.data(split="train")
+        if self.plan.evaluation is not None:
+            self.plan.evaluation.data(split="test")
 
     def _train(self, name: str, stage: Stage, start: Path | None, left: Path) -> None:
         trainer = self.trainer(name, stage, start)

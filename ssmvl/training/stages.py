@@ -13,11 +13,13 @@ from typing import Annotated, Any, Literal
 from torch import nn
 
 from ssmvl.binding import bind
-from ssmvl.build import ModelParts, build_model, lacks_nothing
-from ssmvl.errors import Problem, RecipeError, nearest
+from ssmvl.build import ModelParts, build_model, build_processor, lacks_nothing
+from ssmvl.errors import CheckpointError, ContractError, Problem, RecipeError, nearest
 from ssmvl.evaluation import Evaluation
 from ssmvl.interfaces import Check, Count, DatasetPart, Prompt, PromptPart, Seed
 from ssmvl.recipe import Recipe
+from ssmvl.text.tokenizers import tokenizer_here
+from ssmvl.vlm import VisionLanguageModel
 
 
 def _fractions(numbers: tuple[float, ...]) -> bool:
@@ -119,7 +121,8 @@ def stage_order(recipe: Recipe) -> list[str]:
 def check(recipe: Recipe) -> tuple[Plan, list[str]]:
     """Find every mistake of a recipe without allocating a weight.
 
-    Names and options are resolved first, over the whole recipe; then the model is built on `meta`.
+    Names and options are resolved first, over the whole recipe; then the model is built on `meta`, and the
+    tokenizer is read if nothing must be fetched for it.
 
     Returns:
         The bound recipe, and notes on what could not be checked.
@@ -153,6 +156,7 @@ def check(recipe: Recipe) -> tuple[Plan, list[str]]:
             what = f"{stage_.warmup!r} must be in dur or in the unit of the duration, {stage_.duration!r}"
             problems.append(Problem(f"stages.{name}.warmup", what))
     model = build_model(recipe, device="meta")
+    problems += _check_tokenizer(recipe, model, notes)
     for name, stage_ in plan.stages.items():
         if stage_.prompt is not None:
             try:
@@ -206,6 +210,20 @@ def _check_call(path: str, kind: Any, name: str, options: Any) -> list[Problem]:
         signature.bind(**options)
     except TypeError as error:
         return [Problem(path, f"{name}: {error}")]
+    return []
+
+
+def _check_tokenizer(recipe: Recipe, model: VisionLanguageModel, notes: list[str]) -> list[Problem]:
+    """Whether it can be read and has the language model's number of ids, if it is on this machine."""
+    name = recipe.data["model"]["tokenizer"]
+    here = tokenizer_here(name)
+    if here is None:
+        notes.append(f"model.tokenizer: not checked, {name} is not in the hub's cache; training fetches it")
+        return []
+    try:
+        build_processor(recipe, model, here)
+    except (CheckpointError, ContractError) as error:
+        return [Problem("model.tokenizer", str(error))]
     return []
 
 

@@ -2,67 +2,109 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 
-from ssmvl.checkpoints import WEIGHTS_FILE, copy_into, read_json
+from ssmvl.checkpoints import WEIGHTS_FILE, copy_into
 from ssmvl.errors import CheckpointError, ContractError
-from ssmvl.hub import hub_file
 from ssmvl.interfaces import Count, Grid, ImageSpec, Resize
 from ssmvl.vision.sources import (
+    FAILURES,
+    Trained,
+    WeightsFile,
     adapting,
-    folder_file,
     parse_weights,
     read_under,
+    require_settings,
     require_statistics,
+    settled_tag,
     similar,
+    weights_file,
 )
 
-WeightsFile = Callable[[], Path]
-"""Gives the safetensors file of an encoder's weights; called when they are loaded, and only then may it fetch it."""
+FREE = ("img_size", "num_classes", "global_pool")  # of a folder's model_args; and rates of dropout
 
 
 class Encoder(nn.Module, ABC):
-    """What the encoders of every library share; a subclass adds `features` and `load_weights`.
+    """What the encoders of every library share; a subclass adds `part`, `layout`, `features` and `adapted`.
 
     Args:
-        width: D.
-        grid: of the patches.
+        tower: computes the features; it becomes the attribute that `part` names.
         size: side of its input in pixels.
         mean: per channel, of pixels in 0…1.
         std: per channel, of pixels in 0…1.
         resize: how the loader brings an image to that size; a letterbox has the colour `mean`.
+        file: gives the weights that `load_weights` reads; None to keep the initial ones.
+        prefix: of the names in that file.
 
     Raises:
-        ContractError: the input is smaller than a patch.
+        ContractError: `tower` is no ViT of two blocks or more, its input is smaller than a patch, or it fails on it or
+            gives other than one feature for each position of its grid.
     """
 
+    part: ClassVar[str]
+
     def __init__(
-        self, *, width: int, grid: Grid, size: int, mean: Sequence[float], std: Sequence[float], resize: Resize
+        self,
+        tower: nn.Module,
+        *,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        resize: Resize = "resize-naive",
+        file: WeightsFile | None,
+        prefix: str = "",
     ) -> None:
         super().__init__()
-        if not grid.length:
+        blocks, self.width, self.grid = self.layout(tower)
+        if blocks < 2:
+            raise ContractError(
+                f"{type(tower).__name__} is no ViT of two blocks or more; features come from the last but one"
+            )
+        if not self.grid.length:
             raise ContractError(f"images of {size} px are smaller than one patch; give a larger image_size")
-        self.width, self.grid = width, grid
+        self.add_module(self.part, tower)
         self.mean, self.std = tuple(mean), tuple(std)  # no buffers: a cast to bf16 would round them
         red, green, blue = (round(255 * value) for value in mean)
         self.image_spec = ImageSpec(size, resize, (red, green, blue) if resize == "letterbox" else (0, 0, 0))
+        self._file, self._prefix = file, prefix
+        self._require_features()
+
+    def _require_features(self) -> None:
+        """Refuse a tower that fails when run or gives another grid: a twin is run on `meta`, which computes nothing."""
+        memo = {id(tensor): tensor.detach().to("meta") for tensor in chain(self.parameters(), self.buffers())}
+        twin, size = copy.deepcopy(self, memo), self.image_spec.size
+        what = f"{type(getattr(self, self.part)).__name__} on images of {size} x {size} px"
+        try:
+            with torch.no_grad():
+                found = tuple(twin(torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta")).shape)
+        except FAILURES as error:
+            raise ContractError(
+                f"{what} fails ({type(error).__name__}: {error}); give another image_size or model"
+            ) from error
+        if found != (1, self.grid.length, self.width):
+            raise ContractError(
+                f"{what} gives {found}, its grid is {self.grid.rows} x {self.grid.columns} of width {self.width}; "
+                "give another image_size or model"
+            )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels uint8 (I, 3, S, S) -> (I, N, D), in the dtype of the weights."""
+        """Pixels uint8 (I, 3, S, S) -> (I, N, D), in the dtype of the weights, autocast or not."""
         x = self.normalise(pixels)
         if not len(pixels):  # towers reshape by the number of images
             return x.new_empty(0, self.grid.length, self.width)
-        return self.features(x)
+        return self.features(x).to(x.dtype)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (I, 3, S, S) -> what the tower takes: computed in fp32 at least, then in the dtype of its weights."""
@@ -72,12 +114,30 @@ class Encoder(nn.Module, ABC):
         return torch.stack(scaled, dim=1).to(dtype)
 
     @abstractmethod
+    def layout(self, tower: Any) -> tuple[int, int, Grid]:
+        """A tower's number of blocks, 0 if it is no ViT; its width; the grid of its patches."""
+
+    @abstractmethod
     def features(self, x: Tensor) -> Tensor:
         """Normalised (I, 3, S, S), I > 0 -> (I, N, D)."""
 
     @abstractmethod
+    def adapted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a file by the tower's names, positions of another image size resampled as the library does."""
+
     def load_weights(self) -> None:
-        """Load the weights that were named; nothing if none were."""
+        """Load the weights that were named, strictly; only positions of another image size are resampled.
+
+        Raises:
+            CheckpointError: they cannot be found or fetched, are damaged, or do not fit.
+        """
+        if self._file is None:
+            return
+        path = self._file()
+        tensors = read_under(path, self._prefix)
+        with adapting(path):
+            tensors = self.adapted(tensors)
+        copy_into(getattr(self, self.part), tensors, str(path))
 
     def shard_units(self) -> Sequence[nn.Module]:
         """The encoder as a whole."""
@@ -87,42 +147,20 @@ class Encoder(nn.Module, ABC):
 class VitEncoder(Encoder):
     """Patch features of a timm VisionTransformer: second-to-last block, no final norm, prefix tokens dropped.
 
-    Args:
-        vit: a timm `VisionTransformer` with at least two blocks.
-        size: side of its input in pixels.
-        mean: per channel, of pixels in 0…1.
-        std: per channel, of pixels in 0…1.
-        resize: how the loader brings an image to that size.
-        file: gives the weights that `load_weights` reads; None to keep the initial ones.
-        prefix: of the names in that file.
-
-    Raises:
-        ContractError: `vit` is none, or its input is smaller than a patch.
+    Takes the arguments of `Encoder`.
 
     Source: ML-Mamba §3.2 and Prismatic VLMs (arXiv 2402.07865) §3: second-to-last layer.
     """
 
+    part = "vit"
     vit: Any  # what timm's VisionTransformer offers is typed as Tensor | Module
 
-    def __init__(
-        self,
-        vit: Any,
-        *,
-        size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        resize: Resize = "resize-naive",
-        file: WeightsFile | None,
-        prefix: str = "",
-    ) -> None:
-        grid = getattr(getattr(vit, "patch_embed", None), "grid_size", None)
-        if grid is None or len(getattr(vit, "blocks", ())) < 2 or not hasattr(vit, "forward_intermediates"):
-            raise ContractError(
-                f"{type(vit).__name__} is no ViT of two blocks or more; features come from the last but one"
-            )
-        super().__init__(width=int(vit.embed_dim), grid=Grid(1, *grid), size=size, mean=mean, std=std, resize=resize)
-        self.vit = vit
-        self._file, self._prefix = file, prefix
+    def layout(self, tower: Any) -> tuple[int, int, Grid]:
+        """A tower's number of blocks, 0 if it is no ViT; its width; the grid of its patches."""
+        grid = getattr(getattr(tower, "patch_embed", None), "grid_size", None)
+        if grid is None or not hasattr(tower, "blocks") or not hasattr(tower, "forward_intermediates"):
+            return 0, 0, Grid(0, 0, 0)
+        return len(tower.blocks), int(tower.embed_dim), Grid(1, *grid)
 
     def features(self, x: Tensor) -> Tensor:
         """Normalised (I, 3, S, S), I > 0 -> (I, N, D)."""
@@ -136,25 +174,26 @@ class VitEncoder(Encoder):
         )
         return features
 
-    def load_weights(self) -> None:
-        """Load the weights that were named; as timm does, positions and patches of another size are resampled first.
+    def adapted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """By timm's filter; a classifier that the tower lacks is left out.
 
         Raises:
-            CheckpointError: they cannot be found or fetched, are damaged, or do not fit.
+            ValueError: the patches are of another size; timm would resample them too.
         """
-        if self._file is None:
-            return
-        path = self._file()
-        tensors = read_under(path, self._prefix)
-        adapted = getattr(sys.modules[type(self.vit).__module__], "checkpoint_filter_fn", None)
-        if adapted is not None:
-            with adapting(path):
-                tensors = adapted(tensors, self.vit)
+        own = self.vit.state_dict()
+        patch = own.get("patch_embed.proj.weight", torch.empty(0))
+        for name, tensor in tensors.items():  # of every layout that timm reads, and only the embedding has 3 channels
+            if tensor.ndim == 4 and tensor.shape[:2] == patch.shape[:2] and tensor.shape != patch.shape:
+                theirs, mine = (" x ".join(map(str, shape[2:])) for shape in (tensor.shape, patch.shape))
+                raise ValueError(f"{name} is of patches of {theirs} px, the encoder's are {mine} px")
+        adapt = getattr(sys.modules[type(self.vit).__module__], "checkpoint_filter_fn", None)
+        if adapt is not None:
+            tensors = adapt(tensors, self.vit)
         heads = getattr(self.vit, "pretrained_cfg", {}).get("classifier") or ()
         for head in (heads,) if isinstance(heads, str) else heads:
-            if not any(name.startswith(f"{head}.") for name in self.vit.state_dict()):
+            if not any(name.startswith(f"{head}.") for name in own):
                 tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{head}.")}
-        copy_into(self.vit, tensors, str(path))
+        return tensors
 
 
 def timm_encoder(
@@ -166,52 +205,54 @@ def timm_encoder(
         model: timm's name, with or without a tag, e.g. `vit_large_patch14_reg4_dinov2.lvd142m`; the tag decides mean
             and std.
         image_size: side in pixels; the model's own if None.
-        resize: how an image is brought to that size.
-        weights: `none`; a safetensors file with timm's model, its classifier not needed; a tag of timm's, fetched from
-            the hub; `local-dir:FOLDER`, a folder with the `config.json` and `model.safetensors` of one of timm's
-            repositories.
+        resize: how an image is brought to that size; bicubic, whatever interpolation the tag names.
+        weights: `none`; a safetensors file with timm's model, its classifier not needed, and the tag written where
+            the model's tags differ in mean, std or QuickGELU; a tag of timm's, fetched from the hub;
+            `local-dir:FOLDER`, a folder with the `config.json` and `model.safetensors` of one of timm's repositories.
 
     Raises:
-        ContractError: timm has no such model or tag, it is no ViT, or the tag's weights need QuickGELU.
+        ContractError: timm has no such model or tag, it is no ViT or cannot be run on such images, a file's tag is not
+            known, or the tag's weights need QuickGELU.
     """
     name, _, tag = model.partition(".")
     if not timm.is_model(name):
         raise ContractError(f"timm has no model {name!r}; similar names there: {similar(name, timm.list_models())}")
-    source = parse_weights(weights, _tags(name), name)
-    if source.kind == "tag":
-        if tag not in ("", source.value):
-            raise ContractError(f"model {model!r} and weights {weights!r} name two tags; write one")
-        tag = source.value
-    if tag in _tags(_quick(name)) and name != _quick(name):
+    trained, quick = _tags(name), _quick(name)
+    source = parse_weights(weights, trained, name)
+    tag = settled_tag(source, tag, model, f"{name}.", trained, name == quick)
+    if tag in trained and trained[tag].quick and name != quick:
         raise ContractError(
             f"the weights {tag!r} were trained with QuickGELU, which {name!r} lacks: answers would be silently wrong; "
-            f"write model: {_quick(name)}.{tag}"
+            f"write model: {quick}.{tag}"
         )
     options = {} if image_size is None else {"img_size": image_size}
+    create = partial(timm.create_model, f"{name}.{tag}" if tag else name, pretrained=False, num_classes=0, **options)
     try:
-        vit = timm.create_model(f"{name}.{tag}" if tag else name, pretrained=False, num_classes=0, **options)
-    except (RuntimeError, TypeError) as error:
+        vit = create()
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ContractError(
-            f"timm cannot build {model!r} ({error}); its tags: {', '.join(_tags(name)) or 'none'}"
+            f"timm cannot build {model!r}{f' for images of {image_size} px' if image_size else ''} "
+            f"({type(error).__name__}: {error}); its tags: {', '.join(trained) or 'none'}"
         ) from error
     config = vit.pretrained_cfg
     mean, std = config["mean"], config["std"]
-    file: WeightsFile | None = None
-    if source.kind == "file":
-        file = Path(source.value).expanduser
-    elif source.kind == "folder":
-        file = partial(_folder, source.value, name, mean, std)
-    elif source.kind == "tag":
+
+    def hub() -> tuple[str, str]:
         if "hf_hub_id" not in config:
             raise ContractError(f"timm has {name}.{tag} as a pickle only, which is not read; see {config.get('url')}")
-        file = partial(hub_file, config["hf_hub_id"], config.get("hf_hub_filename") or WEIGHTS_FILE)
+        return config["hf_hub_id"], config.get("hf_hub_filename") or WEIGHTS_FILE
+
+    agrees = partial(_agrees, name, create, mean, std)
+    file = weights_file(source, hub, ("config.json", WEIGHTS_FILE), agrees)
     size = image_size or config["input_size"][-1]
     return VitEncoder(vit, size=size, mean=mean, std=std, resize=resize, file=file)
 
 
-def _tags(name: str) -> Mapping[str, Any]:
-    """Tags of timm's pretrained weights of a model."""
-    return {full.partition(".")[2]: config for full, config in get_arch_pretrained_cfgs(name).items() if "." in full}
+def _tags(name: str) -> dict[str, Trained]:
+    """What timm's pretrained weights of a model need, by tag."""
+    quick = get_arch_pretrained_cfgs(_quick(name))
+    found = ((full.partition(".")[2], config) for full, config in get_arch_pretrained_cfgs(name).items() if "." in full)
+    return {tag: Trained(tuple(c.mean), tuple(c.std), f"{_quick(name)}.{tag}" in quick) for tag, c in found}
 
 
 def _quick(name: str) -> str:
@@ -219,17 +260,24 @@ def _quick(name: str) -> str:
     return name if "_quickgelu_" in name else name.replace("_clip_", "_clip_quickgelu_")
 
 
-def _folder(folder: str, name: str, mean: Sequence[float], std: Sequence[float]) -> Path:
-    """The weights in a folder of timm's, once its config agrees with the encoder."""
-    path = folder_file(folder, "config.json")
-    config = read_json(path)
-    with adapting(path):
-        found = str(config.get("architecture"))
-        pretrained = config.get("pretrained_cfg", config)  # older folders have one mapping
-        tag = pretrained.get("tag")
-        if tag in _tags(_quick(found)):
-            found = _quick(found)  # timm's folders name the model without QuickGELU even where its weights need it
-        if found != name:
-            raise CheckpointError(f"{path}: its weights are those of {found!r}, the encoder is {name!r}")
-        require_statistics(path, pretrained, mean, std, f"write the tag of these weights too, model: {name}.{tag}")
-    return folder_file(folder, WEIGHTS_FILE)
+def _agrees(
+    name: str,
+    create: Callable[..., nn.Module],
+    mean: Sequence[float],
+    std: Sequence[float],
+    path: Path,
+    config: Mapping[str, Any],
+) -> None:
+    """Refuse a folder of timm's whose config says that its weights are those of another encoder."""
+    found = str(config.get("architecture"))
+    pretrained = config.get("pretrained_cfg", config)  # older folders have one mapping
+    tag = pretrained.get("tag")
+    if tag in _tags(_quick(found)):
+        found = _quick(found)  # timm's folders name the model without QuickGELU even where its weights need it
+    if found != name:
+        raise CheckpointError(f"{path}: its weights are those of {found!r}, the encoder is {name!r}")
+    require_statistics(path, pretrained, mean, std, f"write the tag of these weights too, model: {name}.{tag}")
+    given = config.get("model_args", {}).items()
+    options = {key: value for key, value in given if key not in FREE and not key.endswith("_rate")}
+    with torch.device("meta"):
+        require_settings(path, create(**options), create(), f"{name} with model_args {options}")

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ssmvl.checkpoints import read_tensors
+from ssmvl.checkpoints import read_json, read_tensors
 from ssmvl.errors import CheckpointError, ContractError, nearest
+from ssmvl.hub import hub_file, user_path
 
+WeightsFile = Callable[[], Path]
+"""Gives the safetensors file of an encoder's weights; called when they are loaded, and only then may it fetch it."""
+
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)  # of other people's code
 LOCAL_DIR, SUFFIX = "local-dir:", ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".tar", ".pkl", ".npz", ".npy")
 
@@ -22,6 +28,14 @@ class Source(NamedTuple):
 
     kind: Literal["none", "file", "tag", "folder"]
     value: str = ""
+
+
+class Trained(NamedTuple):
+    """What an encoder must have in common with the one whose weights a tag names."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    quick: bool  # QuickGELU in place of GELU
 
 
 def parse_weights(weights: str, tags: Collection[str], model: str) -> Source:
@@ -54,6 +68,63 @@ def parse_weights(weights: str, tags: Collection[str], model: str) -> Source:
     return Source("tag", weights)
 
 
+def settled_tag(source: Source, tag: str, model: str, stem: str, trained: Mapping[str, Trained], quick: bool) -> str:
+    """The tag that decides mean, std and activation; empty for the library's default.
+
+    Args:
+        source: what `weights` says.
+        tag: what `model` says.
+        model: as written.
+        stem: of the names with a tag, for messages.
+        trained: the model's weights, by tag.
+        quick: whether the model has QuickGELU.
+
+    Raises:
+        ContractError: two tags are named; or none, beside a file, and the tags differ in what they need.
+    """
+    if source.kind == "tag":
+        if tag not in ("", source.value):
+            raise ContractError(f"model {model!r} and weights {source.value!r} name two tags; write one")
+        return source.value
+    needs = {*trained.values()}
+    if source.kind == "file" and not tag and (len(needs) > 1 or any(need.quick != quick for need in needs)):
+        raise ContractError(
+            f"the tags of {model!r} differ in mean, std or QuickGELU, and {source.value} does not say which it needs: "
+            f"answers might be silently wrong; write the tag that its training started from, model: {stem}TAG with one "
+            f"of {', '.join(trained)}"
+        )
+    return tag
+
+
+def weights_file(
+    source: Source,
+    hub: Callable[[], tuple[str, str]],
+    names: tuple[str, str],
+    agrees: Callable[[Path, Mapping[str, Any]], None],
+) -> WeightsFile | None:
+    """What gives an encoder's weights when they are loaded; None for none. Nothing is looked for now.
+
+    Args:
+        source: what `weights` says.
+        hub: gives the repository of its tag, and the file there.
+        names: of the config and of the weights in a folder.
+        agrees: raises CheckpointError if the config in a folder, given with its path, is not the encoder's.
+    """
+    if source.kind == "none":
+        return None
+    if source.kind == "file":
+        return partial(user_path, source.value)
+    return partial(_from_folder, source.value, names, agrees) if source.kind == "folder" else partial(hub_file, *hub())
+
+
+def _from_folder(folder: str, names: tuple[str, str], agrees: Callable[[Path, Mapping[str, Any]], None]) -> Path:
+    path = folder_file(folder, names[0])
+    config = read_json(path)
+    with adapting(path):
+        agrees(path, config)
+    return folder_file(folder, names[1])
+
+
 def similar(name: str, names: Collection[str]) -> str:
     """The names most like an unknown one, for messages: a library has too many to list."""
     return ", ".join(difflib.get_close_matches(name, names, n=5, cutoff=0.4)) or "none"
@@ -65,7 +136,7 @@ def folder_file(folder: str, name: str) -> Path:
     Raises:
         CheckpointError: the folder or the file is not there.
     """
-    path = Path(folder).expanduser() / name
+    path = user_path(folder) / name
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else "no such folder"
         raise CheckpointError(f"{path.parent} must hold {name}; pickles are not read. Found: {found or 'nothing'}")
@@ -93,6 +164,40 @@ def require_statistics(
             raise CheckpointError(f"{path}: {name} is {list(found)}, the encoder has {list(own)}; {hint}")
 
 
+def require_settings(path: Path, theirs: nn.Module, own: nn.Module, what: str) -> None:
+    """Refuse weights of a model that computes otherwise with tensors of the same shapes.
+
+    Args:
+        path: of the config, for messages.
+        theirs: built as the config says.
+        own: built as the encoder is; both may be on `meta`.
+        what: theirs, for messages.
+
+    Raises:
+        CheckpointError: they differ in the kind of a module or in a number that one keeps.
+    """
+    found, needed = _settings(theirs), _settings(own)
+    for name in sorted(found.keys() | needed.keys()):
+        if found.get(name) != needed.get(name):
+            raise CheckpointError(
+                f"{path}: its weights are those of {what}, whose {name} is {found.get(name)!r}; "
+                f"the encoder has {needed.get(name)!r}"
+            )
+
+
+def _settings(model: nn.Module) -> dict[str, object]:
+    """The kind of each module and the numbers that it keeps, by dotted name."""
+    found: dict[str, object] = {}
+    for name, module in model.named_modules():
+        found[name] = type(module).__name__
+        for key, value in vars(module).items():
+            if isinstance(value, bool | int | float | str | tuple) and not key.startswith("_") and value != "none":
+                found[f"{name}.{key}"] = (
+                    value  # `none` is what torch's GELU says of itself, and timm's same one does not
+                )
+    return found
+
+
 def read_under(path: Path, prefix: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file whose names start with `prefix`, without it.
 
@@ -117,5 +222,5 @@ def adapting(path: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+    except FAILURES as error:
         raise CheckpointError(f"{path}: does not fit the model ({type(error).__name__}: {error})") from error

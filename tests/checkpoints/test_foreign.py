@@ -99,6 +99,13 @@ def test_a_shard_that_is_missing(tmp_path: Path) -> None:
         ([], "weight_map"),
         ({"a": 3}, "weight_map"),
         ({"a": "pytorch_model.bin.index.json"}, "is no file of tensors"),
+        ({"a": ""}, r"missing, but pytorch_model\.bin\.index\.json lists it"),
+        ({"a": ".."}, "missing, but"),
+        ({"a": "x" * 5000}, "cannot be a path here"),
+        ({"a": "x" * 5000 + "/y"}, "lies in another folder"),
+        ({"a": "\0.bin"}, "missing, but"),
+        ({"a": {"b": "c"}}, "weight_map"),
+        ("pytorch_model-00001-of-00002.bin", "weight_map"),
     ],
 )
 def test_an_index_that_lies(tmp_path: Path, where: Any, said: str) -> None:
@@ -106,6 +113,56 @@ def test_an_index_that_lies(tmp_path: Path, where: Any, said: str) -> None:
     index(tmp_path, where)
     with pytest.raises(CheckpointError, match=said):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"a": {"b": 1.0}, "a.b": 2.0}, r"two tensors of one name, 'a' > 'b' and 'a\.b'"),
+        ({"a": {1: 1.0, "1": 2.0}}, r"two tensors of one name, 'a' > 1 and 'a' > '1'"),
+        ({"a": {"b": [1, 2.0]}}, r"a tensor in a list \('a' > 'b' > 1\), without a name"),
+        ({"a": ({"b": 2.0},)}, r"a tensor in a list \('a' > 0 > 'b'\), without a name"),
+        ({"x" * 5000: {"b": 1.0}, "x" * 5000 + ".b": 1.0}, "two tensors of one name"),
+    ],
+)
+def test_tensors_that_have_no_name_of_their_own(tmp_path: Path, tree: dict[Any, Any], said: str) -> None:
+    def tensors(node: Any) -> Any:  # floats stand for tensors
+        if isinstance(node, dict):
+            return {key: tensors(value) for key, value in node.items()}
+        if isinstance(node, list | tuple):
+            return type(node)(map(tensors, node))
+        return torch.full((2,), node) if isinstance(node, float) else node
+
+    torch.save(tensors(tree), tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=said) as error:
+        open_checkpoint(tmp_path / "x.pt")
+    assert len(str(error.value)) < 1500
+
+
+def test_lists_without_tensors_are_left_out(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2), "args": {"betas": (0.9, 0.99), "names": ["x", {"y": 1}]}}, tmp_path / "x.pt")
+    assert same(open_checkpoint(tmp_path / "x.pt").tensors, {"a": torch.ones(2)})
+
+
+def test_a_file_that_holds_itself(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {"a": torch.ones(2)}
+    tree["self"] = {"again": tree}
+    torch.save(tree, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"x\.pt: holds itself"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.eye(3).to_sparse(), r"a is torch\.sparse_coo; save dense tensors"),
+        (torch.ones(3, device="meta"), "a is on meta, without values; save dense tensors"),
+    ],
+)
+def test_tensors_without_dense_values(tmp_path: Path, tensor: Tensor, said: str) -> None:
+    torch.save({"a": tensor}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=said):
+        open_checkpoint(tmp_path / "x.pt")
 
 
 class Exploit:
@@ -152,6 +209,29 @@ def test_a_folder_without_one_checkpoint(tmp_path: Path, files: list[str], said:
         open_checkpoint(tmp_path)
 
 
+def test_a_folder_with_two_checkpoints_of_one_format(tmp_path: Path) -> None:
+    path = sharded(tmp_path)
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    said = r"holds several \(pytorch_model\.bin\.index\.json, pytorch_model\.bin\); name one"
+    with pytest.raises(CheckpointError, match=said):
+        open_checkpoint(tmp_path)
+    for named in (path, tmp_path / "pytorch_model.bin"):
+        assert same(open_checkpoint(named).tensors, TENSORS)
+    other = {"a.weight": torch.zeros(2, 3)}
+    write_tensors(tmp_path / "model.safetensors", other)  # as many hubs have beside their pickles
+    assert same(open_checkpoint(tmp_path).tensors, other)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": "b.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"several \(model\.safetensors\.index\.json, model\.safetensors\)"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["~nouser/x.pt", "x" * 5000, "~nouser"])
+def test_what_can_be_no_path(path: str) -> None:
+    with pytest.raises(CheckpointError, match="cannot be a path here") as error:
+        open_checkpoint(path)
+    assert len(str(error.value)) < 1500
+
+
 def test_infinity_as_newer_transformers_write_it(tmp_path: Path) -> None:
     write_tensors(tmp_path / "x.safetensors", TENSORS)
     (tmp_path / "config.json").write_text('{"time_step_limit": [0.0, {"__float__": "Infinity"}]}')
@@ -161,7 +241,7 @@ def test_infinity_as_newer_transformers_write_it(tmp_path: Path) -> None:
 def test_no_such_path_another_suffix_and_a_broken_config(tmp_path: Path) -> None:
     (tmp_path / "x.npz").touch()
     write_tensors(tmp_path / "x.safetensors", TENSORS)
-    for text in ("{", "[]"):
+    for text in ("{", "[]", "[" * 100_000, '{"a":' * 100_000, '{"a": {"__float__": []}}', '{"a": {"__float__": "x"}}'):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"config\.json"):
             open_checkpoint(tmp_path / "x.safetensors")

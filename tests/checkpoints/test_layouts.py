@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssmvl.checkpoints import Layout, copy_into
+from ssmvl.checkpoints import Layout, copy_into, need
 from ssmvl.errors import CheckpointError
 
 
@@ -77,6 +77,7 @@ def test_a_tied_head_may_be_there_if_it_is_equal() -> None:
     assert torch.equal(model.head.weight, given["m.emb.weight"])
     lines = refusal(Model(), tensors(lm_head=torch.zeros(5, 3)))
     assert lines == ["lm_head differs from m.emb.weight, but the model has one tensor for both"]
+    assert refusal(Model(), tensors(lm_head=torch.zeros(5, 3, dtype=torch.complex64))) == lines
 
 
 @pytest.mark.parametrize(
@@ -105,12 +106,31 @@ def test_the_diff(change: dict[str, Tensor | None], line: str) -> None:
     assert refusal(Model(), {name: t for name, t in given.items() if t is not None}) == [line]
 
 
+def test_what_would_be_cut_off_by_a_cast_is_refused() -> None:
+    lines = refusal(Model(), tensors(**{"m.emb.weight": torch.zeros(5, 3, dtype=torch.complex64)}))
+    assert lines == ["embedding.weight (there m.emb.weight) is torch.complex64; quantised weights are not read"]
+    model = Model()
+    model.encoders.register_buffer("count", torch.tensor(3))
+    layout = replace(LAYOUT, rules={**LAYOUT.rules, "encoders.count": ["n"]})
+    lines = refusal(model, tensors(n=torch.tensor(2.5)), layout)
+    assert lines == ["encoders.count (there n) is torch.float32, the model has torch.int64"]
+    layout.load(model, tensors(n=torch.tensor(7)), "file.pt")
+    assert model.encoders.count == 7
+
+
+def test_names_of_thousands_of_letters_are_shortened() -> None:
+    (line,) = refusal(Model(), tensors(**{"x" * 5000: torch.zeros(2)}))
+    assert line.startswith("surplus xxx")
+    assert line.endswith("x (2,)")
+    assert len(line) < 400
+
+
 def test_what_shapes_do_not_show() -> None:
     model = Model()
     model.groups = 1
-    assert refusal(model, tensors()) == ["groups is 1, the checkpoint's config says 2"]
+    assert refusal(model, tensors()) == ["groups is 1, the checkpoint needs 2"]
     del model.groups
-    assert refusal(model, tensors()) == ["groups is None, the checkpoint's config says 2"]
+    assert refusal(model, tensors()) == ["groups is None, the checkpoint needs 2"]
 
 
 def test_a_part_that_no_rule_covers_is_missing() -> None:
@@ -141,3 +161,11 @@ def test_our_own_names_with_and_without_the_second_name_of_a_tensor() -> None:
     assert torch.equal(target.head.weight, source.head.weight)
     with pytest.raises(CheckpointError, match=r"head\.weight differs from embedding\.weight"):
         copy_into(target, {**given, "head.weight": torch.zeros(5, 3)}, "x")
+
+
+def test_what_a_layout_needs_of_a_config() -> None:
+    need({"a": None, "b": 0}, ["a", "b"], "X")
+    with pytest.raises(CheckpointError, match=r"config\.json beside it lacks b, c, and the tensors of X do not show"):
+        need({"a": 1}, ["a", "b", "c"], "X")
+    with pytest.raises(CheckpointError, match=r"config\.json beside it is missing or empty, and"):
+        need({}, ["a"], "X")

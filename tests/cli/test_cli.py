@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -208,6 +209,20 @@ def test_train_passes_recipe_and_overrides_on(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("ssmvl.training.run.train", lambda *arguments: calls.append(arguments))
     assert main(["train", "quickstart", "seed=1", "run=x"]) == 0
     assert calls == [("quickstart", "seed=1", "run=x")]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("argv", [["list"], ["show", "quickstart"], ["show", "--scan", "csm"]])
+def test_a_reader_that_has_seen_enough_is_no_traceback(argv: list[str], unbuffered: str) -> None:
+    """`ssmvl list | true`."""
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from ssmvl.cli import main; sys.exit(main())"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-c", code, *argv]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ssmvl_transformers.layouts import transformers_causal_lm
 
 from ssmvl.checkpoints import open_checkpoint
 from ssmvl.errors import CheckpointError
+from ssmvl.loading import open_weights
 
 SIZES = {
     "hidden_size": 16,
@@ -75,15 +77,46 @@ def test_what_transformers_saved_is_read(kind: str, shard: str, tmp_path: Path) 
     assert len(list(lm.parameters())) == len(list(written.parameters()))
 
 
-def test_tables_of_rotary_frequencies_in_older_files_are_ignored(tmp_path: Path) -> None:
-    theirs, ours = make(0, **CONFIGS["llama"]), make(1, **CONFIGS["llama"])
-    tensors = {name.removeprefix("model."): tensor for name, tensor in theirs.state_dict().items()}
-    names = {
-        name if name == "lm_head.weight" else f"model.{name.removeprefix('model.')}": t for name, t in tensors.items()
-    }
-    torch.save(names | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, tmp_path / "pytorch_model.bin")
-    load(ours, tmp_path)
-    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+def older_file(folder: Path, kind: str, prefix: str, *tables: str) -> CausalLM:
+    """A `pytorch_model.bin` with more than weights, under names without `prefix`; the model that wrote it."""
+    written = make(1, **CONFIGS[kind])
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in written.model.state_dict().items()}
+    torch.save(tensors | dict.fromkeys(tables, torch.ones(2)), folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(CONFIGS[kind]))
+    return written
+
+
+@pytest.mark.parametrize(
+    ("kind", "tables"),
+    [
+        ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"]),
+        (
+            "gpt_neox",
+            [f"gpt_neox.layers.1.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")],
+        ),
+        ("gpt2", ["transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"]),
+    ],
+)
+def test_tables_in_older_files_are_ignored_and_weights_are_not(kind: str, tables: list[str], tmp_path: Path) -> None:
+    written, lm = older_file(tmp_path, kind, "", *tables), make(2, **CONFIGS[kind])
+    load(lm, tmp_path)
+    assert_same(lm, written)
+    weight = f"{tables[0].rpartition('.')[0]}.c_attn.bias"
+    older_file(tmp_path, kind, "", weight)
+    with pytest.raises(CheckpointError, match=re.escape(weight)):
+        load(lm, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "tables"),
+    [("gpt2", "transformer.", ["h.0.attn.bias"]), ("tied", "model.", []), ("opt", "model.", [])],
+)
+def test_files_of_the_body_alone(kind: str, prefix: str, tables: list[str], tmp_path: Path) -> None:
+    """As the hub's gpt2: `wte.weight` and `h.0…` without `transformer.`."""
+    written, lm = older_file(tmp_path, kind, prefix, *tables), make(2, **CONFIGS[kind])
+    assert not any(name.startswith(prefix) for name in open_checkpoint(tmp_path).tensors)
+    load(lm, tmp_path)
+    assert_same(lm, written)
 
 
 def test_a_head_that_is_the_embedding_stays_so(tmp_path: Path) -> None:
@@ -114,6 +147,7 @@ def test_a_head_may_have_another_name_in_the_file(tmp_path: Path) -> None:
     for head in heads:
         tensors = {head if name in heads else name: t for name, t in written.model.state_dict().items()}
         torch.save(tensors, tmp_path / "pytorch_model.bin")
+        (tmp_path / "config.json").write_text(json.dumps(CONFIGS["gpt_neox"]))
         load(lm, tmp_path)
         assert_same(lm, written)
 
@@ -127,7 +161,7 @@ def test_what_shapes_do_not_show_must_be_as_in_the_recipe(change: dict[str, Any]
     before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
     (name,) = change
     name = "rope_" if name.startswith("rope") else name  # transformers 5 has it in rope_parameters
-    with pytest.raises(CheckpointError, match=rf"model\.config\.{name}\w* is .*, the checkpoint's config says"):
+    with pytest.raises(CheckpointError, match=rf"model\.config\.{name}\w* is .*, the checkpoint needs"):
         load(lm, tmp_path)
     assert all(tensor.equal(before[name]) for name, tensor in lm.state_dict().items())
 
@@ -146,16 +180,60 @@ def test_what_no_answer_depends_on_may_differ(tmp_path: Path) -> None:
 def test_another_architecture_is_named(tmp_path: Path) -> None:
     make(1, **CONFIGS["llama"]).model.save_pretrained(tmp_path)
     lm = make(2, **{**CONFIGS["llama"], "model_type": "qwen3"})
-    with pytest.raises(CheckpointError, match=r"model.config.model_type is 'qwen3', the .* says 'llama'"):
+    with pytest.raises(CheckpointError, match=r"model.config.model_type is 'qwen3', the .* needs 'llama'"):
         load(lm, tmp_path)
 
 
-def test_a_file_without_its_config_is_read_by_its_names(tmp_path: Path) -> None:
-    written, lm = make(1, **CONFIGS["llama"]), make(2, **CONFIGS["llama"])
-    written.model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("config", [None, {}, {"hidden_size": 16}])
+def test_a_file_without_its_config_is_refused(config: dict[str, Any] | None, tmp_path: Path) -> None:
+    make(1, **CONFIGS["llama"]).model.save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
-    load(lm, tmp_path)
-    assert_same(lm, written)
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    said = (
+        r"model\.safetensors: the config\.json beside it (is missing or empty|lacks model_type), .*take it from where"
+    )
+    with pytest.raises(CheckpointError, match=said):
+        open_weights(tmp_path, "language")
+
+
+@pytest.mark.parametrize("yarn", [True, False])
+def test_the_longest_position_counts_where_a_rope_scaling_is_set(yarn: bool, tmp_path: Path) -> None:
+    scaling = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}} if yarn else {}
+    make(1, **CONFIGS["llama"], **scaling, max_position_embeddings=64).model.save_pretrained(tmp_path)
+    load(make(2, **CONFIGS["llama"], **scaling, max_position_embeddings=64), tmp_path)
+    other = make(2, **CONFIGS["llama"], **scaling, max_position_embeddings=128)
+    if yarn:
+        with pytest.raises(CheckpointError, match=r"max_position_embeddings is 128, the checkpoint needs 64"):
+            load(other, tmp_path)
+    else:
+        load(other, tmp_path)
+
+
+def test_where_the_positions_of_xglm_are_zero(tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "num_layers": 1, "attention_heads": 4, "ffn_dim": 24, "vocab_size": 23}
+    make(1, model_type="xglm", **sizes).model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.config\.pad_token_id is 5, the checkpoint needs 1"):
+        load(make(2, model_type="xglm", **sizes, pad_token_id=5), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": ["llama"]}, r"model_type is 'llama', the checkpoint needs \['llama'\]"),
+        ({"model_type": None}, "model_type is 'llama', the checkpoint needs None"),
+        ({"hidden_size": "16"}, r"refuses the llama config\.json beside it \(TypeError"),
+        ({"intermediate_size": "24"}, "intermediate_size is 24, the checkpoint needs '24'"),
+        ({"rope_scaling": 3}, "rope_scaling is None, the checkpoint needs 3|refuses the llama config"),
+        ({"torch_dtype": "float5"}, r"model\.safetensors: transformers refuses the llama config\.json beside it \("),
+        ({"id2label": 3}, r"model\.safetensors: transformers refuses the llama config\.json beside it \("),
+    ],
+)
+def test_a_bad_value_in_a_files_config(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    make(1, **CONFIGS["llama"]).model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIGS["llama"], **change}))
+    with pytest.raises(CheckpointError, match=said):
+        open_weights(tmp_path, "language").load(make(2, **CONFIGS["llama"]))
 
 
 @pytest.mark.parametrize(

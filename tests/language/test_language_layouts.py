@@ -103,11 +103,11 @@ def test_state_spaces(tmp_path: Path, version: int, ssm_cfg: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"layer": "Mamba2", "d_state": 4, "headdim": 16, "ngroups": 2}, "mixer.num_groups is 1, the .* says 2"),
+        ({"layer": "Mamba2", "d_state": 4, "headdim": 16, "ngroups": 2}, "mixer.num_groups is 1, .* needs 2"),
         ({"layer": "Mamba2", "d_state": 8, "headdim": 16, "norm_before_gate": True}, "norm_before_gate is None"),
         (
             {"layer": "Mamba2", "d_state": 8, "headdim": 16, "dt_limit": [0.0, 1.0]},
-            r"dt_limit is .*says \(0\.0, 1\.0\)",
+            r"dt_limit is .*needs \(0\.0, 1\.0\)",
         ),
     ],
 )
@@ -182,9 +182,9 @@ def test_transformers_in_and_out(tmp_path: Path, version: int, tied: bool) -> No
 
 def test_transformers_with_other_groups_of_the_same_shapes(tmp_path: Path) -> None:
     hf_mamba2(True, groups=2).save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(CheckpointError, match=r"d_state is 16, .* says 8\n.*num_groups is 1, .* says 2"):
+    with pytest.raises(CheckpointError, match=r"d_state is 16, .* needs 8\n.*num_groups is 1, .* needs 2"):
         open_weights(tmp_path, "language").load(mamba2(groups=1, d_state=16))
-    with pytest.raises(CheckpointError, match=r"norm\.groups is 2, .* says 1"):
+    with pytest.raises(CheckpointError, match=r"norm\.groups is 2, .* needs 1"):
         open_weights(tmp_path, "language").load(mamba2(groups=2, norm_groups=2))
 
 
@@ -192,7 +192,8 @@ def test_transformers_with_another_activation(tmp_path: Path) -> None:
     hf_mamba1(True).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu", "layer_norm_epsilon": 1e-6}))
-    with pytest.raises(CheckpointError, match=r"hidden_act is None, .* says 'gelu'\n.*norm_f\.eps is 1e-05, .* 1e-06"):
+    said = r"hidden_act is None, .* needs 'gelu'\n.*0\.norm\.eps is 1e-05, .* 1e-06\n.*norm_f\.eps is 1e-05, .* 1e-06"
+    with pytest.raises(CheckpointError, match=said):
         open_weights(tmp_path, "language").load(mamba1())
 
 
@@ -202,6 +203,84 @@ def test_another_model_with_the_same_names_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "falcon_mamba"}))
     with pytest.raises(CheckpointError, match="no registered layout recognises its names"):
         open_weights(tmp_path, "language")
+
+
+def test_mamba1_of_state_spaces_needs_no_config(tmp_path: Path) -> None:
+    theirs, ours = state_spaces_file(tmp_path, 1, {}), mamba1()
+    for text in (None, "{}", '{"ssm_cfg": null}'):
+        (tmp_path / "config.json").unlink() if text is None else (tmp_path / "config.json").write_text(text)
+        open_weights(tmp_path, "language").load(ours)
+        assert torch.equal(ours.layers[1].mixer.A_log, theirs["backbone.layers.1.mixer.A_log"])
+
+
+@pytest.mark.parametrize("config", [None, {}, {"d_model": WIDTH}, {"ssm_cfg": ["Mamba2"]}, {"ssm_cfg": "Mamba2"}])
+def test_mamba2_of_state_spaces_without_what_shapes_do_not_show(tmp_path: Path, config: Any) -> None:
+    state_spaces_file(tmp_path, 2, {"layer": "Mamba2", "d_state": 8, "headdim": 16})
+    replace_config(tmp_path, config)
+    said = (
+        r"pytorch_model\.bin: the config\.json beside it (is missing or empty|lacks ssm_cfg|has .* as ssm_cfg; it must)"
+    )
+    with pytest.raises(CheckpointError, match=said):
+        open_weights(tmp_path, "language")
+
+
+def replace_config(folder: Path, config: Any) -> None:
+    (folder / "config.json").unlink(missing_ok=True)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("version", "ssm_cfg", "said"),
+    [
+        (1, {"layer": "Mamba2"}, "says layer 'Mamba2', but the tensors are of Mamba1"),
+        (2, {"d_state": 8, "headdim": 16}, "says layer 'Mamba1', but the tensors are of Mamba2"),
+        (1, {"layer": "Mamba3"}, "says layer 'Mamba3', but the tensors are of Mamba1"),
+        (2, {"layer": "Mamba2", "d_state": 8, "A_scale": 2}, "options that no Mamba2 layer here knows: A_scale; known"),
+        (1, {"headdim": 64, "dt_rank": 2}, "options that no Mamba1 layer here knows: headdim; known are .*dt_rank"),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors_or_says_what_nobody_knows(
+    tmp_path: Path, version: int, ssm_cfg: dict[str, Any], said: str
+) -> None:
+    state_spaces_file(tmp_path, version, {"d_state": 8, **ssm_cfg} if version == 2 else ssm_cfg)
+    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: .*{said}"):
+        open_weights(tmp_path, "language")
+
+
+@pytest.mark.parametrize("value", [3, "0", None, [0.0], {"a": 1}])
+def test_an_odd_range_is_a_difference(tmp_path: Path, value: Any) -> None:
+    state_spaces_file(tmp_path, 2, {"layer": "Mamba2", "d_state": 8, "headdim": 16, "dt_limit": value})
+    with pytest.raises(CheckpointError, match=r"dt_limit is \(0\.0, inf\), the checkpoint needs"):
+        open_weights(tmp_path, "language").load(mamba2())
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_transformers_without_what_shapes_do_not_show(tmp_path: Path, version: int) -> None:
+    (hf_mamba1(True) if version == 1 else hf_mamba2(True)).save_pretrained(tmp_path, safe_serialization=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    lacking = (
+        ["model_type"] if version == 1 else ["model_type", "n_groups", "state_size", "head_dim", "time_step_limit"]
+    )
+    for key in lacking:
+        replace_config(tmp_path, {k: v for k, v in config.items() if k != key})
+        with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: the config\.json beside it lacks {key}, "):
+            open_weights(tmp_path, "language")
+    for empty in ({}, None):
+        replace_config(tmp_path, empty)
+        with pytest.raises(CheckpointError, match=r"the config\.json beside it is missing or empty, "):
+            open_weights(tmp_path, "language")
+    replace_config(tmp_path, {**config, "model_type": "mamba2" if version == 1 else "mamba"})
+    with pytest.raises(CheckpointError, match=rf"is of Mamba{3 - version}, but the tensors are of Mamba{version}"):
+        open_weights(tmp_path, "language")
+
+
+def test_the_norms_of_a_file_are_the_models(tmp_path: Path) -> None:
+    hf_mamba2(True).save_pretrained(tmp_path, safe_serialization=False)
+    ours = mamba2(groups=2)
+    ours.layers[0].mixer.norm.eps = 1e-6
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mixer\.norm\.eps is 1e-06, the checkpoint needs 1e-05"):
+        open_weights(tmp_path, "language").load(ours)
 
 
 def test_what_transformers_has_no_layout_for() -> None:

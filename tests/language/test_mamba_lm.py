@@ -85,7 +85,7 @@ def test_steps_equal_prefill(lm: MambaLM) -> None:
     assert_states_close(stepped, whole)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=5))
 @torch.no_grad()
 def test_rows_of_any_lengths_equal_the_row_alone(lm: MambaLM, lengths: list[int]) -> None:
@@ -112,7 +112,7 @@ def test_stretches_equal_one(lm: MambaLM, lengths: list[int], monkeypatch: pytes
     assert_states_close(stretched, once)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 3))
 def test_packed_row_equals_samples_apart_forward_and_backward(lm: MambaLM, lengths: list[int], padding: int) -> None:
     real = sum(lengths)

@@ -134,7 +134,7 @@ def drift(model: MambaLM) -> list[float]:
 def test_state_error_after_1000_steps_is_at_most_twice_that_after_100(
     kind: type[MambaLM], mixer: Callable[..., Any]
 ) -> None:
-    errors = drift(kind(width=32, num_layers=2, num_tokens=20, mixer=mixer))
+    errors = drift(kind(width=32, num_layers=1, num_tokens=20, mixer=mixer))
     early, late = (sum(errors[end - 20 : end]) / 20 for end in (100, 1000))
     assert 1e-4 < early < 0.05
     assert late < 2 * early

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from functools import partial
@@ -38,16 +39,33 @@ OPTIONS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("dataset", "digit_scenes"): [{"train_size": 8, "test_size": 5}],
     ("dataset", "shards"): [{"folder": "shards"}],
 }
-# Names that tell each layout, and overrides of the quickstart that make a model it fits.
-MARKS: dict[str, tuple[list[str], list[str]]] = {
-    "ssmvl": (["encoders.a", "connector.a", "language.a"], []),
-    "state_spaces": (["backbone.embedding.weight"], []),
-    "transformers_mamba": (["backbone.embeddings.weight"], []),
-    "ml_mamba_release": (["model.bidirectional_mamba.norm_f.weight"], []),
-    "cobra_release": (["model.projector.projector.0.weight"], ["model.connector=mlp"]),
+SMALL = [f"model.language.{key}={value}" for key, value in {"width": 32, "num_layers": 2, "num_tokens": 339}.items()]
+MAMBA2 = "mixer={name: mamba2, d_state: 8, head_dim: 16, num_groups: 1}"
+EYES = [f"model.encoders.{name}={{name: digit_vit, stem: fine}}" for name in ("dinov2", "siglip")]
+# Of each layout: names that tell it, the config beside such a file, and the recipe and overrides of a model it fits.
+# The rest of the names is the layout's own word; tests/checkpoints and tests/language have them written by hand.
+FILES: dict[str, tuple[list[str], dict[str, Any], list[str]]] = {
+    "ssmvl": (["encoders.a", "connector.a", "language.a"], {}, ["quickstart"]),
+    "state_spaces": (
+        ["backbone.embedding.weight", "backbone.layers.0.mixer.dt_bias"],
+        {"ssm_cfg": {"layer": "Mamba2", "d_state": 8, "headdim": 16}},
+        ["quickstart", *SMALL, f"model.language.{MAMBA2}"],
+    ),
+    "transformers_mamba": (
+        ["backbone.embeddings.weight", "backbone.layers.0.mixer.dt_bias"],
+        {"model_type": "mamba2", "n_groups": 1, "state_size": 8, "head_dim": 16, "time_step_limit": [0.0, math.inf]},
+        ["quickstart", *SMALL, f"model.language.{MAMBA2}"],
+    ),
+    "ml_mamba_release": (
+        ["model.bidirectional_mamba.norm_f.weight"],
+        {},
+        ["ml_mamba", *EYES, *SMALL, f"model.language.{MAMBA2}", f"model.connector.{MAMBA2}"],
+    ),
+    "cobra_release": (["model.projector.projector.0.weight"], {}, ["cobra", *EYES, *SMALL]),
     "transformers": (
         ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"],
-        [f"model.language={{name: causal_lm, num_tokens: 339, config: {json.dumps(LLAMA)}}}"],
+        LLAMA,
+        ["quickstart", f"model.language={{name: causal_lm, num_tokens: 344, config: {json.dumps(LLAMA)}}}"],
     ),
 }
 SWEPT = [
@@ -61,7 +79,7 @@ SWEPT = [
 def test_every_kind_has_a_check_and_is_swept() -> None:
     assert sorted(testing.__all__) == sorted(f"check_{kind}" for kind in INJECTED)
     assert {entry.kind for entry, _ in (param.values for param in SWEPT)} | {"recipe", "checkpoint"} == set(INJECTED)
-    assert set(MARKS) == set(components().names("checkpoint"))
+    assert set(FILES) == set(components().names("checkpoint"))
     assert set(OPTIONS) <= {(entry.kind, entry.name) for entry in components().entries()}
 
 
@@ -78,11 +96,11 @@ def test_component_keeps_its_contract(
     assert check(partial(entry.load(), **options)) is None
 
 
-@pytest.mark.parametrize("name", MARKS)
+@pytest.mark.parametrize("name", FILES)
 def test_layout_keeps_its_contract(name: str) -> None:
-    layout, (marks, overrides) = components().find("checkpoint", name).load(), MARKS[name]
-    model = ssmvl.build_model("quickstart", *overrides)
-    found = layout(names=marks, config={})
+    layout, (marks, config, recipe) = components().find("checkpoint", name).load(), FILES[name]
+    model = ssmvl.build_model(*recipe)
+    found = layout(names=marks, config=config)
     module = model if found.part == "model" else model.language
     named = module.state_dict()
     tensors = {
@@ -90,7 +108,7 @@ def test_layout_keeps_its_contract(name: str) -> None:
         for own, names in found.table(named).items()
         for theirs, part in zip(names, named[own].chunk(len(names)), strict=True)
     }
-    assert testing.check_checkpoint(layout, tensors, module) is None
+    assert testing.check_checkpoint(layout, tensors, module, config) is None
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,13 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def composer() -> Callable[..., subprocess.Popen[str]]:
-    """`composer(*arguments)` starts the stock launcher; its output is merged and piped."""
+def composer() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`composer(*arguments)` starts the stock launcher; its output is merged and piped. None outlives the test."""
+    started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:
         command = [str(Path(sys.executable).with_name("composer")), *arguments]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -51,5 +53,10 @@ def composer() -> Callable[..., subprocess.Popen[str]]:
             start_new_session=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)

@@ -118,11 +118,11 @@ def test_every_parameter_is_sharded(tiny: Path, composer: Composer) -> None:
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_killed_and_started_again_resumes_at_the_checkpoint(tiny: Path, composer: Composer, ranks: str) -> None:
-    arguments = ("-n", ranks, "tiny.yaml", "stages.finetune.duration=40ba", "stages.finetune.checkpoint=5ba")
+    arguments = ("-n", ranks, "tiny.yaml", "stages.finetune.duration=20ba", "stages.finetune.checkpoint=5ba")
     process = composer(*arguments)
     assert process.stdout is not None
     for line in process.stdout:  # the bar says how far it is; a checkpoint is written every 5 steps
-        if " 7/40" in line:
+        if " 7/20" in line:
             os.killpg(process.pid, signal.SIGKILL)
             break
     process.communicate()

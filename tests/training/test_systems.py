@@ -1,7 +1,10 @@
-"""Small versions of the papers' systems: two steps a stage through Composer, saved, loaded, asked."""
+"""Small versions of the papers' systems: two steps a stage, saved, loaded, asked; and trained by two ranks."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,9 @@ from PIL import Image
 import ssmvl
 from ssmvl.checkpoints import read_tensors, write_tensors
 from ssmvl.data.scenes import digit_scenes
+from ssmvl.data.shards import ensure_shards
+from ssmvl.data.streams import read_records
+from ssmvl.pictures.curves import read_scalars
 from ssmvl.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings(
@@ -59,15 +65,18 @@ def small(name: str, folder: Path, language: str) -> Recipe:
 
 
 def language_file(name: str, folder: Path) -> str:
-    """Weights of a small language model in the layout that the recipe's own come in; where they lie."""
+    """Weights and config of a small language model, as those that the recipe names come; where they lie."""
     torch.manual_seed(7)
-    language = ssmvl.build_model(small(name, folder, "none")).language
-    prefix = "model." if name == "mamba_vlm_7b" else "backbone."
-    tensors = {
-        key.removeprefix("model.") if name == "mamba_vlm_7b" else prefix + key: tensor
-        for key, tensor in language.state_dict().items()
-    }
+    recipe = small(name, folder, "none")
+    tensors = ssmvl.build_model(recipe).language.state_dict()
+    if name == "mamba_vlm_7b":
+        tensors = {key.removeprefix("model."): tensor for key, tensor in tensors.items()}
+        config = recipe.data["model"]["language"]["config"]
+    else:
+        tensors = {f"backbone.{key}": tensor for key, tensor in tensors.items()}
+        config = {"ssm_cfg": {"layer": "Mamba2", "d_state": 8, "headdim": 16} if name == "ml_mamba" else {}}
     write_tensors(folder / "language.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(config))
     return str(folder / "language.safetensors")
 
 
@@ -100,3 +109,36 @@ def test_a_small_version_trains_and_answers(name: str, tmp_path: Path, monkeypat
     together = assistant.generate(questions, images, max_new_tokens=4)
     alone = [assistant.generate([q], [i], max_new_tokens=4)[0] for q, i in zip(questions, images, strict=True)]
     assert together == alone
+
+
+def test_two_ranks_train_what_one_does_and_wait_for_no_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, composer: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Half of the samples are text only and a micro-batch is one sample, so at times only one rank has an image."""
+    monkeypatch.chdir(tmp_path)
+    records = read_records(digit_scenes("train", train_size=16, folder="scenes"))
+    mixed = [record if at % 2 else {**record, "images": []} for at, record in enumerate(records)]
+    changes = {"duration": "4ba", "microbatch": "1", "optimizer.lr": "1e-2"}
+    alone: dict[str, dict[int, float]] = {}
+    for name in ("mamba_vlm", "mamba_vlm_7b"):
+        folder = tmp_path / name
+        ensure_shards(folder / "data" / "train", lambda: mixed, len(mixed))
+        recipe = small(name, folder, language_file(name, folder))
+        recipe = ssmvl.load_recipe(recipe, *(f"stages.finetune.{key}={value}" for key, value in changes.items()))
+        alone[name] = losses(ssmvl.train(recipe, f"run={name}-alone"))
+        Path(f"{name}.yaml").write_text(recipe.to_yaml())
+    script = Path(__file__).with_name("systems_script.py")
+    process = composer("-n", "2", str(script), *(f"{name}.yaml" for name in alone), "report.json")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    reports = json.loads(Path("report.json").read_text())
+    for name, expected in alone.items():
+        assert len(expected) == 4
+        assert losses(Path("runs") / name) == pytest.approx(expected, rel=1e-4)
+        assert reports[name]["not_sharded"] == []
+        assert {(0, 1), (1, 0)} <= set(zip(*reports[name]["images"], strict=True))
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """What a run logged in its stage `finetune`, by step."""
+    return read_scalars(folder / "tensorboard" / f"{folder.name}-finetune")["loss/train/total"]

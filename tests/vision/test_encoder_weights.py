@@ -139,6 +139,15 @@ def test_positions_that_cannot_be_resampled_are_refused(tmp_path: Path, assert_r
     assert_refused(timm_encoder("test_vit", weights=str(path)), r"model\.safetensors: does not fit the model")
 
 
+@pytest.mark.parametrize("name", ["patch_embed.proj.weight", "module.patch_embed.proj.weight"])
+def test_patches_of_another_size_are_refused(tmp_path: Path, name: str, assert_refused: Refused) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = timm.create_model("test_vit", num_classes=0).state_dict()
+    write_tensors(path, tensors | {name: torch.zeros(64, 3, 32, 32)})
+    encoder = timm_encoder("test_vit", weights=str(path))
+    assert_refused(encoder, rf"model\.safetensors: .*{name} is of patches of 32 x 32 px, the encoder's are 16 x 16 px")
+
+
 def test_a_folder_without_safetensors_names_what_it_holds(folder: Path, assert_refused: Refused) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     encoder = timm_encoder("test_vit", weights=f"local-dir:{folder}")
@@ -161,6 +170,40 @@ def test_a_folder_with_other_statistics_is_refused(folder: Path, name: str, asse
     (folder / "config.json").write_text(json.dumps(config))
     encoder = timm_encoder("test_vit", weights=f"local-dir:{folder}")
     assert_refused(encoder, rf"config\.json: {name} is \[0\.1, 0\.2, 0\.3\].*model: test_vit\.r160_in1k")
+
+
+def with_args(folder: Path, **args: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"] = config.get("model_args", {}) | args
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        (
+            {"num_heads": 4},
+            r"those of test_vit with model_args \{.*'num_heads': 4.*, whose blocks\.0\.attn\..*; the encoder has ",
+        ),
+        ({"act_layer": "quick_gelu"}, r"whose blocks\.0\.mlp\.act is 'QuickGELU'; the encoder has 'GELU'"),
+        ({"norm_layer": "rmsnorm"}, r"is 'RmsNorm'; the encoder has 'LayerNorm'"),
+        ({"num_head": 4}, r"config\.json: does not fit the model \(TypeError.*'num_head'"),
+    ],
+)
+def test_a_folder_of_a_model_changed_by_options_is_refused(
+    folder: Path, args: dict[str, Any], match: str, assert_refused: Refused
+) -> None:
+    assert_refused(timm_encoder("test_vit", weights=f"local-dir:{with_args(folder, **args)}"), match)
+
+
+def test_options_that_change_no_feature_may_stand_in_a_folder(folder: Path) -> None:
+    with_args(
+        folder, num_heads=2, act_layer="gelu", img_size=[320, 320], num_classes=7, global_pool="avg", drop_rate=0.1
+    )
+    encoder = timm_encoder("test_vit", weights=f"local-dir:{folder}")
+    encoder.load_weights()
+    assert_holds(encoder, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"architecture": "test_vit", "pretrained_cfg": 3}'])
@@ -221,3 +264,26 @@ def test_a_folder_of_quickgelu_weights_goes_with_the_model_that_has_it(tmp_path:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=f"its weights are those of '{names[0]}', the encoder is '{names[1]}'"):
         quick.load_weights()
+
+
+@pytest.mark.parametrize(
+    ("name", "tags"),
+    [
+        ("vit_base_patch16_224", r"vit_base_patch16_224\.TAG with one of .*augreg_in21k"),  # mean and std
+        ("vit_large_patch14_clip_336", r"vit_large_patch14_clip_336\.TAG with one of .*openai"),  # QuickGELU too
+    ],
+)
+def test_a_file_needs_the_tag_where_tags_differ(name: str, tags: str) -> None:
+    match = rf"the tags of '{name}' differ in mean, std or QuickGELU, and a\.safetensors does not say .* model: {tags}"
+    with torch.device("meta"):
+        with pytest.raises(ContractError, match=match):
+            timm_encoder(name, weights="a.safetensors")
+        assert timm_encoder(name).mean
+        tag = timm.get_pretrained_cfg(name).tag
+        assert timm_encoder(f"{name}.{tag}", weights="a.safetensors").mean
+
+
+def test_a_file_needs_no_tag_where_all_are_alike() -> None:
+    with torch.device("meta"):
+        encoder = timm_encoder("vit_large_patch14_clip_quickgelu_336", weights="a.safetensors")
+    assert encoder.mean[0] == pytest.approx(0.48145466)

@@ -158,7 +158,7 @@ def test_a_cut_file_and_wrong_tensors_are_refused(name: str, written: Written, a
     raw = path.read_bytes()
     tensors = safetensors.torch.load(raw)  # in memory: a file that is cut may not be mapped
     first = min(key for key in tensors if key.startswith("visual.") and key.endswith("bias"))
-    short = first.removeprefix("visual.trunk.") if name == "small-siglip" else first
+    short = first.removeprefix("visual.").removeprefix("trunk.")
     path.write_bytes(raw[: len(raw) // 2])
     assert_refused(encoder, r"small-.*\.safetensors: cannot be read")
     write_tensors(path, {key: tensor for key, tensor in tensors.items() if key != first})
@@ -207,3 +207,21 @@ def test_weights_without_quickgelu_name_the_model_without(monkeypatch: pytest.Mo
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small-clip-quickgelu", {"mine": {"hf_hub": "a/b/"}})
     with pytest.raises(ContractError, match=r"trained without QuickGELU.*with it.* write model: small-clip$"):
         open_clip_encoder("small-clip-quickgelu", weights="mine")
+
+
+def test_a_file_needs_the_tag_where_tags_differ() -> None:
+    with torch.device("meta"):
+        with pytest.raises(
+            ContractError, match=r"the tags of 'ViT-L-14' differ .* model: ViT-L-14:TAG with one of .*laion"
+        ):
+            open_clip_encoder("ViT-L-14", weights="a.safetensors")
+        assert open_clip_encoder("ViT-L-14:laion2b_s32b_b82k", weights="a.safetensors").mean == (0.5, 0.5, 0.5)
+
+
+def test_patches_of_another_size_are_refused_in_trunks_too(written: Written, assert_refused: Refused) -> None:
+    path = written("small-siglip")
+    weight = torch.zeros(96, 3, 8, 8)
+    write_tensors(path, {**load_file(path), "visual.trunk.patch_embed.proj.weight": weight})
+    assert_refused(
+        open_clip_encoder("small-siglip", weights=str(path)), "patches of 8 x 8 px, the encoder's are 16 x 16"
+    )

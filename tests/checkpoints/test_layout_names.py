@@ -1,0 +1,139 @@
+"""Names and shapes of the published checkpoints, written by hand at their own sizes, against the recipes on `meta`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+
+import ssmvl
+from ssmvl.core_plugin import components
+
+Shapes = dict[str, tuple[int, ...]]
+WIDTH, INNER, LAYERS, FEATURES = 2560, 5120, 64, 1024 + 1152
+HEADS, STATE = 80, 128
+CHANNELS = INNER + 2 * STATE
+OF_A_PATH: Shapes = {
+    "conv1d.weight": (CHANNELS, 1, 4),
+    "conv1d.bias": (CHANNELS,),
+    "dt_bias": (HEADS,),
+    "A_log": (HEADS,),
+    "D": (HEADS,),
+}
+MAMBA2: Shapes = {
+    **OF_A_PATH,
+    "in_proj.weight": (INNER + CHANNELS + HEADS, WIDTH),
+    "norm.weight": (INNER,),
+    "out_proj.weight": (WIDTH, INNER),
+}
+MAMBA1: Shapes = {
+    "in_proj.weight": (2 * INNER, WIDTH),
+    "conv1d.weight": (INNER, 1, 4),
+    "conv1d.bias": (INNER,),
+    "x_proj.weight": (160 + 2 * 16, INNER),
+    "dt_proj.weight": (INNER, 160),
+    "dt_proj.bias": (INNER,),
+    "A_log": (INNER, 16),
+    "D": (INNER,),
+    "out_proj.weight": (WIDTH, INNER),
+}
+BACKWARD = {
+    "conv1d.weight": "conv1d_b.weight",
+    "conv1d.bias": "conv1d_b.bias",
+    "dt_bias": "dt_bias_b",
+    "A_log": "A_log_b",
+    "D": "D_b",
+}
+
+
+def under(prefix: str, shapes: Shapes) -> Shapes:
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def linear(name: str, inside: int, outside: int) -> Shapes:
+    return {f"{name}.weight": (outside, inside), f"{name}.bias": (outside,)}
+
+
+def mamba(mixer: Shapes, rows: int, embedding: str = "embedding") -> Shapes:
+    shapes: Shapes = {f"backbone.{embedding}.weight": (rows, WIDTH), "lm_head.weight": (rows, WIDTH)}
+    for i in range(LAYERS):
+        shapes |= under(f"backbone.layers.{i}.", {"norm.weight": (WIDTH,), **under("mixer.", mixer)})
+    return {**shapes, "backbone.norm_f.weight": (WIDTH,)}
+
+
+def fused_mlp(inside: int) -> Shapes:
+    sizes = {0: (inside, 4 * inside), 2: (4 * inside, WIDTH), 4: (WIDTH, WIDTH)}
+    return {
+        name: shape
+        for i, size in sizes.items()
+        for name, shape in linear(f"model.projector.projector.{i}", *size).items()
+    }
+
+
+def ml_mamba(prefix: str) -> Shapes:
+    norm: Shapes = {"weight": (WIDTH,), "bias": (WIDTH,)}
+    scan = under("norm_f.", norm)
+    for i in range(2):
+        mixer = {**MAMBA2, **{BACKWARD[name]: shape for name, shape in OF_A_PATH.items()}}
+        scan |= under(f"layers.{i}.mixer.", mixer) | under(f"layers.{i}.norm.", norm)
+        for w in (1, 2, 3):
+            scan |= linear(f"layers.{i}.mlp.w{w}", WIDTH, WIDTH)
+    language = under(f"model.llm_backbone.{prefix}", mamba(MAMBA2, 50288))
+    connector = linear("model.mlp.0", FEATURES, WIDTH) | under("model.bidirectional_mamba.", scan) | fused_mlp(WIDTH)
+    return connector | language
+
+
+def cobra(prefix: str) -> Shapes:
+    return fused_mlp(FEATURES) | under(f"model.llm_backbone.{prefix}", mamba(MAMBA1, 50280))
+
+
+def vicuna() -> Shapes:
+    square, up, down = (4096, 4096), (11008, 4096), (4096, 11008)
+    shapes: Shapes = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (32000, 4096))
+    for i in range(32):
+        layer: Shapes = {f"self_attn.{x}_proj.weight": square for x in "qkvo"}
+        layer |= {"mlp.gate_proj.weight": up, "mlp.up_proj.weight": up, "mlp.down_proj.weight": down}
+        layer |= {f"{name}_layernorm.weight": (4096,) for name in ("input", "post_attention")}
+        shapes |= under(f"model.layers.{i}.", {**layer, "self_attn.rotary_emb.inv_freq": (64,)})
+    return {**shapes, "model.norm.weight": (4096,)}
+
+
+MAMBA2_SSM = {"ssm_cfg": {"layer": "Mamba2"}}
+HF_MAMBA2 = {
+    "model_type": "mamba2",
+    "n_groups": 1,
+    "state_size": 128,
+    "head_dim": 64,
+    "time_step_limit": [0.0, math.inf],
+}
+LLAMA = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+LLAMA |= {"num_hidden_layers": 32, "num_key_value_heads": 32, "vocab_size": 32000, "rms_norm_eps": 1e-5}
+# The layout, the recipe whose model or language model it fills, names and shapes, the config beside the file.
+FILES: dict[str, tuple[str, str, Shapes, Mapping[str, Any]]] = {
+    "ML-Mamba": ("ml_mamba_release", "ml_mamba", ml_mamba(""), {}),
+    "ML-Mamba, wrapped": ("ml_mamba_release", "ml_mamba", ml_mamba("llm."), {}),
+    "Cobra": ("cobra_release", "cobra", cobra("llm."), {}),
+    "mamba2-2.7b": ("state_spaces", "ml_mamba", mamba(MAMBA2, 50288), MAMBA2_SSM),
+    "mamba-2.8b-slimpj": ("state_spaces", "vl_mamba", mamba(MAMBA1, 50280), {"ssm_cfg": {}}),
+    "mamba2-2.7b-hf": ("transformers_mamba", "ml_mamba", mamba(MAMBA2, 50288, "embeddings"), HF_MAMBA2),
+    "mamba-2.8b-hf": ("transformers_mamba", "vl_mamba", mamba(MAMBA1, 50280, "embeddings"), {"model_type": "mamba"}),
+    "vicuna-7b-v1.5": ("transformers", "mamba_vlm_7b", vicuna(), LLAMA),
+}
+
+
+on_meta = cache(partial(ssmvl.build_model, device="meta"))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_published_checkpoint_fits_its_recipe_and_no_other_layout_takes_it(file: str) -> None:
+    name, recipe, shapes, config = FILES[file]
+    found = {other: components().find("checkpoint", other).load() for other in components().names("checkpoint")}
+    layouts = {other: layout(names=shapes.keys(), config=config) for other, layout in found.items()}
+    assert [other for other, layout in layouts.items() if layout is not None] == [name]
+    model = on_meta(recipe)
+    module = model if name.endswith("_release") else model.language
+    layouts[name].check(module, {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}, file)

@@ -1,0 +1,53 @@
+"""What a run looks for before it builds anything."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hub import Hub
+
+import ssmvl
+from ssmvl.errors import ContractError, DataError
+from ssmvl.text.tokenizers import byte_tokenizer
+
+BIG = "model.language.weights=owner/big"
+pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
+
+
+def no_data(part: str) -> str:
+    return f"{part}.data={{name: shards, folder: no_{part.rpartition('.')[2]}}}"
+
+
+@pytest.mark.parametrize("part", ["stages.align", "stages.finetune", "evaluation"])
+def test_data_that_is_nowhere_is_missed_before_weights_are_fetched(tiny: Path, hub: Hub, part: str) -> None:
+    for seed in (0, 1):  # the run that failed keeps its name from nobody
+        with pytest.raises(DataError, match=rf"no_{part.rpartition('.')[2]}/\w+/index\.json: there is no such file"):
+            ssmvl.train(tiny, BIG, no_data(part), f"seed={seed}")
+    assert hub.requests == []
+
+
+def test_data_of_a_finished_stage_is_not_looked_for(tiny: Path) -> None:
+    left = Path("runs/tiny/align/model")
+    left.mkdir(parents=True)
+    (left / "ssmvl.json").touch()
+    with pytest.raises(DataError, match="no_finetune"):
+        ssmvl.train(tiny, no_data("stages.align"), no_data("stages.finetune"))
+
+
+def test_a_tokenizer_of_the_hub_is_fetched_and_compared_before_weights_are(tiny: Path, hub: Hub) -> None:
+    folder = hub.model("owner/lm")
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    with pytest.raises(ContractError, match="tokenizer 'owner/lm' has 257 ids"):
+        ssmvl.train(tiny, BIG, "model.tokenizer=owner/lm")
+    assert not [request for request in hub.requests if "owner/big" in request]
+
+
+def test_what_the_first_rank_misses_ends_both(tiny: Path, composer: Callable[..., subprocess.Popen[str]]) -> None:
+    process = composer("-n", "2", "tiny.yaml", no_data("stages.align"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: no_align/train/index.json: there is no such file" in output
+    assert "Traceback" not in output

@@ -1,0 +1,115 @@
+"""Which of timm's ViTs are encoders, and that the others say why not; what they give in lower precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from ssmvl.errors import ContractError
+from ssmvl.interfaces import Grid
+from ssmvl.vision.digit_vit import digit_vit
+from ssmvl.vision.encoders import VitEncoder, timm_encoder
+from ssmvl.vision.open_clip_encoders import open_clip_encoder
+
+Moved = Callable[[Any], Any]
+
+FAMILIES = [
+    "test_vit_relpos",
+    "deit_tiny_distilled_patch16_224",  # two prefix tokens
+    "eva02_tiny_patch14_224",
+    "vit_small_patch16_dinov3",  # five
+    "convit_tiny",
+    "cait_xxs24_224",
+    "vit_tiny_r_s16_p8_224",
+]
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_features_are_timms_map_of_the_second_to_last_block(model: str, moved: Moved) -> None:
+    encoder = timm_encoder(model, image_size=96).eval()
+    vit = moved(encoder.vit)
+    pixels = torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8)
+    last = len(vit.blocks) - 2
+    maps = vit.forward_intermediates(encoder.normalise(pixels), indices=[last], norm=False, intermediates_only=True)[0]
+    assert Grid(1, *maps.shape[2:]) == encoder.grid
+    features = encoder(pixels)
+    assert features.isfinite().all()
+    assert torch.equal(features, maps.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["beit_base_patch16_224", "flexivit_base", "deepseek_vit_412m_enc", "qwen3_vit_88m_enc", "vitamin_base_224"],
+)
+def test_other_families_give_a_square_grid(model: str) -> None:
+    with torch.device("meta"):
+        encoder = timm_encoder(model)
+        pixels = torch.zeros(2, 3, encoder.image_spec.size, encoder.image_spec.size, dtype=torch.uint8)
+        assert encoder(pixels).shape == (2, encoder.grid.rows**2, encoder.width)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "match"),
+    [
+        ("samvit_base_patch16", None, "VisionTransformerSAM on images of 1024 x 1024 px fails .* must be NCHW"),
+        (
+            "vit_base_patch16_sapiens2",
+            None,
+            r"of 768 x 768 px gives \(1, 2304, 768\), its grid is 64 x 48 of width 768;",
+        ),
+        ("test_vit", 101, r"101 x 101 px fails \(.*divisible by patch size \(16\)\.\); give another image_size"),
+        ("vit_tiny_r_s16_p8_224", 101, r"for images of 101 px \(AssertionError"),
+        ("davit_tiny", 96, "unexpected keyword argument 'img_size'"),
+        ("davit_tiny", None, "DaVit is no ViT"),
+        ("levit_128s", None, "LevitDistilled is no ViT"),
+        ("mvitv2_tiny", None, "MultiScaleVit is no ViT"),
+        ("hiera_tiny_224", None, "Hiera is no ViT"),
+        ("naflexvit_base_patch16_gap", None, "NaFlexVit is no ViT"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_when_built(model: str, size: int | None, match: str) -> None:
+    with torch.device("meta"), pytest.raises(ContractError, match=match):
+        timm_encoder(model, image_size=size)
+
+
+def test_a_real_encoder_is_tried_too_and_stays_as_it_was() -> None:
+    with pytest.raises(ContractError, match="divisible by patch size"):
+        timm_encoder("test_vit", image_size=101)
+    encoder = timm_encoder("convit_tiny", image_size=64)  # its blocks keep tables from call to call
+    assert not any(tensor.is_meta for tensor in (*encoder.parameters(), *encoder.buffers()))
+    assert encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).device.type == "cpu"
+
+
+@pytest.mark.usefixtures("small_models")
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(partial(timm_encoder, name) for name in ("test_vit", "test_vit3", "qwen3_vit_88m_enc")),
+        *(partial(open_clip_encoder, name) for name in ("small-clip", "small-clip-quickgelu", "small-siglip")),
+        partial(digit_vit, "fine"),
+    ],
+    ids=lambda build: str(build.args[0]),
+)
+def test_bf16_and_autocast_are_close_to_fp32_in_the_dtype_of_the_weights(build: Callable[..., VitEncoder]) -> None:
+    encoder = (build(image_size=64) if build.args[0].startswith("qwen3") else build()).eval().requires_grad_(False)
+    encoder.load_weights()
+    size = encoder.image_spec.size
+    pixels = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
+    exact = encoder(pixels)
+    cast = {}
+    with torch.autocast("cpu", torch.bfloat16):
+        cast["autocast"], none = encoder(pixels), encoder(pixels[:0])
+    assert cast["autocast"].dtype == none.dtype == torch.float32
+    assert not torch.equal(cast["autocast"], exact)
+    encoder.to(torch.bfloat16)
+    cast["bf16"] = encoder(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast["both"] = encoder(pixels)
+    assert cast["bf16"].dtype == cast["both"].dtype == torch.bfloat16
+    for how, features in cast.items():
+        assert features.isfinite().all(), how
+        assert (features.float() - exact).abs().max() < 0.03 * exact.abs().max(), how
