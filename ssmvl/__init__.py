@@ -35,6 +35,10 @@ def list_components(kind: str | None = None) -> list[Entry]:
     return [entry for entry in components().entries() if kind in (None, entry.kind)]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)

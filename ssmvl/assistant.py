@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, SupportsIndex, cast
 
 import torch
 from huggingface_hub import HfApi
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ssmvl.batch import collate, pad
 from ssmvl.build import build_model, build_processor
-from ssmvl.errors import BackendError, CheckpointError, ContractError, DataError
-from ssmvl.hub import ID, short
+from ssmvl.errors import BackendError, CheckpointError, ContractError, DataError, short
+from ssmvl.hub import ID
 from ssmvl.interfaces import IGNORED, IMAGE_PLACE, LanguageModel
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.saved import CARD_FILE, is_ours, save_folder, saved_folder, tokenizer_files, write_files
@@ -206,21 +206,28 @@ def _check_lists(prompts: object, images: object, max_new_tokens: object) -> Non
             raise DataError(f"prompts must be a list of texts; number {number} is a {type(text).__name__}: {text!r}")
     if isinstance(images, str | bytes) or not (images is None or isinstance(images, Sequence)):
         raise DataError(f"images must be a list, received a {type(images).__name__}; write generate([prompt], [image])")
-    if not isinstance(max_new_tokens, int):
+    if not isinstance(max_new_tokens, SupportsIndex):
         raise DataError(f"max_new_tokens must be a whole number, received {max_new_tokens!r}")
 
 
 def load(
-    folder: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    weights: str | Path,
+    *,
+    recipe: str | Path | Recipe | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Assistant:
-    """The assistant saved in `folder`, in the `model` folder of a run, or in the hub.
+    """The assistant saved in a folder, in the `model` folder of a run, or in the hub; or one of weights from elsewhere.
 
     Args:
-        folder: a run folder, one that `save_pretrained` wrote, or the id of a model in the hub, which is fetched.
+        weights: a run folder, one that `save_pretrained` wrote, or the id of a model in the hub, which is fetched. With
+            a recipe, what `build_model` takes as `weights`, such as a released checkpoint.
+        recipe: of the model, as `load_recipe` takes it; None if it was saved with the weights.
         device: where the model lies; the current CUDA device, or the CPU where there is none, if None.
         dtype: of the parameters, fp32 if None.
 
     Raises:
+        RecipeError: the recipe has mistakes.
         CheckpointError: nothing of that name is found, or it holds no model, a damaged one, or one of a newer format.
         BackendError: there is no such device here, or `dtype` is no torch.dtype of floating point.
     """
@@ -231,9 +238,9 @@ def load(
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BackendError(f"device {device!r} cannot be used here ({reason}); such as 'cpu' or 'cuda:0'") from error
-    folder = saved_folder(folder)
+    folder = saved_folder(weights) if recipe is None else None
     if device is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    recipe = load_recipe(folder)
-    model = build_model(recipe, device=device, dtype=dtype, weights=folder)
+    recipe = load_recipe(folder or cast(Any, recipe))
+    model = build_model(recipe, device=device, dtype=dtype, weights=folder or weights)
     return Assistant(model, build_processor(recipe, model, folder), recipe)

@@ -210,6 +210,18 @@ def test_saved_and_loaded_answers_the_same(
     assert ssmvl.load(tmp_path).recipe == loaded.recipe, "the folder above, as a run leaves it"
 
 
+def test_weights_from_elsewhere_are_asked_with_a_recipe(
+    assistant: Assistant, images: list[Image.Image | None], tmp_path: Path
+) -> None:
+    assistant.save_pretrained(tmp_path / "model")
+    alone = (tmp_path / "model" / "model.safetensors").rename(tmp_path / "alone.safetensors")
+    loaded = ssmvl.load(alone, recipe=assistant.recipe)
+    assert loaded.generate(PROMPTS, images, max_new_tokens=5) == assistant.generate(PROMPTS, images, max_new_tokens=5)
+    assert (
+        next(ssmvl.load("recipe", recipe="quickstart", dtype=torch.bfloat16).model.parameters()).dtype is torch.bfloat16
+    )
+
+
 def test_saving_again_replaces_the_folder_whole(assistant: Assistant, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     assistant.save_pretrained(folder)

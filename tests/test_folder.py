@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from torch.utils.tensorboard import SummaryWriter
 
 from ssmvl.errors import RunError
 from ssmvl.recipe import load_recipe
@@ -13,19 +12,10 @@ STAGES = ["align", "finetune"]
 
 
 @pytest.fixture
-def untrained(tmp_path: Path) -> RunFolder:
-    """Claimed for the quickstart; as a run leaves it that fails at its first step."""
+def folder(tmp_path: Path) -> RunFolder:
     claimed = RunFolder(tmp_path / "runs" / "mine", STAGES)
     claimed.claim(load_recipe("quickstart"))
-    SummaryWriter(claimed.logs("align")).close()
     return claimed
-
-
-@pytest.fixture
-def folder(untrained: RunFolder) -> RunFolder:
-    """The same with a checkpoint."""
-    (untrained.checkpoints("align") / "ep0-ba1-rank0.pt").touch()
-    return untrained
 
 
 def test_only_the_last_stage_leaves_its_model_at_the_top(tmp_path: Path) -> None:
@@ -35,9 +25,16 @@ def test_only_the_last_stage_leaves_its_model_at_the_top(tmp_path: Path) -> None
     assert folder.checkpoints("align") == tmp_path / "align" / "checkpoints"
 
 
-def test_a_claimed_folder_holds_the_resolved_recipe_and_nothing_else(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "mine", STAGES)
-    folder.claim(load_recipe("quickstart"))
+def test_a_folder_that_is_only_looked_at_stays_free(tmp_path: Path) -> None:
+    free = RunFolder(tmp_path / "runs" / "mine", STAGES)
+    free.require_no_other(load_recipe("quickstart"))
+    assert not free.root.exists()
+    free.claim(load_recipe("quickstart"))
+    with pytest.raises(RunError, match="seed: 0 there, 1 here"):
+        free.require_no_other(load_recipe("quickstart", "seed=1"))
+
+
+def test_a_claimed_folder_holds_the_resolved_recipe_and_nothing_else(folder: RunFolder) -> None:
     assert load_recipe(folder.root / "recipe.yaml").data == load_recipe("quickstart").data
     assert {path.name for path in folder.root.iterdir()} == {"recipe.yaml", "align", "finetune"}
     assert all(folder.checkpoints(stage).is_dir() for stage in STAGES)
@@ -82,23 +79,6 @@ def test_another_run_is_refused_with_the_difference_and_the_way_out(
     assert (folder.root / "recipe.yaml").read_bytes() == before
 
 
-def test_a_run_in_which_no_step_was_trained_is_taken_by_the_mended_recipe(untrained: RunFolder) -> None:
-    mended = load_recipe("quickstart", "stages.align.data.train_size=99")
-    untrained.claim(mended)
-    assert load_recipe(untrained.root / "recipe.yaml").data == mended.data
-
-
-@pytest.mark.parametrize("left", ["model", "old/model", "old/checkpoints/latest-rank0.pt", "a logged loss"])
-def test_what_any_stage_left_keeps_the_folder(untrained: RunFolder, left: str) -> None:
-    if left == "a logged loss":
-        with SummaryWriter(untrained.root / "tensorboard" / "mine-old") as writer:
-            writer.add_scalar("loss/train/total", 2.0, 1)
-    else:
-        (untrained.root / left).mkdir(parents=True)
-    with pytest.raises(RunError, match=r"seed: 0 there, 1 here"):
-        untrained.claim(load_recipe("quickstart", "seed=1"))
-
-
 def test_every_difference_is_listed(folder: RunFolder) -> None:
     with pytest.raises(RunError) as caught:
         folder.claim(load_recipe("quickstart", "seed=1", "model.language.width=64"))
@@ -116,7 +96,6 @@ def test_encoders_in_another_order_are_another_model(tmp_path: Path) -> None:
     ]
     folder = RunFolder(tmp_path, STAGES)
     folder.claim(both[0])
-    folder.model("finetune").mkdir()
     with pytest.raises(RunError, match=r"model\.encoders"):
         folder.claim(both[1])
 

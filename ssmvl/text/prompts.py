@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Literal
 
@@ -25,9 +25,10 @@ def turns(conversation: Sequence[Message]) -> list[tuple[str, str | None]]:
     if not conversation:
         raise DataError("an empty conversation; at least one message of the user is needed")
     for i, message in enumerate(conversation):
-        role, content, expected = message.get("role"), message.get("content"), ("user", "assistant")[i % 2]
-        if role != expected or not isinstance(content, str):
-            raise DataError(f"message {i} needs a text and the role {expected!r}; received {dict(message)!r}")
+        given, expected = message if isinstance(message, Mapping) else {}, ("user", "assistant")[i % 2]
+        if given.get("role") != expected or not isinstance(given.get("content"), str):
+            wanted = f"{{'role': {expected!r}, 'content': a text}}"
+            raise DataError(f"message {i} must be {wanted}; received {message!r}. User and assistant take turns")
     texts = [message["content"] for message in conversation]
     return list(zip_longest(texts[::2], texts[1::2]))
 

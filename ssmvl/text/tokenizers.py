@@ -84,7 +84,13 @@ def tokenizer_here(name: str) -> Path | None:
 
 def config_text(end: str) -> str:
     """The `tokenizer_config.json` with which `load_tokenizer` and transformers' AutoTokenizer find this end."""
-    return json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}, indent=2) + "\n"
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end,
+        "pad_token": end,  # without one transformers makes no batches
+        "model_input_names": ["input_ids", "attention_mask"],  # what its models of one text take
+    }
+    return json.dumps(config, indent=2) + "\n"
 
 
 def _eos_token(config: Path) -> str | None:

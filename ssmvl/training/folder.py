@@ -16,7 +16,6 @@ from typing import Any
 
 from ssmvl.checkpoints import written_whole
 from ssmvl.errors import RunError
-from ssmvl.pictures.curves import LOSS, read_scalars
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.training.stages import stage_order
 
@@ -44,31 +43,34 @@ class RunFolder:
         """Where a stage's TensorBoard logs lie."""
         return self.root / "tensorboard" / f"{self.root.name}-{stage}"
 
-    def claim(self, recipe: Recipe) -> None:
-        """Make the folder this recipe's, or find that it is. Another recipe's, in which no step was trained, is taken.
+    def require_no_other(self, recipe: Recipe) -> None:
+        """Find that the folder is this recipe's or nobody's; write nothing.
 
         Raises:
-            RunError: it belongs to a run with another model, seed, data or trained parts, or cannot be written.
+            RunError: it belongs to a run with another model, seed, data or trained parts.
         """
         path = self.root / "recipe.yaml"
-        there = load_recipe(path) if path.is_file() else None
-        differences = _differences("", _identity(there), _identity(recipe)) if there else []
-        if differences and self._was_trained():
+        if not path.is_file():
+            return
+        differences = _differences("", _identity(load_recipe(path)), _identity(recipe))
+        if differences:
             listed = "\n  ".join(differences)
             raise RunError(f"{self.root} holds another run; give this one a name with run=NAME:\n  {listed}")
-        if differences or not there:
+
+    def claim(self, recipe: Recipe) -> None:
+        """Make the folder this recipe's, or find that it is.
+
+        Raises:
+            RunError: it belongs to another run, or cannot be written.
+        """
+        self.require_no_other(recipe)
+        if not (self.root / "recipe.yaml").is_file():
             self.write("recipe.yaml", recipe.to_yaml().encode())
         for stage in self.stages:
             try:
                 self.checkpoints(stage).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise RunError(f"{self.checkpoints(stage)} cannot be made ({error})") from error
-
-    def _was_trained(self) -> bool:
-        """Whether any stage, of whichever recipe, left a model, a checkpoint or the loss of a step."""
-        left = [*self.root.glob("model"), *self.root.glob("*/model"), *self.root.glob("*/checkpoints/*")]
-        logs = (path for path in self.root.glob("tensorboard/*") if path.is_dir())
-        return bool(left) or any(LOSS in read_scalars(path) for path in logs)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file whole or not at all."""

@@ -77,9 +77,10 @@ class Session:
         finished: list[str] = []
         if self.rank == 0:
             try:
-                self.folder.claim(self.recipe)
+                self.folder.require_no_other(self.recipe)
                 finished = [name for name in self.plan.stages if (self.folder.model(name) / ABOUT_FILE).is_file()]
                 self._find_inputs(finished)
+                self.folder.claim(self.recipe)  # last: a run that finds no data leaves its name free
             except SsmvlError as found:
                 error = found
         said: list[Any] = [str(error or ""), finished]

@@ -215,7 +215,7 @@ def _check_call(path: str, kind: Any, name: str, options: Any) -> list[Problem]:
 
 def _check_tokenizer(recipe: Recipe, model: VisionLanguageModel, notes: list[str]) -> list[Problem]:
     """Whether it can be read and has the language model's number of ids, if it is on this machine."""
-    name = recipe.data["model"]["tokenizer"]
+    name = str(recipe.data["model"]["tokenizer"])
     here = tokenizer_here(name)
     if here is None:
         notes.append(f"model.tokenizer: not checked, {name} is not in the hub's cache; training fetches it")

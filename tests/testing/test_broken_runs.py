@@ -79,7 +79,7 @@ def test_a_broken_data_set_is_refused(dataset: Any, message: str, tmp_path: Path
     ("records", "message"),
     [
         ([GOOD, GOOD], r"records_in\('train'\): two records have the id 'a'"),
-        ([GOOD | {"conversation": [ANSWERED, ASKED]}], "record 'a': message 0 needs a text and the role 'user'"),
+        ([GOOD | {"conversation": [ANSWERED, ASKED]}], "record 'a': message 0 must be {'role': 'user'"),
         ([GOOD | {"conversation": [ASKED]}], "record 'a': nothing to learn in this sample"),
         ([GOOD | {"conversation": []}], "record 'a': an empty conversation"),
         ([GOOD | {"images": [PNG[:40]]}], "record 'a': image bytes: cannot be decoded"),

@@ -162,7 +162,7 @@ def test_an_empty_conversation_is_refused(prompt: type[Prompt]) -> None:
     ],
 )
 def test_bad_message_is_named(prompt: type[Prompt], conversation: list[dict[str, Any]], place: int) -> None:
-    with pytest.raises(DataError, match=f"message {place} .*'{('user', 'assistant')[place % 2]}'"):
+    with pytest.raises(DataError, match=f"message {place} must be .*'{('user', 'assistant')[place % 2]}'"):
         prompt().pieces(conversation, "<end>")
 
 
