@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +14,12 @@ from torch.overrides import TorchFunctionMode
 
 from ssmvl import interfaces
 from ssmvl.binding import bind
+from ssmvl.checkpoints import settings
 from ssmvl.checkpoints.layouts import SAME
-from ssmvl.errors import CheckpointError, ContractError, Problem, RecipeError, SsmvlError
+from ssmvl.errors import CheckpointError, ContractError, Problem, RecipeError, SsmvlError, short
 from ssmvl.interfaces import ConnectorPart, EncoderPart, FusionPart, LanguageModelPart, PromptPart
-from ssmvl.loading import differences, open_weights
+from ssmvl.layers.paths import PathTables
+from ssmvl.loading import open_weights
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.text.processor import Processor
 from ssmvl.text.tokenizers import load_tokenizer
@@ -35,31 +37,22 @@ RANDOM = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Modules:
-    """What a model's weights are of.
+class ModelParts:
+    """The `model:` of a recipe: its fields are the schema.
 
     Args:
         encoders: by name, in the recipe's order.
         fusion: joins their features.
         connector: makes visual tokens.
         language: reads them, and text.
+        prompt: how conversations are written.
+        tokenizer: `bytes`, `words`, a path, or the id of a model in the hub.
     """
 
     encoders: dict[str, EncoderPart]
     fusion: FusionPart
     connector: ConnectorPart
     language: LanguageModelPart
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelParts(Modules):
-    """The `model:` of a recipe: its fields are the schema.
-
-    Args:
-        prompt: how conversations are written.
-        tokenizer: `bytes`, `words`, a path, or the id of a model in the hub.
-    """
-
     prompt: PromptPart
     tokenizer: str
 
@@ -105,7 +98,7 @@ def build_model(
     files = None if named == "none" else open_weights(named, "language" if part else "model")
     if files is not None:
         if files.layout is SAME:  # written by us
-            _same_modules(Path(files.found.source).with_name("recipe.yaml"), parts, found.source)
+            _same_modules(Path(files.found.source).with_name("recipe.yaml"), model, found, dtype)
         files.check(model.get_submodule(part))  # before anything is allocated
     everything = files is not None and files.layout.part == "model" and not files.layout.absent
     with torch.device(device or "cpu"), _default_dtype(dtype), _NoInitialValues() if everything else nullcontext():
@@ -147,23 +140,48 @@ def _bind(recipe: Recipe) -> ModelParts:
     return parts
 
 
-def _same_modules(path: Path, parts: Modules, source: str) -> None:
+def _same_modules(path: Path, model: VisionLanguageModel, recipe: Recipe, dtype: torch.dtype | None) -> None:
     """Compare with the recipe that weights of ours were saved with, if it is there: shapes do not show everything."""
     if not path.is_file():
         return
-    ours = {field.name: getattr(parts, field.name) for field in fields(Modules)}
+    text = {name: recipe.data["model"][name] for name in ("prompt", "tokenizer")}  # no weight depends on them
     try:
-        model = load_recipe(path).data["model"]
+        saved = load_recipe(path)
+        parts = _bind(Recipe({"model": {**saved.data["model"], **text}}, str(path)))
+        with torch.device("meta"), _default_dtype(dtype):
+            other = _assemble(parts, str(path))
     except RecipeError as error:
-        raise CheckpointError(f"{path}, which the weights were saved with, cannot be read: {error}") from error
-    saved, problems = bind({name: model[name] for name in ours if name in model}, Modules, "model")
-    wrong = [f"saved with {problem}" for problem in problems] or differences(saved.options, ours, "model")
+        raise CheckpointError(f"{path}, which the weights were saved with, cannot be built: {error}") from error
+    ours, theirs = _what_counts(model), _what_counts(other)
+    wrong: list[str] = []
+    for name in dict.fromkeys([*ours, *theirs]):
+        if ours.get(name) != theirs.get(name) and not name.startswith(tuple(f"{part}." for part in wrong)):
+            wrong.append(name)
     if wrong:
+        here, there = settings(model), settings(other)
+        lines = [f"{n}: saved with {_shown(there.get(n))}, here {_shown(here.get(n))}" for n in wrong[:20]]
+        lines += [f"and {len(wrong) - 20} more"] if len(wrong) > 20 else []
         raise CheckpointError(
-            f"{path.parent} holds weights of another model than {source}:\n  "
-            + "\n  ".join(wrong)
+            f"{path.parent} holds weights of another model than {recipe.source}:\n  "
+            + "\n  ".join(lines)
             + "\nwrite into the recipe what they were saved with, or build from the folder itself"
         )
+
+
+def _what_counts(model: VisionLanguageModel) -> dict[str, object]:
+    """The settings that answers depend on; of a scan order its paths, however it is called."""
+    found = settings(model)
+    found.pop("language.weights", None)
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, PathTables):
+                with suppress(ContractError):  # its connector scans another grid: the order's name counts
+                    found[f"{name}.{key}.order"] = value(model.grid, torch.device("cpu")).tolist()
+    return found
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else short(repr(value))
 
 
 def _assemble(parts: ModelParts, source: str) -> VisionLanguageModel:

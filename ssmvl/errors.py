@@ -99,3 +99,8 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, allowed, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{hint} Allowed: {', '.join(allowed) or 'nothing'}."
+
+
+def short(text: str) -> str:
+    """A text for a message: of one beyond 300 letters, its beginning and its end."""
+    return text if len(text) <= 300 else f"{text[:180]} … {text[-100:]}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from ssmvl.errors import CheckpointError
+from ssmvl.errors import CheckpointError, short
 
 ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.json)(?<!\.yaml)(?<!\.safetensors)(?<!\.bin)(?<!\.pt)(?<!\.pth)")  # no file name
 
@@ -44,11 +44,6 @@ def user_path(name: str | Path) -> Path:
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{short(str(name))}: cannot be a path here ({short(str(error))})") from error
     return path
-
-
-def short(text: str) -> str:
-    """A text for a message: of one beyond 300 letters, its beginning and its end."""
-    return text if len(text) <= 300 else f"{text[:180]} … {text[-100:]}"
 
 
 def local(name: str | Path, *patterns: str) -> Path:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
 
-from ssmvl.binding import Bound
 from ssmvl.checkpoints import Foreign, Layout, open_checkpoint
 from ssmvl.core_plugin import components
-from ssmvl.errors import CheckpointError
-from ssmvl.hub import local, short
+from ssmvl.errors import CheckpointError, short
+from ssmvl.hub import local
 
 
 class Weights(NamedTuple):
@@ -78,42 +74,3 @@ def open_weights(name: str | Path, part: Literal["language", "model"]) -> Weight
         where = "model.language.weights" if layout.part == "language" else "weights= of build_model"
         raise CheckpointError(f"{found.source}: its layout {known!r} is of a {layout.part}; name it as {where}")
     return Weights(found, layout)
-
-
-def differences(saved: Mapping[str, Bound], ours: Mapping[str, Bound], path: str) -> list[str]:
-    """Where two sets of parts do not compute the same: each path with both values; defaults count as written out.
-
-    Options called `weights` are left aside: they say where values came from that a checkpoint replaces.
-    """
-    there, here = dict(_written_out(saved, path)), dict(_written_out(ours, path))
-    nothing = (None, "nothing")
-    return [
-        f"{where}: saved with {short(there.get(where, nothing)[1])}, here {short(here.get(where, nothing)[1])}"
-        for where in [*here, *(path for path in there if path not in here)]
-        if there.get(where, nothing)[0] != here.get(where, nothing)[0]
-    ]
-
-
-def _written_out(node: Any, path: str) -> Iterator[tuple[str, tuple[Any, str]]]:
-    """Every option by path, defaults included: what is compared, and as a message shows it."""
-    if isinstance(node, functools.partial):
-        node = Bound(node.func, node.keywords, str(getattr(node.func, "__name__", node.func)))
-    if callable(node) and not isinstance(node, Bound):
-        node = Bound(node, {}, str(getattr(node, "__name__", node)))
-    if isinstance(node, Bound):
-        yield path, (node.factory, str(node))
-        try:
-            parameters = inspect.signature(node.factory).parameters.values()
-        except ValueError:  # a function written in C
-            parameters = {}.values()
-        usual = {p.name: p.default for p in parameters if p.default is not p.empty}
-        for name, value in {**usual, **node.options}.items():
-            if name != "weights":
-                yield from _written_out(value, f"{path}.{name}")
-    elif isinstance(node, Mapping):
-        if all(isinstance(value, Bound) for value in node.values()):  # their order may count, as that of encoders
-            yield path, (list(node), f"the order {', '.join(map(str, node))}")
-        for key, value in node.items():
-            yield from _written_out(value, f"{path}.{key}")
-    else:
-        yield path, (list(node) if isinstance(node, tuple) else node, repr(node))

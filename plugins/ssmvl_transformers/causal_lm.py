@@ -19,7 +19,8 @@ class CausalLM(nn.Module):
     """A causal language model of transformers. The recipe carries its architecture: nothing is fetched to build it.
 
     Args:
-        config: the architecture as its `config.json` has it: `{model_type: llama, hidden_size: 4096, …}`.
+        config: the architecture's options as in its `config.json`: `{model_type: llama, hidden_size: 4096, …}`. What
+            transformers does not read, as many such files hold, must be left out.
         num_tokens: ids of the tokenizer; checked against it when it is loaded. V is the config's `vocab_size`.
         weights: `none`, a checkpoint's file or folder, or its id in the hub; see `build_model`.
 

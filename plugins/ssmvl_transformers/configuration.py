@@ -60,24 +60,59 @@ def body_of(model: Any) -> Any:
     return model.base_model if model.base_model is not model else model.get_decoder()
 
 
+def config_of(kind: str, options: Mapping[str, Any]) -> Any:
+    """Transformers' configuration of an architecture, its rotary scaling written in one way; it may raise anything."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(kind, **_lifted(kind, options))
+    name = "rope_parameters" if hasattr(config, "rope_parameters") else "rope_scaling"
+    rope = getattr(config, name, None)
+    if isinstance(rope, dict) and "type" in rope:  # the older word
+        rope = {"rope_type": rope["type"], **{key: value for key, value in rope.items() if key != "type"}}
+        setattr(config, name, rope)
+    if name == "rope_scaling" and isinstance(rope, dict) and rope.get("rope_type") == "default":
+        config.rope_scaling = None
+    return config
+
+
+def _lifted(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of options, the `rope_parameters` of transformers 5 as version 4 has them, which would not read them."""
+    from transformers import AutoConfig
+
+    given = copy.deepcopy(dict(options))  # transformers writes into nested options
+    default = AutoConfig.for_model(kind)
+    if given.get("rope_parameters") is None or hasattr(default, "rope_parameters"):
+        return given
+    rope = dict(given.pop("rope_parameters"))
+    if "full_attention" in rope:  # Gemma 3 has two sets
+        given["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
+    for name, neox in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
+        if name in rope:
+            given[neox if hasattr(default, neox) else name] = rope.pop(name)
+    if rope.get("rope_type", "default") != "default":
+        given["rope_scaling"] = rope
+    return given
+
+
 def _config(options: Mapping[str, Any]) -> Any:
     try:
         from transformers import AutoConfig
     except ImportError as error:
         text = f"causal_lm needs transformers ({error}): pip install 'ssmvl[transformers]'"
         raise MissingDependencyError(text) from error
-    given = copy.deepcopy(dict(options))  # transformers writes into nested options
+    given = dict(options)
     kind = given.pop("model_type", None)
     if kind not in TESTED:
         what = f"config.model_type is {kind!r}, which is none of the architectures that causal_lm was tested with."
         raise ContractError(what + nearest(str(kind), TESTED))
     try:
-        default = AutoConfig.for_model(kind)
+        given, default = _lifted(kind, given), AutoConfig.for_model(kind)
         for key, value in given.items():
             usual = getattr(default, key, None)
             if not _fits(key, value, usual):
                 raise ContractError(f"config.{key} must be of the type of {usual!r}, received {value!r}")
-        config = AutoConfig.for_model(kind, **given)
+        config = config_of(kind, given)
     except ContractError:
         raise
     except Exception as error:  # foreign code

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from ssmvl.checkpoints import Layout, need
 from ssmvl.errors import CheckpointError
+from ssmvl_transformers.configuration import config_of
 
 HEADS = {"lm_head", "embed_out", "output_projection"}
 BODIES = ("model", "transformer", "gpt_neox")  # what the architectures call what lies below the head
@@ -18,7 +18,10 @@ ATTENTION = re.compile(r"(\w+\.)+\d+\.\w*att\w*\..+")
 # Buffers that older files hold: tables of rotary angles, and of Llama's kin and GPT's the mask and its value.
 TABLES = ("*.rotary_emb.inv_freq", "*.attention.bias", "*.attention.masked_bias", "*.attn.bias", "*.attn.masked_bias")
 # Options of architectures whose value no answer depends on, or which shapes show.
-IDLE = re.compile(r"use_cache|pretraining_tp|initializer_range|max_position_embeddings|\w*(token_id|drop)\w*")
+IDLE = re.compile(
+    r"use_cache|pretraining_tp|initializer_range|init_std|max_position_embeddings|max_window_layers|output_router_logits"
+    r"|router_(aux_loss_coef|jitter_noise)|summary_\w+|\w*(token_id|drop)\w*"
+)
 
 
 def transformers_causal_lm(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
@@ -50,23 +53,27 @@ def transformers_causal_lm(names: Collection[str], config: Mapping[str, Any]) ->
 
 def _expected(config: Mapping[str, Any]) -> dict[str, Any]:
     """The architecture's own options, in the form that the installed transformers gives them on both sides."""
-    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+    from transformers import CONFIG_MAPPING, PretrainedConfig
 
     need(config, ["model_type"], "attention")
-    given = copy.deepcopy(dict(config))
+    given = dict(config)
     kind = given.pop("model_type")
     expected = {"model_type": kind}
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
         try:
-            theirs, default = AutoConfig.for_model(kind, **given), AutoConfig.for_model(kind)
+            theirs, default = config_of(kind, given), config_of(kind, {})
         except Exception as error:  # foreign code
             why = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"transformers refuses the {kind} config.json beside it ({why})") from error
         own = {key for key in vars(default).keys() - vars(PretrainedConfig()).keys() if not IDLE.fullmatch(key)}
         if kind == "xglm":  # its positions at that number are zero
             own.add("pad_token_id")
-        rope = [getattr(theirs, key, None) for key in ("rope_scaling", "rope_parameters")]
-        if any(isinstance(found, Mapping) and found.get("rope_type") != "default" for found in rope):
-            own.add("max_position_embeddings")  # from which some scalings, such as YaRN, count
+        if getattr(theirs, "use_sliding_window", False):
+            own |= vars(theirs).keys() & {"max_window_layers"}  # the first layer with a window
+        rope = [getattr(theirs, name, None) for name in ("rope_scaling", "rope_parameters")]
+        if rope[0] is not None:  # also where the architecture has no such option
+            own.add("rope_scaling")
+        if any(isinstance(found, Mapping) and found.get("rope_type") == "yarn" for found in rope):
+            own.add("max_position_embeddings")  # from which YaRN counts
         expected |= {key: getattr(theirs, key, None) for key in sorted(own)}
     return {f"model.config.{key}": value for key, value in expected.items()}

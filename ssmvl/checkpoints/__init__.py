@@ -11,3 +11,4 @@ from ssmvl.checkpoints.foreign import read_json as read_json
 from ssmvl.checkpoints.layouts import Layout as Layout
 from ssmvl.checkpoints.layouts import copy_into as copy_into
 from ssmvl.checkpoints.layouts import need as need
+from ssmvl.checkpoints.modules import settings as settings

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ssmvl.checkpoints.files import INDEX_FILE, WEIGHTS_FILE, read_tensors
-from ssmvl.errors import CheckpointError
-from ssmvl.hub import short, user_path
+from ssmvl.errors import CheckpointError, short
+from ssmvl.hub import user_path
 
 TORCH_FILES = (".bin", ".pt", ".pth")
 FIRST = (INDEX_FILE, WEIGHTS_FILE, "pytorch_model.bin.index.json", "pytorch_model.bin")  # of a folder, in this order
@@ -54,9 +54,8 @@ def open_checkpoint(path: str | Path) -> Foreign:
 
 
 def _of_folder(folder: Path) -> Path:
-    """The one checkpoint of a folder; of safetensors and pickles side by side, as in many hubs, the safetensors."""
-    usual = [folder / name for name in FIRST if (folder / name).is_file()]
-    found = [path for path in usual if path.name.startswith("model")] or usual
+    """The first of the usual files in a folder, as in hubs that hold several; else its only file of tensors."""
+    found = [folder / name for name in FIRST if (folder / name).is_file()][:1]
     found = found or [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", *TORCH_FILES)]
     if len(found) != 1:
         what = f"several ({', '.join(short(p.name) for p in found[:5])}); name one" if found else "none"
@@ -118,7 +117,9 @@ def _by_name(path: Path, tree: Any) -> dict[str, Tensor]:
         for keys, tensor, listed in _leaves((), tree):
             name, place = ".".join(map(str, keys)), short(" > ".join(map(repr, keys)))
             if listed:
-                raise CheckpointError(f"{path}: holds a tensor in a list ({place}), without a name; use mappings only")
+                raise CheckpointError(
+                    f"{path}: holds a tensor in a list ({place}), without a name; save the mapping of the weights alone"
+                )
             if name in found:
                 both = f"{places[name]} and {place}"
                 raise CheckpointError(f"{path}: has two tensors of one name, {both}; save each under its own")

@@ -11,8 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssmvl.errors import CheckpointError
-from ssmvl.hub import short
+from ssmvl.errors import CheckpointError, short
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,17 +16,20 @@ NAMES = {
     "lm_head.*": ["lm_head.*"],
 }
 TIED = {"lm_head.weight": "embedding.weight"}
-HF_MODELS = {"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}
+HF_MODELS = {"mamba": ("Mamba1", "MambaForCausalLM"), "mamba2": ("Mamba2", "Mamba2ForCausalLM")}  # by model_type
 HF_LAYOUT = Layout(part="language", rules={"embedding.*": ["backbone.embeddings.*"], **NAMES}, tied=TIED)
-# Of mamba-ssm's options: those that shapes or names show, and those that only initial values or speed depend on.
-SHOWN = {"layer", "d_state", "d_conv", "expand", "conv_bias", "bias"}
-IDLE = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"}
+# Arguments of mamba-ssm's layers. What is not compared below, shapes or names show, or only initial values or speed
+# depend on it.
 SSM_OPTIONS = {
-    "Mamba1": SHOWN | IDLE | {"dt_rank"},
-    "Mamba2": SHOWN | IDLE
-    | {"headdim", "ngroups", "dt_limit", "norm_before_gate"}  # compared
-    | {"d_ssm", "D_has_hdim", "rmsnorm"}  # shown
-    | {"conv_init", "A_init_range", "chunk_size", "use_mem_eff_path"},
+    "Mamba1": {
+        "layer", "d_state", "d_conv", "expand", "conv_bias", "bias", "dt_rank", "dt_min", "dt_max", "dt_init",
+        "dt_scale", "dt_init_floor", "use_fast_path",
+    },
+    "Mamba2": {
+        "layer", "d_state", "d_conv", "expand", "conv_bias", "bias", "headdim", "ngroups", "dt_limit",
+        "norm_before_gate", "d_ssm", "D_has_hdim", "rmsnorm", "dt_min", "dt_max", "dt_init_floor", "conv_init",
+        "A_init_range", "chunk_size", "use_mem_eff_path", "sequence_parallel",
+    },
 }  # fmt: skip
 
 
@@ -78,9 +81,10 @@ def transformers_mamba(names: Collection[str], config: Mapping[str, Any]) -> Lay
     if "backbone.embeddings.weight" not in names:
         return None
     need(config, ["model_type"], "Mamba")
-    if config["model_type"] not in (*HF_MODELS,):
+    said, _ = HF_MODELS.get(str(config["model_type"]), ("", ""))
+    if not said:
         return None
-    kind, said = _kind(names), {"mamba": "Mamba1", "mamba2": "Mamba2"}[config["model_type"]]
+    kind = _kind(names)
     if said != kind:
         raise CheckpointError(f"the config.json beside it is of {said}, but the tensors are of {kind}")
     expects: dict[str, Any] = {}

@@ -145,7 +145,7 @@ class MambaLM(nn.Module):
             config |= {"n_groups": mixer.num_groups, "time_step_limit": list(mixer.dt_limit)}
         else:
             config |= {"model_type": "mamba", "intermediate_size": mixer.inner, "time_step_rank": mixer.dt_rank}
-        config["architectures"] = [HF_MODELS[config["model_type"]]]
+        config["architectures"] = [HF_MODELS[config["model_type"]][1]]
         return {HF_LAYOUT.table([name])[name][0]: tensor for name, tensor in self.state_dict().items()}, config
 
     @functools.cached_property

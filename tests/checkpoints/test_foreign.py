@@ -209,20 +209,23 @@ def test_a_folder_without_one_checkpoint(tmp_path: Path, files: list[str], said:
         open_checkpoint(tmp_path)
 
 
-def test_a_folder_with_two_checkpoints_of_one_format(tmp_path: Path) -> None:
+def test_of_the_usual_files_in_a_folder_the_first_counts(tmp_path: Path) -> None:
+    """As in hubs that hold safetensors beside pickles, or shards beside a single file; an id there names no file."""
+    whole = {"b": torch.zeros(1)}
+    torch.save(whole, tmp_path / "pytorch_model.bin")
+    torch.save(whole, tmp_path / "optimizer.bin")
+    assert same(open_checkpoint(tmp_path).tensors, whole)
     path = sharded(tmp_path)
-    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
-    said = r"holds several \(pytorch_model\.bin\.index\.json, pytorch_model\.bin\); name one"
-    with pytest.raises(CheckpointError, match=said):
-        open_checkpoint(tmp_path)
-    for named in (path, tmp_path / "pytorch_model.bin"):
-        assert same(open_checkpoint(named).tensors, TENSORS)
-    other = {"a.weight": torch.zeros(2, 3)}
-    write_tensors(tmp_path / "model.safetensors", other)  # as many hubs have beside their pickles
-    assert same(open_checkpoint(tmp_path).tensors, other)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": "b.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"several \(model\.safetensors\.index\.json, model\.safetensors\)"):
-        open_checkpoint(tmp_path)
+    assert same(open_checkpoint(tmp_path).tensors, TENSORS)
+    assert same(open_checkpoint(tmp_path / "pytorch_model.bin").tensors, whole)
+    safe = {"a.weight": torch.zeros(2, 3)}
+    write_tensors(tmp_path / "model.safetensors", safe)
+    assert same(open_checkpoint(tmp_path).tensors, safe)
+    shard = {"c": torch.ones(3)}
+    write_tensors(tmp_path / "b.safetensors", shard)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"c": "b.safetensors"}}))
+    assert same(open_checkpoint(tmp_path).tensors, shard)
+    assert same(open_checkpoint(path).tensors, TENSORS)
 
 
 @pytest.mark.parametrize("path", ["~nouser/x.pt", "x" * 5000, "~nouser"])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import json
 from functools import cache, partial
-from typing import Any
 
 import pytest
 import torch
@@ -102,26 +100,54 @@ def vicuna() -> Shapes:
     return {**shapes, "model.norm.weight": (4096,)}
 
 
-MAMBA2_SSM = {"ssm_cfg": {"layer": "Mamba2"}}
-HF_MAMBA2 = {
-    "model_type": "mamba2",
-    "n_groups": 1,
-    "state_size": 128,
-    "head_dim": 64,
-    "time_step_limit": [0.0, math.inf],
-}
-LLAMA = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
-LLAMA |= {"num_hidden_layers": 32, "num_key_value_heads": 32, "vocab_size": 32000, "rms_norm_eps": 1e-5}
+# The `config.json` beside each, whole.
+MAMBA2_SSM = """{
+  "d_model": 2560, "d_intermediate": 0, "n_layer": 64, "vocab_size": 50277, "ssm_cfg": {"layer": "Mamba2"},
+  "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": true, "residual_in_fp32": true, "fused_add_norm": true,
+  "pad_vocab_size_multiple": 16, "tie_embeddings": true
+}"""
+MAMBA1_SSM = """{
+  "d_model": 2560, "n_layer": 64, "vocab_size": 50277, "ssm_cfg": {}, "rms_norm": true, "residual_in_fp32": true,
+  "fused_add_norm": true, "pad_vocab_size_multiple": 8
+}"""
+MAMBA2_HF = """{
+  "architectures": ["Mamba2ForCausalLM"], "bos_token_id": 0, "chunk_size": 256, "conv_kernel": 4, "eos_token_id": 0,
+  "expand": 2, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2560, "initializer_range": 0.1,
+  "layer_norm_epsilon": 1e-05, "model_type": "mamba2", "n_groups": 1, "norm_before_gate": true, "num_heads": 80,
+  "num_hidden_layers": 64, "pad_token_id": 0, "rescale_prenorm_residual": false, "residual_in_fp32": true,
+  "rms_norm": true, "state_size": 128, "tie_word_embeddings": true, "time_step_floor": 0.0001,
+  "time_step_init_scheme": "random", "time_step_limit": [0.0, Infinity], "time_step_max": 0.1, "time_step_min": 0.001,
+  "time_step_rank": 160, "time_step_scale": 1.0, "torch_dtype": "float16", "transformers_version": "4.44.0.dev0",
+  "use_bias": false, "use_cache": true, "use_conv_bias": true, "vocab_size": 50288
+}"""
+MAMBA1_HF = """{
+  "architectures": ["MambaForCausalLM"], "bos_token_id": 0, "conv_kernel": 4, "d_inner": 5120, "d_model": 2560,
+  "eos_token_id": 0, "expand": 2, "fused_add_norm": true, "hidden_act": "silu", "hidden_size": 2560,
+  "initializer_range": 0.1, "intermediate_size": 5120, "layer_norm_epsilon": 1e-05, "model_type": "mamba",
+  "n_layer": 64, "num_hidden_layers": 64, "pad_token_id": 0, "pad_vocab_size_multiple": 8,
+  "rescale_prenorm_residual": false, "residual_in_fp32": true, "rms_norm": true, "ssm_cfg": {}, "state_size": 16,
+  "time_step_floor": 0.0001, "time_step_init_scheme": "random", "time_step_max": 0.1, "time_step_min": 0.001,
+  "time_step_rank": 160, "time_step_scale": 1.0, "torch_dtype": "float32", "transformers_version": "4.39.0.dev0",
+  "use_bias": false, "use_cache": true, "use_conv_bias": true, "vocab_size": 50280
+}"""
+VICUNA = """{
+  "_name_or_path": "vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+  "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008,
+  "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+  "num_key_value_heads": 32, "pad_token_id": 0, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": null,
+  "tie_word_embeddings": false, "torch_dtype": "float16", "transformers_version": "4.31.0", "use_cache": true,
+  "vocab_size": 32000
+}"""
 # The layout, the recipe whose model or language model it fills, names and shapes, the config beside the file.
-FILES: dict[str, tuple[str, str, Shapes, Mapping[str, Any]]] = {
-    "ML-Mamba": ("ml_mamba_release", "ml_mamba", ml_mamba(""), {}),
-    "ML-Mamba, wrapped": ("ml_mamba_release", "ml_mamba", ml_mamba("llm."), {}),
-    "Cobra": ("cobra_release", "cobra", cobra("llm."), {}),
+FILES: dict[str, tuple[str, str, Shapes, str]] = {
+    "ML-Mamba": ("ml_mamba_release", "ml_mamba", ml_mamba(""), "{}"),
+    "ML-Mamba, wrapped": ("ml_mamba_release", "ml_mamba", ml_mamba("llm."), "{}"),
+    "Cobra": ("cobra_release", "cobra", cobra("llm."), "{}"),
     "mamba2-2.7b": ("state_spaces", "ml_mamba", mamba(MAMBA2, 50288), MAMBA2_SSM),
-    "mamba-2.8b-slimpj": ("state_spaces", "vl_mamba", mamba(MAMBA1, 50280), {"ssm_cfg": {}}),
-    "mamba2-2.7b-hf": ("transformers_mamba", "ml_mamba", mamba(MAMBA2, 50288, "embeddings"), HF_MAMBA2),
-    "mamba-2.8b-hf": ("transformers_mamba", "vl_mamba", mamba(MAMBA1, 50280, "embeddings"), {"model_type": "mamba"}),
-    "vicuna-7b-v1.5": ("transformers", "mamba_vlm_7b", vicuna(), LLAMA),
+    "mamba-2.8b-slimpj": ("state_spaces", "vl_mamba", mamba(MAMBA1, 50280), MAMBA1_SSM),
+    "mamba2-2.7b-hf": ("transformers_mamba", "ml_mamba", mamba(MAMBA2, 50288, "embeddings"), MAMBA2_HF),
+    "mamba-2.8b-hf": ("transformers_mamba", "vl_mamba", mamba(MAMBA1, 50280, "embeddings"), MAMBA1_HF),
+    "vicuna-7b-v1.5": ("transformers", "mamba_vlm_7b", vicuna(), VICUNA),
 }
 
 
@@ -130,7 +156,8 @@ on_meta = cache(partial(ssmvl.build_model, device="meta"))
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_published_checkpoint_fits_its_recipe_and_no_other_layout_takes_it(file: str) -> None:
-    name, recipe, shapes, config = FILES[file]
+    name, recipe, shapes, text = FILES[file]
+    config = json.loads(text)
     found = {other: components().find("checkpoint", other).load() for other in components().names("checkpoint")}
     layouts = {other: layout(names=shapes.keys(), config=config) for other, layout in found.items()}
     assert [other for other, layout in layouts.items() if layout is not None] == [name]

@@ -197,19 +197,6 @@ def test_a_file_without_its_config_is_refused(config: dict[str, Any] | None, tmp
         open_weights(tmp_path, "language")
 
 
-@pytest.mark.parametrize("yarn", [True, False])
-def test_the_longest_position_counts_where_a_rope_scaling_is_set(yarn: bool, tmp_path: Path) -> None:
-    scaling = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}} if yarn else {}
-    make(1, **CONFIGS["llama"], **scaling, max_position_embeddings=64).model.save_pretrained(tmp_path)
-    load(make(2, **CONFIGS["llama"], **scaling, max_position_embeddings=64), tmp_path)
-    other = make(2, **CONFIGS["llama"], **scaling, max_position_embeddings=128)
-    if yarn:
-        with pytest.raises(CheckpointError, match=r"max_position_embeddings is 128, the checkpoint needs 64"):
-            load(other, tmp_path)
-    else:
-        load(other, tmp_path)
-
-
 def test_where_the_positions_of_xglm_are_zero(tmp_path: Path) -> None:
     sizes = {"d_model": 16, "num_layers": 1, "attention_heads": 4, "ffn_dim": 24, "vocab_size": 23}
     make(1, model_type="xglm", **sizes).model.save_pretrained(tmp_path)

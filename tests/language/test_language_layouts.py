@@ -85,7 +85,7 @@ def state_spaces_file(folder: Path, version: int, ssm_cfg: dict[str, Any], **cha
     ("version", "ssm_cfg"),
     [
         (1, {"dt_rank": "auto", "expand": 2, "dt_min": 0.001}),
-        (2, {"layer": "Mamba2", "d_state": 8, "headdim": 16, "chunk_size": 64, "expand": 2, "bias": False}),
+        (2, {"layer": "Mamba2", "d_state": 8, "headdim": 16, "chunk_size": 64, "sequence_parallel": True}),
     ],
 )
 def test_state_spaces(tmp_path: Path, version: int, ssm_cfg: dict[str, Any]) -> None:
@@ -235,8 +235,8 @@ def replace_config(folder: Path, config: Any) -> None:
     [
         (1, {"layer": "Mamba2"}, "says layer 'Mamba2', but the tensors are of Mamba1"),
         (2, {"d_state": 8, "headdim": 16}, "says layer 'Mamba1', but the tensors are of Mamba2"),
-        (1, {"layer": "Mamba3"}, "says layer 'Mamba3', but the tensors are of Mamba1"),
         (2, {"layer": "Mamba2", "d_state": 8, "A_scale": 2}, "options that no Mamba2 layer here knows: A_scale; known"),
+        (2, {"layer": "Mamba2", "d_state": 8, "dt_scale": 1}, "no Mamba2 layer here knows: dt_scale; known"),
         (1, {"headdim": 64, "dt_rank": 2}, "options that no Mamba1 layer here knows: headdim; known are .*dt_rank"),
     ],
 )

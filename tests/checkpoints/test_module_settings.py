@@ -1,0 +1,95 @@
+"""What a model computes beside its tensors, read off its modules."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from timm.layers.activations import GELU
+from torch import nn
+from torch.nn import functional as F
+
+from ssmvl.binding import Bound
+from ssmvl.checkpoints import settings
+from ssmvl.layers.paths import PathFolding, PathTables
+from ssmvl.scans import bsm
+
+
+class Size(NamedTuple):
+    rows: int
+    columns: int
+
+
+def order(grid: Any, times: int = 1) -> None:
+    """Stands for a scan order."""
+
+
+class Model(nn.Module):
+    """Keeps one value under `value`."""
+
+    def __init__(self, value: object) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 3)
+        self.inner.value = value
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (True, True),
+        (0.5, 0.5),
+        ("mean", "mean"),
+        ([1, "a", None], (1, "a", None)),
+        (Size(2, 3), Size(2, 3)),
+        (torch.float16, torch.float16),
+        (bsm, "ssmvl.scans.bsm"),
+        (F.gelu, "gelu"),
+        (nn.LayerNorm.forward, "LayerNorm.forward"),
+        (partial(order, times=2), f"{__name__}.order(times=2)"),
+        (partial(order, 7), f"{__name__}.order(0=7, times=1)"),
+        (partial(partial(order, times=2), times=3), f"{__name__}.order(times=3)"),
+        (Bound(order, {"times": 2}, "theirs"), f"{__name__}.order(times=2)"),
+        (order, f"{__name__}.order(times=1)"),
+        (Bound(order, {}, "theirs"), f"{__name__}.order(times=1)"),
+        ((order, {"a": [1]}), (f"{__name__}.order(times=1)", {"a": (1,)})),
+    ],
+)
+def test_a_plain_value(value: object, shown: object) -> None:
+    found = settings(Model(value))
+    assert found["inner.value"] == shown
+    assert found[""] == f"{__name__}.Model"
+    assert (found["inner"], found["inner.in_features"]) == ("Linear", 2)
+
+
+def test_objects_and_mappings_are_walked_once() -> None:
+    model = Model(PathFolding(2, "own", "sum"))
+    model.again = model.inner.value
+    model.paths = PathTables(bsm)
+    model.itself = {"a": {"b": 1}, "model": model}
+    model.itself["self"] = model.itself
+    found = settings(model)
+    assert {name: value for name, value in found.items() if not name.startswith("inner")} == {
+        "": f"{__name__}.Model",
+        "again.count": 2,
+        "again.merge_by": "sum",
+        "again.own": 2,
+        "paths.order": "ssmvl.scans.bsm",
+        "itself.a.b": 1,
+    }
+    assert "inner.value.count" not in found
+
+
+def test_what_is_no_setting() -> None:
+    model = Model(None)
+    model._private, model.table, model.pretrained_cfg = 1, torch.ones(2), {"url": "x"}
+    before = settings(model)
+    assert before == settings(model.eval())
+    assert not {"inner.value", "_private", "table", "pretrained_cfg.url", "training"} & before.keys()
+
+
+def test_the_two_gelus_are_one_and_the_approximated_is_another() -> None:
+    exact, theirs, other = (settings(module) for module in (nn.GELU(), GELU(), nn.GELU("tanh")))
+    assert exact == theirs
+    assert exact != other
