@@ -7,7 +7,6 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,7 +32,11 @@ from ssmvl.vision.sources import (
     weights_file,
 )
 
-FREE = ("img_size", "num_classes", "global_pool")  # of a folder's model_args; and rates of dropout
+FREE = (  # of a folder's model_args, with all rates of dropout: no feature depends on them
+    *("img_size", "dynamic_img_size", "dynamic_img_pad", "weight_init", "fix_init"),
+    *("num_classes", "global_pool", "pool_include_prefix"),
+)
+NEVER_RUN = ("norm", "attn_pool", "fc_norm", "head", "head_dist")  # of a model's modules: they come after the blocks
 
 
 class Encoder(nn.Module, ABC):
@@ -49,8 +52,8 @@ class Encoder(nn.Module, ABC):
         prefix: of the names in that file.
 
     Raises:
-        ContractError: `tower` is no ViT of two blocks or more, its input is smaller than a patch, or it fails on it or
-            gives other than one feature for each position of its grid.
+        ContractError: `tower` is no ViT of two blocks or more, or its input is smaller than a patch; on `meta` also: it
+            fails on its input or gives other than one feature for each position of its grid.
     """
 
     part: ClassVar[str]
@@ -79,12 +82,12 @@ class Encoder(nn.Module, ABC):
         red, green, blue = (round(255 * value) for value in mean)
         self.image_spec = ImageSpec(size, resize, (red, green, blue) if resize == "letterbox" else (0, 0, 0))
         self._file, self._prefix = file, prefix
-        self._require_features()
+        if next(self.parameters()).is_meta:  # `build_model` begins there, and nothing is computed
+            self._require_features()
 
     def _require_features(self) -> None:
-        """Refuse a tower that fails when run or gives another grid: a twin is run on `meta`, which computes nothing."""
-        memo = {id(tensor): tensor.detach().to("meta") for tensor in chain(self.parameters(), self.buffers())}
-        twin, size = copy.deepcopy(self, memo), self.image_spec.size
+        """Refuse a tower that fails when run or gives another grid. A twin is run: ConViT keeps tables it made."""
+        twin, size = copy.deepcopy(self), self.image_spec.size
         what = f"{type(getattr(self, self.part)).__name__} on images of {size} x {size} px"
         try:
             with torch.no_grad():
@@ -175,7 +178,7 @@ class VitEncoder(Encoder):
         return features
 
     def adapted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """By timm's filter; a classifier that the tower lacks is left out.
+        """By timm's filter. Of what is never run, tensors that the tower lacks are left out and others may be missing.
 
         Raises:
             ValueError: the patches are of another size; timm would resample them too.
@@ -189,11 +192,13 @@ class VitEncoder(Encoder):
         adapt = getattr(sys.modules[type(self.vit).__module__], "checkpoint_filter_fn", None)
         if adapt is not None:
             tensors = adapt(tensors, self.vit)
-        heads = getattr(self.vit, "pretrained_cfg", {}).get("classifier") or ()
-        for head in (heads,) if isinstance(heads, str) else heads:
-            if not any(name.startswith(f"{head}.") for name in own):
-                tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{head}.")}
-        return tensors
+        used = {name: tensor for name, tensor in tensors.items() if name in own or not _never_run(name)}
+        return {name: tensor for name, tensor in own.items() if _never_run(name)} | used
+
+
+def _never_run(name: str) -> bool:
+    """Whether a module, tensor or setting of that name is of no use to the encoder."""
+    return name.partition(".")[0] in NEVER_RUN
 
 
 def timm_encoder(
@@ -271,13 +276,13 @@ def _agrees(
     """Refuse a folder of timm's whose config says that its weights are those of another encoder."""
     found = str(config.get("architecture"))
     pretrained = config.get("pretrained_cfg", config)  # older folders have one mapping
-    tag = pretrained.get("tag")
-    if tag in _tags(_quick(found)):
+    if pretrained.get("tag") in _tags(_quick(found)):
         found = _quick(found)  # timm's folders name the model without QuickGELU even where its weights need it
     if found != name:
         raise CheckpointError(f"{path}: its weights are those of {found!r}, the encoder is {name!r}")
-    require_statistics(path, pretrained, mean, std, f"write the tag of these weights too, model: {name}.{tag}")
+    fitting = {tag: need for tag, need in _tags(name).items() if need.quick == (name == _quick(name))}
+    require_statistics(path, pretrained, mean, std, f"{name}.", fitting)
     given = config.get("model_args", {}).items()
     options = {key: value for key, value in given if key not in FREE and not key.endswith("_rate")}
     with torch.device("meta"):
-        require_settings(path, create(**options), create(), f"{name} with model_args {options}")
+        require_settings(path, create(**options), create(), f"{name} with model_args {options}", _never_run)

@@ -22,7 +22,8 @@ from ssmvl.vision.encoders import Encoder, VitEncoder
 from ssmvl.vision.sources import Trained, parse_weights, require_statistics, settled_tag, similar, weights_file
 
 TOWER = "visual."  # of names in open_clip's files
-FREE = ("image_size", "timm_model_pretrained")  # of a vision config: positions are resampled; how it was initialised
+# Of a vision config: positions are resampled; how it was initialised; what is dropped in training.
+FREE = ("image_size", "timm_model_pretrained", "patch_dropout", "timm_drop", "timm_drop_path")
 
 
 class ClipEncoder(Encoder):
@@ -142,8 +143,8 @@ def _agrees(name: str, mean: Sequence[float], std: Sequence[float], path: Path, 
     wrong = [f"{key} is {theirs[key]!r}, {name} has {own[key]!r}" for key in own if theirs[key] != own[key]]
     if wrong:
         raise CheckpointError(f"{path}: its weights are those of another model: {'; '.join(wrong)}")
-    hint = f"write the tag of these weights too, model: {name}:TAG"
-    require_statistics(path, config.get("preprocess_cfg", {}), mean, std, hint)
+    fitting = {tag: need for tag, need in _tags(name).items() if need.quick == own["quick_gelu"]}
+    require_statistics(path, config.get("preprocess_cfg", {}), mean, std, f"{name}:", fitting)
 
 
 def _what_counts(config: Mapping[str, Any]) -> dict[str, Any]:

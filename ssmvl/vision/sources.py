@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from ssmvl.checkpoints import read_json, read_tensors
+from ssmvl.checkpoints import read_json, read_tensors, settings
 from ssmvl.errors import CheckpointError, ContractError, nearest
 from ssmvl.hub import hub_file, user_path
 
@@ -144,7 +144,12 @@ def folder_file(folder: str, name: str) -> Path:
 
 
 def require_statistics(
-    path: Path, config: Mapping[str, Any], mean: Sequence[float], std: Sequence[float], hint: str
+    path: Path,
+    config: Mapping[str, Any],
+    mean: Sequence[float],
+    std: Sequence[float],
+    stem: str,
+    trained: Mapping[str, Trained],
 ) -> None:
     """Refuse weights that were trained on pixels normalised otherwise.
 
@@ -153,18 +158,22 @@ def require_statistics(
         config: its part that may hold `mean` and `std`.
         mean: of the encoder.
         std: of the encoder.
-        hint: how to name a model with other statistics.
+        stem: of the names with a tag, for messages.
+        trained: the weights that go with the model, by tag.
 
     Raises:
-        CheckpointError: they differ.
+        CheckpointError: they differ; names the tags that have theirs.
     """
-    for name, own in (("mean", mean), ("std", std)):
-        found = config.get(name, own)
-        if list(found) != list(own):
-            raise CheckpointError(f"{path}: {name} is {list(found)}, the encoder has {list(own)}; {hint}")
+    found = tuple(config.get("mean", mean)), tuple(config.get("std", std))
+    if found != (tuple(mean), tuple(std)):
+        tags = [tag for tag, need in trained.items() if (need.mean, need.std) == found]
+        hint = f"write model: {stem}TAG with one of {', '.join(tags)}" if tags else f"no tag {stem}TAG has those"
+        raise CheckpointError(
+            f"{path}: mean is {found[0]} and std {found[1]}, the encoder has {tuple(mean)} and {tuple(std)}; {hint}"
+        )
 
 
-def require_settings(path: Path, theirs: nn.Module, own: nn.Module, what: str) -> None:
+def require_settings(path: Path, theirs: nn.Module, own: nn.Module, what: str, ignored: Callable[[str], bool]) -> None:
     """Refuse weights of a model that computes otherwise with tensors of the same shapes.
 
     Args:
@@ -172,30 +181,18 @@ def require_settings(path: Path, theirs: nn.Module, own: nn.Module, what: str) -
         theirs: built as the config says.
         own: built as the encoder is; both may be on `meta`.
         what: theirs, for messages.
+        ignored: whether a module of that name, or a value in it, may differ.
 
     Raises:
-        CheckpointError: they differ in the kind of a module or in a number that one keeps.
+        CheckpointError: they differ in the kind of a module or in a value that one keeps.
     """
-    found, needed = _settings(theirs), _settings(own)
+    found, needed = settings(theirs), settings(own)
     for name in sorted(found.keys() | needed.keys()):
-        if found.get(name) != needed.get(name):
+        if found.get(name) != needed.get(name) and not ignored(name):
             raise CheckpointError(
                 f"{path}: its weights are those of {what}, whose {name} is {found.get(name)!r}; "
                 f"the encoder has {needed.get(name)!r}"
             )
-
-
-def _settings(model: nn.Module) -> dict[str, object]:
-    """The kind of each module and the numbers that it keeps, by dotted name."""
-    found: dict[str, object] = {}
-    for name, module in model.named_modules():
-        found[name] = type(module).__name__
-        for key, value in vars(module).items():
-            if isinstance(value, bool | int | float | str | tuple) and not key.startswith("_") and value != "none":
-                found[f"{name}.{key}"] = (
-                    value  # `none` is what torch's GELU says of itself, and timm's same one does not
-                )
-    return found
 
 
 def read_under(path: Path, prefix: str) -> dict[str, Tensor]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from hub import Hub
 
 import ssmvl
-from ssmvl.errors import ContractError, DataError
+from ssmvl.errors import ContractError, DataError, SsmvlError
+from ssmvl.recipe import load_recipe
 from ssmvl.text.tokenizers import byte_tokenizer
+from ssmvl.training.session import Session
+from ssmvl.training.stages import check
 
 BIG = "model.language.weights=owner/big"
 pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
@@ -45,9 +48,21 @@ def test_a_tokenizer_of_the_hub_is_fetched_and_compared_before_weights_are(tiny:
     assert not [request for request in hub.requests if "owner/big" in request]
 
 
-def test_what_the_first_rank_misses_ends_both(tiny: Path, composer: Callable[..., subprocess.Popen[str]]) -> None:
-    process = composer("-n", "2", "tiny.yaml", no_data("stages.align"))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "error: no_align/train/index.json: there is no such file" in output
-    assert "Traceback" not in output
+def test_what_the_first_rank_misses_ends_both(tiny: Path) -> None:
+    torch.multiprocessing.start_processes(prepare, (tiny,), nprocs=2, start_method="fork")  # Composer is imported once
+    missing = "no_align/train/index.json: there is no such file"
+    said = [Path(f"rank{rank}").read_text() for rank in (0, 1)]
+    assert said[0].startswith(f"DataError: {missing}")
+    assert said[1].startswith(f"RunError: {missing}")
+
+
+def prepare(rank: int, recipe: Path) -> None:
+    """One of two ranks of a run, up to where they build; it leaves its error in a file."""
+    torch.set_num_threads(1)  # those of the first process are not in this one
+    store = torch.distributed.FileStore(str(recipe.with_name("store")), 2)
+    limit = timedelta(seconds=30)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
+    found = load_recipe(recipe, no_data("stages.align"))
+    with pytest.raises(SsmvlError) as caught:
+        Session(found, check(found)[0])._prepare()
+    Path(f"rank{rank}").write_text(f"{caught.type.__name__}: {caught.value}")

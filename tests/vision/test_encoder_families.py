@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from ssmvl.errors import ContractError
+from ssmvl.build import build_model
+from ssmvl.errors import ContractError, RecipeError
 from ssmvl.interfaces import Grid
 from ssmvl.vision.digit_vit import digit_vit
-from ssmvl.vision.encoders import VitEncoder, timm_encoder
+from ssmvl.vision.encoders import NEVER_RUN, VitEncoder, timm_encoder
 from ssmvl.vision.open_clip_encoders import open_clip_encoder
 
 Moved = Callable[[Any], Any]
@@ -39,6 +40,10 @@ def test_features_are_timms_map_of_the_second_to_last_block(model: str, moved: M
     features = encoder(pixels)
     assert features.isfinite().all()
     assert torch.equal(features, maps.flatten(2).transpose(1, 2))
+    for name in NEVER_RUN:
+        if hasattr(vit, name):
+            setattr(vit, name, None)
+    assert torch.equal(encoder(pixels), features)
 
 
 @pytest.mark.parametrize(
@@ -76,12 +81,15 @@ def test_what_cannot_be_run_is_refused_when_built(model: str, size: int | None, 
         timm_encoder(model, image_size=size)
 
 
-def test_a_real_encoder_is_tried_too_and_stays_as_it_was() -> None:
-    with pytest.raises(ContractError, match="divisible by patch size"):
-        timm_encoder("test_vit", image_size=101)
-    encoder = timm_encoder("convit_tiny", image_size=64)  # its blocks keep tables from call to call
-    assert not any(tensor.is_meta for tensor in (*encoder.parameters(), *encoder.buffers()))
-    assert encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).device.type == "cpu"
+def test_an_encoder_that_was_tried_stays_as_it_was() -> None:
+    with torch.device("meta"):
+        encoder = timm_encoder("convit_tiny", image_size=64)  # its blocks keep tables from call to call
+    assert {tuple(table.shape) for table in encoder.buffers()} == {(1, 1, 1, 3)}
+
+
+def test_a_model_built_for_real_has_tried_its_encoders() -> None:
+    with pytest.raises(RecipeError, match=r"model\.encoders\.fine: .* 101 x 101 px fails"):
+        build_model("quickstart", "model.encoders.fine={name: timm, model: test_vit, image_size: 101}")
 
 
 @pytest.mark.usefixtures("small_models")

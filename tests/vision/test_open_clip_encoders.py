@@ -50,7 +50,6 @@ def test_clip_through_open_clip_is_clip_through_timm(name: str, written: Written
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
         act_layer="quick_gelu" if name.endswith("quickgelu") else "gelu",
     )
-    vit.pretrained_cfg = {"classifier": "head"}
     same = VitEncoder(vit, size=SIZE, mean=encoder.mean, std=encoder.std, file=lambda: path)
     same.load_weights()
     pixels = images(SIZE)

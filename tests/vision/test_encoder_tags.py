@@ -1,0 +1,90 @@
+"""What `weights` and the tag of timm's ViTs may say, and which go together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from ssmvl.errors import CheckpointError, ContractError
+from ssmvl.vision.encoders import timm_encoder
+
+
+@pytest.mark.parametrize(
+    ("weights", "match"),
+    [
+        ("vit.pt", "reading a pickle can run any code"),
+        ("r160_in1", "nor a tag of 'test_vit'. Did you mean 'r160_in1k'"),
+        ("local-dir:", "nor a tag"),
+    ],
+)
+def test_weights_that_are_nothing_of_the_kind_are_refused(weights: str, match: str) -> None:
+    with pytest.raises(ContractError, match=match):
+        timm_encoder("test_vit", weights=weights)
+
+
+def test_unknown_and_double_tags_are_refused() -> None:
+    with pytest.raises(ContractError, match=r"Invalid pretrained tag \(x\).*its tags: r160_in1k"):
+        timm_encoder("test_vit.x")
+    with pytest.raises(ContractError, match="name two tags"):
+        timm_encoder("vit_base_patch32_clip_224.laion2b", weights="datacompxl")
+
+
+def test_a_tag_that_is_a_pickle_only_is_refused() -> None:
+    with torch.device("meta"), pytest.raises(ContractError, match=r"as a pickle only.*\.pth\.tar"):
+        timm_encoder("vit_huge_patch14_gap_224", weights="in1k_ijepa")
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [
+        ("vit_large_patch14_clip_336", "openai"),
+        ("vit_large_patch14_clip_336.openai", "none"),
+        ("vit_large_patch14_clip_336.openai", "clip.safetensors"),
+    ],
+)
+def test_weights_that_need_quickgelu_name_the_model_that_has_it(model: str, weights: str) -> None:
+    with pytest.raises(ContractError, match=r"write model: vit_large_patch14_clip_quickgelu_336\.openai"):
+        timm_encoder(model, weights=weights)
+
+
+def test_a_folder_of_quickgelu_weights_goes_with_the_model_that_has_it(tmp_path: Path) -> None:
+    config = {"architecture": "vit_base_patch32_clip_224", "pretrained_cfg": {"tag": "openai"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = ("vit_base_patch32_clip_224", "vit_base_patch32_clip_quickgelu_224")
+    with torch.device("meta"):
+        plain, quick = (timm_encoder(name, weights=f"local-dir:{tmp_path}") for name in names)
+    with pytest.raises(CheckpointError, match=f"its weights are those of '{names[1]}', the encoder is '{names[0]}'"):
+        plain.load_weights()
+    with pytest.raises(CheckpointError, match=r"must hold model\.safetensors"):
+        quick.load_weights()
+    config["pretrained_cfg"] = {"tag": "laion2b"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"its weights are those of '{names[0]}', the encoder is '{names[1]}'"):
+        quick.load_weights()
+
+
+@pytest.mark.parametrize(
+    ("name", "tags"),
+    [
+        ("vit_base_patch16_224", r"vit_base_patch16_224\.TAG with one of .*augreg_in21k"),  # mean and std
+        ("vit_large_patch14_clip_336", r"vit_large_patch14_clip_336\.TAG with one of .*openai"),  # QuickGELU too
+    ],
+)
+def test_a_file_needs_the_tag_where_tags_differ(name: str, tags: str) -> None:
+    match = rf"the tags of '{name}' differ in mean, std or QuickGELU, and a\.safetensors does not say .* model: {tags}"
+    with torch.device("meta"):
+        with pytest.raises(ContractError, match=match):
+            timm_encoder(name, weights="a.safetensors")
+        assert timm_encoder(name).mean
+        tag = timm.get_pretrained_cfg(name).tag
+        assert timm_encoder(f"{name}.{tag}", weights="a.safetensors").mean
+
+
+def test_a_file_needs_no_tag_where_all_are_alike() -> None:
+    with torch.device("meta"):
+        encoder = timm_encoder("vit_large_patch14_clip_quickgelu_336", weights="a.safetensors")
+    assert encoder.mean[0] == pytest.approx(0.48145466)
