@@ -191,7 +191,7 @@ class LanguageModel(Protocol):
 
 
 class Piece(NamedTuple):
-    """A stretch of a prompt, tokenised alone.
+    """A stretch of a prompt. What stands between two answers is tokenised as one text, and so is an answer with its end.
 
     `template` text may hold special tokens; any other text came from a user and is never parsed for them.
     """

@@ -149,7 +149,7 @@ def test_the_language_model_for_transformers(assistant: Assistant, tmp_path: Pat
 def test_a_language_model_of_transformers_itself(tmp_path: Path, assistant: Assistant) -> None:
     config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config |= {"intermediate_size": 48, "vocab_size": 400, "tie_word_embeddings": True}
-    recipe = ssmvl.load_recipe("quickstart", f"model.language={{name: causal_lm, num_tokens: 344, config: {config}}}")
+    recipe = ssmvl.load_recipe("quickstart", f"model.language={{name: causal_lm, num_tokens: 339, config: {config}}}")
     own = Assistant(ssmvl.build_model(recipe), assistant.processor, recipe)
     own.save_language(tmp_path / "language")
     theirs, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval(), torch.tensor([[3, 1, 4]])

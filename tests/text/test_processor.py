@@ -145,10 +145,10 @@ def test_special_tokens_of_a_user_are_text() -> None:
         assert read == f"In: {texts[0]}\nOut: {texts[1]}"
 
 
-def test_pieces_are_tokenised_alone() -> None:
+def test_what_stands_before_an_answer_is_one_text_and_the_answer_another() -> None:
     assert merging_tokenizer().encode(" b").ids == [256]
     ids = processor(tokenizer=merging_tokenizer()).encode(talk("b", "b"))["ids"].tolist()
-    assert ids == [*IN[:-1], 256, *OUT, 65, 257], "the question with the space before it, the answer without"
+    assert ids == [*IN[:-1], 256, *OUT, 65, 257]
 
 
 def test_continued_conversation_starts_with_the_shorter_one() -> None:

@@ -21,11 +21,11 @@ from ssmvl.text.processor import Processor
 from ssmvl.text.prompts import MambaPrompt, PlainPrompt, VicunaPrompt
 from ssmvl.text.tokenizers import byte_tokenizer
 
-QUESTION = [Piece("In:", False, True), Piece(" why?", False, False), Piece("\nOut: ", False, True)]
+QUESTION = [Piece("In: ", False, True), Piece("why?", False, False), Piece("\nOut: ", False, True)]
 ANSWER = [Piece("so.", True, False), Piece("<end>", True, True)]
 VICUNA = (
     "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions. USER:"
+    "and polite answers to the user's questions. USER: "
 )
 PROMPTS = [MambaPrompt, PlainPrompt, VicunaPrompt, ZephyrPrompt]
 SPECIAL = ["<s>", "</s>", "<|endoftext|>", "<|user|>", "<|assistant|>"]
@@ -55,7 +55,7 @@ def test_mamba_answer_and_its_end_are_supervised() -> None:
 
 def test_mamba_turns_stand_one_line_apart() -> None:
     pieces = MambaPrompt().pieces([user(), assistant(), user("why?"), assistant("so.")], "<end>")
-    assert pieces == [*QUESTION, *ANSWER, Piece("\nIn:", template=True), *QUESTION[1:], *ANSWER]
+    assert pieces == [*QUESTION, *ANSWER, Piece("\nIn: ", template=True), *QUESTION[1:], *ANSWER]
     assert "".join(piece.text for piece in pieces) == "In: why?\nOut: so.<end>\nIn: why?\nOut: so.<end>"
 
 
@@ -118,27 +118,17 @@ def test_ids_are_those_of_a_turn_read_at_once(
 
 
 def test_vicuna_turn_after_turn() -> None:
-    first = [Piece(VICUNA, template=True), Piece("why?"), Piece("ASSISTANT:", template=True)]
-    second = [Piece("USER:", template=True), *first[1:]]
+    first = [Piece(VICUNA, template=True), Piece("why?"), Piece(" ASSISTANT:", template=True)]
+    second = [Piece("USER: ", template=True), *first[1:]]
     assert VicunaPrompt().pieces([user()], "<end>") == first
     assert (
         VicunaPrompt().pieces([user(), assistant(), user(), assistant()], "<end>") == first + ANSWER + second + ANSWER
     )
 
 
-def test_vicuna_writes_the_space_beside_an_image() -> None:
-    pieces = VicunaPrompt().pieces(
-        [user("<image>"), assistant(), user("<image>\na"), assistant(), user("a<image>")], ""
-    )
-    assert [piece.text for piece in pieces if piece.template and piece.text] == [
-        f"{VICUNA} ",
-        " ASSISTANT:",
-        "USER: ",
-        "ASSISTANT:",
-        "USER: ",
-        "ASSISTANT:",
-    ]
-    assert Piece("<image>\na") in VicunaPrompt().pieces([user("a<image>")], ""), "images are moved to the front"
+def test_vicuna_moves_images_to_the_front() -> None:
+    assert Piece("<image>\na") in VicunaPrompt().pieces([user("a<image>")], "")
+    assert Piece("<image>") in VicunaPrompt().pieces([user("<image>\n")], "")
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
