@@ -191,9 +191,10 @@ class LanguageModel(Protocol):
 
 
 class Piece(NamedTuple):
-    """A stretch of a prompt. What stands between two answers is tokenised as one text, and so is an answer with its end.
+    """A stretch of a prompt.
 
-    `template` text may hold special tokens; any other text came from a user and is never parsed for them.
+    What stands between two answers is tokenised as one text, an answer with its end as another. `template` text may
+    hold special tokens; any other text came from a user and is never parsed for them.
     """
 
     text: str

@@ -13,7 +13,7 @@ from hub import Hub
 import ssmvl
 from ssmvl.assistant import Assistant
 from ssmvl.build import build_processor
-from ssmvl.checkpoints import write_tensors
+from ssmvl.checkpoints import read_tensors, write_tensors
 from ssmvl.errors import CheckpointError
 
 TWICE = (  # a scan order with as many paths as bsm
@@ -168,7 +168,9 @@ def test_a_saved_model_in_the_hub(saved: Path, hub: Hub) -> None:
     folder = hub.model("someone/small")
     for path in saved.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    ssmvl.build_model("quickstart", weights="someone/small")
+    model = ssmvl.build_model("quickstart", weights="someone/small")
+    written = read_tensors(saved / "model.safetensors")[0]
+    assert all(torch.equal(tensor, written[name]) for name, tensor in model.state_dict().items())
 
 
 VIT = "name: timm, model: vit_small_patch16_224"

@@ -75,8 +75,10 @@ def test_the_same_said_in_another_way_is_read(
     override: str, tmp_path: Path, install_plugin: Callable[..., None]
 ) -> None:
     install_plugin("twice", TWICE)
-    torch.save({"model": ml_mamba_file()}, tmp_path / "x.pt")
-    ssmvl.build_model("ml_mamba", *ML_MAMBA, override, weights=tmp_path / "x.pt")
+    parts = ml_mamba_file()
+    torch.save({"model": parts}, tmp_path / "x.pt")
+    model = ssmvl.build_model("ml_mamba", *ML_MAMBA, override, weights=tmp_path / "x.pt")
+    assert torch.equal(model.state_dict()["connector.stem.0.weight"], parts["mlp"]["0.weight"])
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,11 @@ def test_a_rope_scaling_that_the_architecture_does_not_have(tmp_path: Path) -> N
 )
 def test_options_that_no_answer_depends_on(kind: str, idle: dict[str, Any], tmp_path: Path) -> None:
     base = CONFIGS.get(kind, {"model_type": kind, **SIZES, "num_key_value_heads": 4})
-    make(1, **base, **idle).model.save_pretrained(tmp_path)
-    load(make(2, **base), tmp_path)
+    written = make(1, **base, **idle)
+    written.model.save_pretrained(tmp_path)
+    read = make(2, **base)
+    load(read, tmp_path)
+    assert all(torch.equal(tensor, written.state_dict()[name]) for name, tensor in read.state_dict().items())
 
 
 def test_which_layers_have_a_window_counts_where_there_is_one(tmp_path: Path) -> None:
