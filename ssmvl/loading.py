@@ -9,7 +9,7 @@ from torch import nn
 
 from ssmvl.checkpoints import Foreign, Layout, open_checkpoint
 from ssmvl.core_plugin import components
-from ssmvl.errors import CheckpointError, short
+from ssmvl.errors import CheckpointError, ContractError, short
 from ssmvl.hub import local
 
 
@@ -55,6 +55,8 @@ def open_weights(name: str | Path, part: Literal["language", "model"]) -> Weight
     for known in components().names("checkpoint"):
         try:
             layout = components().find("checkpoint", known).load()(names=found.tensors.keys(), config=found.config)
+            if not (layout is None or isinstance(layout, Layout)):
+                raise ContractError(f"it must give a Layout or None, gave {layout!r}")
         except CheckpointError as error:  # its kind of file, but not one that it can read
             refused.append(str(error))
             continue

@@ -88,14 +88,20 @@ def test_two_layouts_that_recognise_one_file_and_one_that_fails(
     install_plugin(
         "broken",
         "import ssmvl\n"
+        "from ssmvl.checkpoints import Layout\n"
         "@ssmvl.hookimpl\n"
-        "def ssmvl_register(register): register('checkpoint', 'bad', lambda names, config: config['missing'])\n",
+        "def ssmvl_register(register):\n"
+        "    register('checkpoint', 'bad', lambda names, config: config['missing'])\n"
+        "    register('checkpoint', 'odd', lambda names, config: 5)\n"
+        "    register('checkpoint', 'part', lambda names, config: Layout(part='langage', rules={}))\n",
     )
     monkeypatch.setenv("SSMVL_DISABLE_PLUGINS", "greedy")
     components.cache_clear()
-    with pytest.raises(
-        CheckpointError, match=r"(?s)no registered layout.*checkpoint 'bad' failed: KeyError: 'missing'"
-    ):
+    said = (
+        r"(?s)no registered layout.*checkpoint 'bad' failed: KeyError: 'missing'.*'odd' failed: .* must give a Layout "
+        r"or None, gave 5.*'part' failed: .* must be 'language' or 'model', is 'langage'"
+    )
+    with pytest.raises(CheckpointError, match=said):
         open_weights(tmp_path / "x.safetensors", "language")
     source = MambaLM(width=64, num_layers=1, num_tokens=10)
     write_tensors(tmp_path / "y.safetensors", {f"backbone.{name}": t for name, t in source.state_dict().items()})

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ssmvl.errors import CheckpointError, short
 from ssmvl.hub import user_path
 
 TORCH_FILES = (".bin", ".pt", ".pth")
+POINTER = b"version https://git-lfs"
 FIRST = (INDEX_FILE, WEIGHTS_FILE, "pytorch_model.bin.index.json", "pytorch_model.bin")  # of a folder, in this order
 
 
@@ -66,6 +68,9 @@ def _of_folder(folder: Path) -> Path:
 def _tensors(path: Path) -> dict[str, Tensor]:
     if path.name.endswith(".index.json"):
         return _shards(path)
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise CheckpointError(f"{path}: is a pointer of git LFS, not the file itself; fetch that with git lfs pull")
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     if path.suffix in TORCH_FILES:
@@ -97,6 +102,11 @@ def _shards(index: Path) -> dict[str, Tensor]:
 
 
 def _unpickled_without_code(path: Path) -> Any:
+    if not is_zipfile(path):
+        raise CheckpointError(
+            f"{path}: cannot be read as a checkpoint of torch, which is a zip file. Was it downloaded whole? One of a "
+            "torch before 1.6 is written anew by torch.save(torch.load(FILE, weights_only=True), FILE)"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssmvl.errors import CheckpointError, short
+from ssmvl.errors import CheckpointError, ContractError, short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,11 @@ class Layout:
     absent: Sequence[str] = ()
     ignored: Sequence[str] = ()
     expects: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a part that no model has."""
+        if self.part not in ("language", "model"):
+            raise ContractError(f"part must be 'language' or 'model', is {self.part!r}")
 
     def table(self, ours: Iterable[str]) -> dict[str, list[str]]:
         """The names in the file for each of these names of the module that a rule covers."""

@@ -194,6 +194,19 @@ def test_a_cut_file(tmp_path: Path, name: str, keep: int) -> None:
         open_checkpoint(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
+def test_a_pointer_in_place_of_a_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(CheckpointError, match=rf"{name}: is a pointer of git LFS.*git lfs pull"):
+        open_checkpoint(tmp_path / name)
+
+
+def test_a_file_of_an_old_torch(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"x\.bin: cannot be read.*zip file.*before 1\.6.*weights_only=True"):
+        open_checkpoint(tmp_path / "x.bin")
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [
