@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssmvl import __version__
-from ssmvl.checkpoints import write_folder
+from ssmvl.checkpoints import BYTES, write_folder
 from ssmvl.errors import CheckpointError
 from ssmvl.hub import local
 from ssmvl.recipe import Recipe
@@ -53,7 +53,7 @@ def save_folder(folder: str | Path, tensors: Mapping[str, Tensor], recipe: Recip
     about = {"format_version": FORMAT_VERSION, "ssmvl": __version__, "torch": torch.__version__}
     texts = {
         "recipe.yaml": recipe.to_yaml(),
-        CARD_FILE: card.read_text() if card.is_file() and not is_ours(card) else _card(recipe),
+        CARD_FILE: card.read_bytes().decode(errors=BYTES) if card.is_file() and not is_ours(card) else _card(recipe),
         ABOUT_FILE: json.dumps(about, indent=2) + "\n",
     }
     write_files(folder, tensors, texts | tokenizer_files(processor))
@@ -97,7 +97,10 @@ def saved_folder(name: str | Path) -> Path:
         folder = folder / "model" if (folder / "model" / ABOUT_FILE).is_file() else folder
         version = int(json.loads((folder / ABOUT_FILE).read_text())["format_version"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{folder} holds no saved model: {ABOUT_FILE} cannot be read ({error})") from error
+        raise CheckpointError(
+            f"{folder} holds no saved model: {ABOUT_FILE} cannot be read ({type(error).__name__}: {error}). "
+            "Weights from elsewhere need a recipe: ssmvl.load(WEIGHTS, recipe=NAME)"
+        ) from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} has format version {version}; this ssmvl reads up to {FORMAT_VERSION}; update it"

@@ -284,9 +284,9 @@ def test_a_model_card_that_somebody_wrote_stays(assistant: Assistant, tmp_path: 
     card.write_text(ours.replace("fusion channel", "fusion of old"))
     assistant.save_pretrained(tmp_path)
     assert card.read_text() == ours
-    card.write_text("# Mine\n")
+    card.write_bytes(b"# Mine, \xe9tranger\r\n")
     assistant.save_pretrained(tmp_path)
-    assert card.read_text() == "# Mine\n"
+    assert card.read_bytes() == b"# Mine, \xe9tranger\r\n"
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"format_version": 99}'])

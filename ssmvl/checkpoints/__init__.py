@@ -1,5 +1,6 @@
 """Weights in files: our own folders and everybody's layouts, read strictly; of a pickle, its tensors only."""
 
+from ssmvl.checkpoints.files import BYTES as BYTES
 from ssmvl.checkpoints.files import WEIGHTS_FILE as WEIGHTS_FILE
 from ssmvl.checkpoints.files import read_tensors as read_tensors
 from ssmvl.checkpoints.files import write_folder as write_folder

@@ -19,6 +19,7 @@ from ssmvl.errors import CheckpointError
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SHARD = 5 * 10**9  # bytes of one file, as hubs prefer
+BYTES = "surrogateescape"  # text read so is written as the bytes it was
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], texts: Mapping[str
         _write_shards(partial, tensors)
         for name, text in texts.items():
             with written_whole(partial / name) as file:
-                file.write_text(text)
+                file.write_bytes(text.encode(errors=BYTES))
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
