@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from streaming import StreamingDataLoader, StreamingDataset
+from streaming.base.format import reader_from_json
 
 from ssmvl.batch import collate
 from ssmvl.data.shards import unpack
@@ -53,6 +55,14 @@ def train_loader(folder: Path, processor: Processor, *, batch: int, seed: int) -
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """All records of a folder of shards, in order, images undecoded."""
-    dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=1)
-    return [unpack(dataset[i]) for i in range(dataset.num_samples)]
+    """All records of a folder of shards, in order, images undecoded. No other process is asked or waited for.
+
+    Raises:
+        DataError: a shard is missing, damaged or compressed.
+    """
+    shards = json.loads((folder / "index.json").read_text())["shards"]
+    readers = [reader_from_json(str(folder), None, shard) for shard in shards]
+    try:
+        return [unpack(reader[at]) for reader in readers for at in range(len(reader))]
+    except (OSError, ValueError, IndexError) as error:
+        raise DataError(f"{folder}: a shard cannot be read, or only as compressed ({error}); write it anew") from error

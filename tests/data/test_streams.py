@@ -117,3 +117,10 @@ def test_sample_that_cannot_be_used_is_named(tmp_path: Path, bad: dict[str, Any]
     folder = shards_of(tmp_path / "s", bad, record("good", "q", "x"))
     with pytest.raises(DataError, match=f"sample bad-7: .*{reason}"):
         epoch(folder, batch=2)
+
+
+def test_records_of_a_shard_that_is_missing(tmp_path: Path) -> None:
+    folder = shards_of(tmp_path / "shards", record("a", "Why?", "So."))
+    (folder / "shard.00000.mds").unlink()
+    with pytest.raises(DataError, match=r"shards: a shard cannot be read.*shard\.00000\.mds.*write it anew"):
+        read_records(folder)
