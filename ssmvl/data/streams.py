@@ -61,6 +61,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
         DataError: a shard is missing, damaged or compressed.
     """
     shards = json.loads((folder / "index.json").read_text())["shards"]
+    # as streaming's LocalDataset does, which leaves the index file open
     readers = [reader_from_json(str(folder), None, shard) for shard in shards]
     try:
         return [unpack(reader[at]) for reader in readers for at in range(len(reader))]
