@@ -58,7 +58,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     """All records of a folder of shards, in order, images undecoded. No other process is asked or waited for.
 
     Raises:
-        DataError: a shard is missing, damaged or compressed.
+        DataError: a shard is missing or compressed, or its bytes cannot be taken apart; hashes are not looked at.
     """
     shards = json.loads((folder / "index.json").read_text())["shards"]
     # as streaming's LocalDataset does, which leaves the index file open
