@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from hub import hub as hub
+from s3 import bucket as bucket
+from s3 import objects as objects
+from s3 import s3_server as s3_server
 
 from ssmvl.core_plugin import components
 

@@ -1,7 +1,7 @@
 """MDS shards in the library's own layout: written once, verified, written again when damaged.
 
-One sample is a record `{"id": str, "type": str, "conversation": [messages], "images": [bytes]}`; `type` groups
-questions for evaluation and may be empty. In a shard the images are joined, with their sizes beside them.
+One sample is a record `{"id": str, "type": str, "conversation": [messages], "images": [bytes]}`; `type` says what kind
+of question it is, or where it comes from, and may be empty. In a shard the images are joined, with their sizes beside them.
 """
 
 from __future__ import annotations
@@ -99,6 +99,12 @@ def existing_shards(split: str, *, folder: str) -> Path:
     return path.parent
 
 
+def pack(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with its images apart -> as it stands in a shard, one value for each of `COLUMNS`."""
+    sizes = [len(image) for image in record["images"]]
+    return {**record, "images": b"".join(record["images"]), "image_sizes": sizes}
+
+
 def unpack(record: dict[str, Any]) -> dict[str, Any]:
     """A record as it stands in a shard -> with its images apart."""
     images, start = [], 0
@@ -123,5 +129,4 @@ def _write(folder: Path, records: Iterable[dict[str, Any]], total: int, what: st
     folder.mkdir(parents=True)
     with MDSWriter(out=str(folder), columns=COLUMNS, hashes=[HASH], size_limit=SHARD_BYTES) as writer:
         for record in tqdm(records, desc=what, total=total, unit=" samples"):
-            sizes = [len(image) for image in record["images"]]
-            writer.write({**record, "images": b"".join(record["images"]), "image_sizes": sizes})
+            writer.write(pack(record))

@@ -1,0 +1,56 @@
+"""Files in a bucket: fetched whole, sent whole. Whatever mosaicml-streaming reaches: s3, gs, oci, azure, hf.
+
+`S3_ENDPOINT_URL` names an endpoint other than Amazon's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssmvl.checkpoints import written_whole
+from ssmvl.errors import DataError
+
+TIMEOUT = 120.0  # seconds to wait for an answer
+
+
+def is_remote(place: str) -> bool:
+    """Whether a place is a URL such as `s3://bucket/folder`, and no path."""
+    return "://" in place
+
+
+def fetch(url: str, path: Path) -> None:
+    """Download one file, whole or not at all.
+
+    Raises:
+        DataError: it is not there, or cannot be reached or written.
+    """
+    from streaming.base.storage import CloudDownloader
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as partial:
+            partial.unlink(missing_ok=True)  # what is there is taken for downloaded
+            CloudDownloader.direct_download(url, str(partial), TIMEOUT)
+    except Exception as error:  # each cloud's library has errors of its own
+        raise DataError(f"{url} cannot be fetched ({type(error).__name__}: {error}){_hint(url)}") from error
+
+
+def send(folder: Path, url: str, names: Sequence[str]) -> None:
+    """Upload files of a folder, one after another, to the folder `url`; each appears whole or not at all.
+
+    Raises:
+        DataError: the bucket does not exist, refuses, or cannot be reached.
+    """
+    from streaming.base.storage import CloudUploader
+
+    try:
+        uploader = CloudUploader.get((str(folder), url), keep_local=True, exist_ok=True)
+        for name in names:
+            uploader.upload_file(name)
+    except Exception as error:  # each cloud's library has errors of its own
+        raise DataError(f"{url} cannot be written ({type(error).__name__}: {error}){_hint(url)}") from error
+
+
+def _hint(url: str) -> str:
+    return "; look at the name of the bucket, its rights and S3_ENDPOINT_URL" if url.startswith("s3://") else ""
