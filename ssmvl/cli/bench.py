@@ -1,4 +1,4 @@
-"""`ssmvl bench [--suite cpu|cuda] [--json FILE]`."""
+"""`ssmvl bench [--suite cpu|cuda|data] [--json FILE]`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from ssmvl.errors import BackendError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """The device, and where the figures go."""
-    parser.add_argument("--suite", choices=("cpu", "cuda"), default="cpu", help="the device to measure")
+    """What is measured, and where the figures go."""
+    parser.add_argument(
+        "--suite",
+        choices=("cpu", "cuda", "data"),
+        default="cpu",
+        help="the model on a device, or converting and loading data (default: cpu)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the machine and the rows there")
 
 
@@ -20,18 +25,19 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from ssmvl.benchmarks.cases import cases
+    from ssmvl.benchmarks.data_cases import DataSize, data_cases
     from ssmvl.benchmarks.limits import Shape, machine
 
     if options.suite == "cuda" and not torch.cuda.is_available():
         raise BackendError("torch finds no CUDA device here; run the suite cpu")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-    found = machine(options.suite)
+    found = machine("cuda" if options.suite == "cuda" else "cpu")
     print(" · ".join(f"{key} {value}" for key, value in found.items()), end="\n\n")
     print(LINE.format("case", "value", "unit", "limit", "share", "bar", "peer"))
     bars = BARS | CUDA_BARS if options.suite == "cuda" else BARS
     rows = []
-    for row in cases(Shape(), options.suite):
+    for row in data_cases(DataSize()) if options.suite == "data" else cases(Shape(), options.suite):
         limit, share = ("", "") if row.limit is None else (f"{row.limit:.1f}", f"{row.of_limit:.0%}")
         line = LINE.format(row.case, f"{row.value:.1f}", row.unit, limit, share, bars.get(row.case, ""), row.peer or "")
         print(line.rstrip(), flush=True)
@@ -51,5 +57,11 @@ BARS = {
     "length, 8192": "≥ 91 %",
     "memory": "≤ 100 %",
     "memory, rows twice as long": "≤ 100 %",
+    "convert, folder": "≥ 60 %",
+    "convert, zip": "≥ 60 %",
+    "verify": "≥ 90 %",
+    "load": "≥ 85 %",
+    "memory, texts": "≤ 100 %",
+    "memory, images in a zip": "≤ 100 %",
 }
 CUDA_BARS = {"scan, K = 4": "≥ 143 %"}

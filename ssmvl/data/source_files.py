@@ -1,0 +1,281 @@
+"""Chunks of published records, and the readers of the files that hold images too: parquet and tar."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ssmvl.data.conversations import MARK, TALKS, UnusableError, conversation
+from ssmvl.data.images import Place, damage, leaves
+from ssmvl.errors import DataError, MissingDependencyError, short
+
+COLUMNS_OF_IMAGES, TYPES = ("image", "images"), ("data_source", "source")  # of a parquet
+BYTES = re.compile(r"(.*list<\w+: )?(null|(large_)?binary|struct<.*bytes: .*>)( not null)?>?")  # types of the former
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # members of a tar
+ROWS = 32  # of a parquet, read at once
+
+Record = dict[str, Any]  # {"id", "type", "conversation", "images": list[bytes]}, as shards.pack takes it
+
+
+class Skipped(NamedTuple):
+    """A record that makes no sample, and why."""
+
+    id: str
+    source: str
+    record: int  # its number in the source, from 0
+    reason: str
+    detail: str
+
+
+class Image(NamedTuple):
+    """An image of a record: its name, for messages, and its bytes or where they lie; None if they are nowhere."""
+
+    name: str
+    data: Place | bytes | None
+
+    def read(self) -> bytes:
+        """The bytes, which look like those of a whole image.
+
+        Raises:
+            UnusableError: they are missing or damaged.
+        """
+        try:
+            data = self.data.read() if isinstance(self.data, Place) else self.data
+        except FileNotFoundError:
+            data = None
+        except DataError as error:
+            raise UnusableError("damaged image", f"{self.name}: {error}") from error
+        if data is None:
+            why = "leaves the image folder" if leaves(self.name) else "is not there"
+            raise UnusableError("missing image", f"{self.name} {why}")
+        if wrong := damage(data):
+            raise UnusableError("damaged image", f"{self.name}: {wrong}")
+        return data
+
+
+class Published(NamedTuple):
+    """A record as it was published."""
+
+    record: Any
+    images: Sequence[Image]
+    type: str
+
+
+@dataclass(frozen=True)
+class Chunk(ABC):
+    """Records of one file in a row; picklable, so that any process can read it.
+
+    Args:
+        source: the file.
+        first: number of its first record in that file, from 0.
+        done: share of all sources (0 to 1) that is read once this chunk is read.
+        ids: of its records.
+    """
+
+    source: str
+    first: int
+    done: float
+    ids: Sequence[str]
+
+    def read(self) -> Iterator[Record | Skipped]:
+        """One item for each record of the source, in order, with its image bytes.
+
+        Raises:
+            DataError: the file itself cannot be read.
+        """
+        for number, (id_, published) in enumerate(zip(self.ids, self._records(), strict=True), self.first):
+            try:
+                talk = conversation(published.record, len(published.images))
+                images = [image.read() for image in published.images]
+            except UnusableError as error:
+                yield Skipped(id_, self.source, number, error.reason, error.detail)
+            else:
+                yield {"id": id_, "type": published.type, "conversation": talk, "images": images}
+
+    @abstractmethod
+    def _records(self) -> Iterable[Published]: ...
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file to be read in chunks.
+
+    Args:
+        path: of the file.
+        size: at most so many records a chunk.
+        unique: an id -> the same, or another one if it was there before.
+        done: share of this file that is read -> share of all sources.
+    """
+
+    path: Path
+    size: int
+    unique: Callable[[str], str]
+    done: Callable[[float], float]
+
+    def id(self, given: Any, number: int) -> str:
+        """The id of a record, after the file if it has none of its own."""
+        return self.unique(f"{self.path.name}:{number}" if given is None else str(given))
+
+
+@dataclass(frozen=True)
+class ParquetChunk(Chunk):
+    """Row groups of a parquet file."""
+
+    groups: Sequence[int]
+
+    def _records(self) -> Iterator[Published]:
+        with _parquet(Path(self.source)) as file:
+            columns = [name for name in file.schema_arrow.names if name in (*TALKS, *COLUMNS_OF_IMAGES, *TYPES)]
+            for batch in file.iter_batches(ROWS, row_groups=list(self.groups), columns=columns, use_threads=False):
+                for row in batch.to_pylist():
+                    images = [image for column in COLUMNS_OF_IMAGES for image in _cell(row.pop(column, None))]
+                    given = next((row[column] for column in TYPES if row.get(column)), "" if images else "text")
+                    yield Published(row, images, str(given))
+
+
+def parquet_chunks(file: SourceFile) -> Iterator[Chunk]:
+    """A parquet file in runs of whole row groups.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    with _parquet(file.path) as opened:
+        sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+        first, begin = 0, 0
+        while begin < len(sizes):
+            end = begin + 1
+            while end < len(sizes) and sum(sizes[begin : end + 1]) <= file.size:
+                end += 1
+            groups, rows = range(begin, end), sum(sizes[begin:end])
+            given: list[Any] = [None] * rows
+            if "id" in opened.schema_arrow.names:
+                given = opened.read_row_groups(list(groups), columns=["id"], use_threads=False)["id"].to_pylist()
+            ids = [file.id(id_, number) for number, id_ in enumerate(given, first)]
+            yield ParquetChunk(str(file.path), first, file.done(end / len(sizes)), ids, groups)
+            first, begin = first + rows, end
+
+
+def check_parquet(path: Path) -> None:
+    """Look whether a parquet file has the columns that are read.
+
+    Raises:
+        DataError: it has not, or is damaged.
+    """
+    with _parquet(path) as file:
+        columns = {field.name: str(field.type) for field in file.schema_arrow}
+    texts = [columns[name].startswith(("list<", "large_list<")) for name in TALKS if name in columns]
+    images = [BYTES.fullmatch(columns[name]) for name in COLUMNS_OF_IMAGES if name in columns]
+    if not any(texts) or not all(images):
+        found = ", ".join(f"{name}: {type_}" for name, type_ in columns.items())
+        raise DataError(
+            f"{path} has the columns {short(found)}; wanted are conversations, messages or texts (a list of structs), "
+            "and where there are images, image or images (bytes, a struct with bytes, or a list of these)"
+        )
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    require("pyarrow", "parquet")
+    import pyarrow.parquet
+
+    try:  # pages are read when they are needed: a whole row group of images may not fit in memory
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no parquet file, or is damaged ({short(str(error))})") from error
+
+
+def _cell(cell: Any) -> list[Image]:
+    images = cell if isinstance(cell, list) else [] if cell is None else [cell]
+    structs = [image if isinstance(image, dict) else {"bytes": image} for image in images]
+    return [Image(image.get("path") or f"image {number}", image["bytes"]) for number, image in enumerate(structs)]
+
+
+@dataclass(frozen=True)
+class TarChunk(Chunk):
+    """Samples of a WebDataset tar: for each the members of one key."""
+
+    members: Sequence[Sequence[Image]]
+
+    def _records(self) -> Iterator[Published]:
+        for members in self.members:
+            images = [member for member in members if member.name.lower().endswith(PICTURES)]
+            texts = {suffix: _text(members, suffix) for suffix in (".json", ".txt")}
+            record = _parsed(texts[".json"])
+            if not (isinstance(record, dict) and record.keys() & {*TALKS}):
+                caption = record.get("caption", record.get("text")) if isinstance(record, dict) else None
+                if (caption := texts[".txt"] if caption is None else caption) is not None:
+                    images = images or [Image("an image beside the caption", None)]
+                    record = {"texts": [{"user": "\n".join([MARK] * len(images)), "assistant": caption}]}
+            yield Published(record, images, "" if images else "text")
+
+
+def tar_chunks(file: SourceFile) -> Iterator[Chunk]:
+    """A WebDataset tar; only the headers of its members are read here.
+
+    Raises:
+        DataError: it is cut off, or no tar.
+    """
+    total, first, samples = file.path.stat().st_size, 0, groupby(_members(file.path), lambda found: found[0])
+    keyed = ((key, list(members)) for key, members in samples)
+    while batch := list(islice(keyed, file.size)):
+        ids = [file.id(key, number) for number, (key, _) in enumerate(batch, first)]
+        members = [[Image(name, place) for _, name, place in found] for _, found in batch]
+        end = batch[-1][1][-1][2].offset
+        yield TarChunk(str(file.path), first, file.done(end / total), ids, members)
+        first += len(batch)
+
+
+def _members(path: Path) -> Iterator[tuple[str, str, Place]]:
+    """Key, name and place of each file in a tar."""
+    at = 0
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
+            file.seek(at)
+            while (header := file.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):  # which ends the tar
+                if len(header) < tarfile.BLOCKSIZE:
+                    raise DataError(f"{path} is cut off: it ends before byte {at}, where a header or the end should be")
+                file.seek(at)
+                member = tarfile.TarInfo.fromtarfile(
+                    tar
+                )  # tar.next() keeps all, and takes a damaged header for the end
+                folder, slash, base = member.name.rpartition("/")
+                if member.isreg() and not base.startswith("."):
+                    yield (
+                        folder + slash + base.partition(".")[0],
+                        member.name,
+                        Place(path, member.offset_data, member.size),
+                    )
+                at = tar.offset
+                file.seek(at)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(
+            f"{path} is no tar, or damaged, at byte {at} ({error}); compressed ones are not read"
+        ) from error
+
+
+def _text(members: Sequence[Image], suffix: str) -> str | None:
+    found = next((m.data for m in members if m.name.lower().endswith(suffix) and isinstance(m.data, Place)), None)
+    return None if found is None else found.read().decode(errors="replace")
+
+
+def _parsed(text: str | None) -> Any:
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError:
+        return text
+
+
+def require(package: str, what: str) -> None:
+    """Raise a clear error where a package is not installed."""
+    if find_spec(package) is None:
+        raise MissingDependencyError(f"reading {what} needs {package}: pip install 'ssmvl[data]'")

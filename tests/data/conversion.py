@@ -1,0 +1,109 @@
+"""Small sources of real files for the tests of `ssmvl data convert`, and what should come of them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def jpeg(number: int, side: int = 40) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 255, (side, side + number, 3), dtype=np.uint8)
+    written = io.BytesIO()
+    Image.fromarray(pixels).save(written, "JPEG")
+    return written.getvalue()
+
+
+def source(folder: Path, count: int, name: str = "made.json", side: int = 40) -> Path:
+    """A JSON of records with one image each, some with none and some with two; the images are in `pictures`."""
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    for number in range(7):
+        (folder / "pictures" / f"{number}.jpg").write_bytes(jpeg(number, side))
+    records = []
+    for number in range(count):
+        images = [f"pictures/{(number + at) % 7}.jpg" for at in range((1, 1, 0, 2)[number % 4])]
+        asked = "<image>\n" * len(images) + f"Question {number}, é?"
+        talk = [{"from": "human", "value": asked}, {"from": "gpt", "value": f"Answer {number}."}]
+        records.append({"id": f"{name}-{number}", "conversations": talk} | ({"image": images} if images else {}))
+    path = folder / name
+    path.write_text(json.dumps(records))
+    return path
+
+
+def expected(path: Path) -> list[dict[str, Any]]:
+    """The records of `source`, read in the plainest way."""
+    found = []
+    for record in json.loads(path.read_text()):
+        asked, answer = (turn["value"] for turn in record["conversations"])
+        images = [(path.parent / name).read_bytes() for name in record.get("image", [])]
+        talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        type_ = "pictures" if images else "text"
+        found.append({"id": record["id"], "type": type_, "conversation": talk, "images": images})
+    return found
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Name -> hash of every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """The real command in a process group of its own."""
+    command = [sys.executable, "-c", "from ssmvl.cli import main; raise SystemExit(main())", "data", "convert"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], stdout=pipe, stderr=pipe, text=True, start_new_session=True, **options
+    )
+
+
+def wait_until(true: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Look every few milliseconds; the process must be running still."""
+    while not true():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def parts(train: Path) -> list[str]:
+    return sorted(path.name for path in train.glob("part-*"))
+
+
+def children(pid: int) -> list[int]:
+    """Processes whose parent is `pid`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def ended(pids: list[int]) -> None:
+    """Wait until none of the processes is left."""
+    limit = time.monotonic() + 60
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < limit, "processes stay"
+        os.sched_yield()
+        time.sleep(0.005)

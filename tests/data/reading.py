@@ -1,0 +1,46 @@
+"""Reading source files to the end, as tests of sources do."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from published import draw
+
+from ssmvl.data.sources import open_sources
+from ssmvl.errors import DataError
+
+TALK = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+SAID = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+IMAGE = draw(0).data
+PYTHON = """
+import resource, sys
+from pathlib import Path
+from ssmvl.data.sources import open_sources
+"""
+
+
+def opened(*sources: Path | str, images: list[str] | None = None, size: int = 5) -> Iterator[Any]:
+    return open_sources([Path(source) for source in sources], images or [], size)
+
+
+def read(*sources: Path | str, images: list[str] | None = None, size: int = 5) -> list[Any]:
+    """All records, each chunk read as another process would."""
+    return [
+        item
+        for chunk in opened(*sources, images=images, size=size)
+        for item in pickle.loads(pickle.dumps(chunk)).read()
+    ]
+
+
+def until_error(path: Path, size: int) -> tuple[list[Any], str]:
+    """What is read before the error, and the error."""
+    found: list[Any] = []
+    try:
+        for chunk in opened(path, size=size):
+            found += chunk.read()
+    except DataError as error:
+        return found, str(error)
+    raise AssertionError(f"{path} was read to the end")
