@@ -41,7 +41,7 @@ def cases(shape: Shape, device: str) -> Iterator[Row]:
     yield from _memory(model, shape, device)
 
 
-def _compare(
+def compare(
     case: str, unit: str, limit: Callable[[], float], value: Callable[[], float], rounds: int = 5, **more: Any
 ) -> Row:
     """The round of median share: limit and value are measured in turn, because a machine's speed drifts."""
@@ -64,7 +64,7 @@ def _prefill(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
         model.prefill(embeds, torch.tensor([shape.prompt], device=device), model.new_state(1))
 
     yield Row("prefill, first call", seconds(run, device), "s")
-    yield _compare(
+    yield compare(
         "prefill",
         "tok/s",
         lambda: product_rate(shape, shape.prompt, device) / _operations(model, shape),
@@ -96,7 +96,7 @@ def _decode_with(
     def tokens_a_second(steps: int = 8) -> float:
         return steps * rows / seconds(lambda: [step(ids, state) for _ in range(steps)], device)
 
-    row = _compare(case, "tok/s", lambda: rows * read_rate(device) / touched, tokens_a_second)
+    row = compare(case, "tok/s", lambda: rows * read_rate(device) / touched, tokens_a_second)
     yield row
     return row.value
 
@@ -111,7 +111,7 @@ def _train_step(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
 
     tokens = shape.rows * shape.row_length
     yield Row("train_step, first call", seconds(run, device), "s")
-    yield _compare(
+    yield compare(
         "train_step",
         "tok/s",
         lambda: product_rate(shape, tokens, device) / (3 * _operations(model, shape)),
@@ -147,7 +147,7 @@ def _scan(shape: Shape, device: str) -> Iterator[Row]:
     for paths in (2, 4):
         folded = call(paths)
         rate(folded)
-        yield _compare(f"scan, K = {paths}", "scans/s", partial(rate, one, paths), partial(rate, folded), rounds=25)
+        yield compare(f"scan, K = {paths}", "scans/s", partial(rate, one, paths), partial(rate, folded), rounds=25)
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def _length(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
     yield Row(f"length, {shape.prompt}", tokens_a_second(shape.prompt), "tok/s")
     length = 2 * shape.prompt
     while length <= shape.longest:
-        yield _compare(
+        yield compare(
             f"length, {length}",
             "tok/s",
             partial(tokens_a_second, shape.prompt),

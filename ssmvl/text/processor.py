@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, compress, groupby
 from operator import attrgetter
 from typing import TypedDict
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -42,6 +43,8 @@ class Processor:
         image_specs: one for each different input the encoders take.
         places: visual tokens of one image, the connector's `num_tokens(grid)`.
         end: the tokenizer's token that ends an answer, as `load_tokenizer` gives it.
+        max_text_tokens: what lies beyond is cut off where a sample is made to train on; image places are not counted,
+            and all of them stay.
     """
 
     tokenizer: Tokenizer
@@ -49,6 +52,7 @@ class Processor:
     image_specs: tuple[ImageSpec, ...]
     places: int
     end: str = END
+    max_text_tokens: int | None = None
 
     @property
     def end_id(self) -> int:
@@ -67,11 +71,11 @@ class Processor:
         Args:
             conversation: messages, the user's first.
             images: as many as there are marks, if there are marks.
-            train: refuse a sample in which nothing is supervised.
+            train: cut the text at `max_text_tokens`, and refuse a sample in which nothing is supervised.
 
         Raises:
             DataError: marks and images differ in number, an image cannot be decoded, there is neither text nor an
-                image to read, or nothing is supervised.
+                image to read, or nothing is supervised, or nothing within `max_text_tokens`.
         """
         pieces = self.prompt.pieces(conversation, self.end)  # refuses what is no conversation
         marks = sum(message["content"].count(IMAGE) for message in conversation if message["role"] == "user")
@@ -92,12 +96,13 @@ class Processor:
             labels += tokens if supervised else [IGNORED] * len(tokens)
         if not ids:
             raise DataError(f"nothing to read in this sample: neither text nor image from {_plain(conversation)}")
-        if train and all(label == IGNORED for label in labels[1:]):
+        if train and not _teaches(labels):
             raise DataError(f"nothing to learn in this sample: no supervised token in {_plain(conversation)}")
+        if train and self.max_text_tokens is not None:
+            ids, labels = _cut(ids, labels, self.max_text_tokens)
         pixels = self.pixels(images)
-        return Sample(
-            ids=torch.tensor(ids, dtype=torch.long), labels=torch.tensor(labels, dtype=torch.long), images=pixels
-        )
+        as_tensors = [torch.from_numpy(np.array(numbers, np.int64)) for numbers in (ids, labels)]
+        return Sample(ids=as_tensors[0], labels=as_tensors[1], images=pixels)
 
     def pixels(self, images: Sequence[ImageLike]) -> dict[ImageSpec, Tensor]:
         """Images -> uint8 (I, 3, S, S) for each input of the encoders.
@@ -105,7 +110,8 @@ class Processor:
         Raises:
             DataError: an image cannot be decoded.
         """
-        decoded = [read_image(image) for image in images]
+        largest = max((spec.size for spec in self.image_specs), default=None)
+        decoded = [read_image(image, largest) for image in images]
         return {spec: _stack([to_pixels(image, spec) for image in decoded], spec) for spec in self.image_specs}
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -136,6 +142,26 @@ class Processor:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids) if text else []
 
 
+def _cut(ids: list[int], labels: list[int], limit: int) -> tuple[list[int], list[int]]:
+    """The first `limit` text tokens with their labels, and all image places."""
+    read = list(accumulate(id_ != IMAGE_PLACE for id_ in ids))  # text tokens up to and with each
+    if read[-1] <= limit:
+        return ids, labels
+    kept = [id_ == IMAGE_PLACE or count <= limit for id_, count in zip(ids, read, strict=True)]
+    left = list(compress(labels, kept))
+    if not _teaches(left):
+        before = read[next(t for t in range(1, len(ids)) if labels[t] != IGNORED)] - 1
+        raise DataError(
+            f"nothing to learn in this sample: the first answer begins after {before} text tokens, and only {limit} "
+            f"are read; raise the stage's max_text_tokens"
+        )
+    return list(compress(ids, kept)), left
+
+
+def _teaches(labels: list[int]) -> bool:
+    return labels[1:].count(IGNORED) < len(labels) - 1  # nothing stands before the first that could predict it
+
+
 def _without_marks(message: Message) -> Message:
     if message["role"] != "user" or IMAGE not in message["content"]:
         return message
@@ -147,4 +173,6 @@ def _plain(conversation: Sequence[Message]) -> str:
 
 
 def _stack(pixels: list[Tensor], spec: ImageSpec) -> Tensor:
+    if len(pixels) == 1:
+        return pixels[0][None]  # nothing to copy
     return torch.stack(pixels) if pixels else torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)

@@ -322,7 +322,7 @@ def test_a_killed_process_ends_it_with_an_error(out: Path) -> None:
         children[0].send_signal(signal.SIGKILL)
         assert process.stderr
         said = process.communicate(timeout=60)[1]
-    assert "DataError: a worker process was killed" in said
+    assert "DataError: a process was killed" in said
     assert process.returncode == 1
 
 

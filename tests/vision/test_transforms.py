@@ -70,7 +70,7 @@ def test_grey_and_black_and_white() -> None:
 def test_palette_with_transparency_in_bytes_is_read_without_a_warning() -> None:
     image = Image.new("P", (2, 2), 1)
     image.putpalette([0, 0, 0, *GREEN])
-    assert read_image(encoded(image, "PNG", transparency=bytes([0, 128]))).getpixel((0, 0)) == GREEN
+    assert read_image(encoded(image, "PNG", transparency=bytes([0, 255]))).getpixel((0, 0)) == GREEN
 
 
 @pytest.mark.parametrize("kind", [str, Path])

@@ -1,0 +1,250 @@
+"""The cases of the suite `data`: converting, verifying and loading images as shares of copying and decoding them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from ssmvl.benchmarks.cases import Row, compare
+from ssmvl.benchmarks.limits import seconds
+from ssmvl.errors import DataError, MissingDependencyError
+from ssmvl.interfaces import ImageSpec
+from ssmvl.text.processor import Processor
+from ssmvl.text.prompts import MambaPrompt
+from ssmvl.text.tokenizers import byte_tokenizer
+
+MEMORY = 1.5e9  # bytes that a conversion may take, all its processes together
+SAMPLE_EVERY = 0.2  # seconds
+SSMVL = "import sys; from ssmvl.cli import main; sys.exit(main())"
+
+
+class DataSize(NamedTuple):
+    """What is generated, and with how many processes everything is done."""
+
+    pictures: int = 4000  # JPEGs of 20 to 60 KB
+    conversations: int = 665_000  # about a gigabyte of JSON
+    workers: int = 2
+    side: int = 384  # pixels of an image as the model takes it
+    batch: int = 32
+
+
+def data_cases(size: DataSize) -> Iterator[Row]:
+    """Every row, one after the other; needs some 4 GB in the folder for temporary files."""
+    with TemporaryDirectory(prefix="ssmvl-bench-") as name:
+        folder = Path(name)
+        pictures = _write_pictures(folder, size)
+        yield from _convert(folder, pictures, size)
+        yield _verify(folder, pictures, size)
+        yield _load(folder, pictures, size)
+        yield from _memory(folder, size)
+
+
+def _convert(folder: Path, pictures: list[Path], size: DataSize) -> Iterator[Row]:
+    """Megabytes of images a second, against reading, hashing and writing the same files."""
+    from ssmvl.data.convert import convert
+
+    source, out, copies = folder / "pictures.json", folder / "shards", folder / "copies"
+    megabytes = sum(path.stat().st_size for path in pictures) / 1e6
+    part = -(-len(pictures) // (4 * size.workers))  # the usual 4,096 would leave nothing to the other processes
+
+    def rate(images: Path) -> float:
+        run = partial(convert, [source], str(out), images=[str(images)], workers=size.workers, part_size=part)
+        return megabytes / _written(out, run)
+
+    def limit() -> float:
+        return megabytes / _written(copies, lambda: _in_processes(_copy, pictures, size, copies))
+
+    for case, images in (("convert, folder", folder / "pictures"), ("convert, zip", folder / "pictures.zip")):
+        rate(images)
+        yield compare(case, "MB/s", limit, partial(rate, images))
+    shutil.rmtree(copies)
+
+
+def _verify(folder: Path, pictures: list[Path], size: DataSize) -> Row:
+    """Images a second, against decoding them."""
+    from ssmvl.data.verify import verify
+
+    def rate() -> float:
+        start = time.perf_counter()
+        with contextlib.redirect_stderr(io.StringIO()):
+            found = verify(str(folder / "shards"), size.workers)
+        if found.problems or found.images != len(pictures):
+            raise DataError(f"the shards that were just written are damaged: {found}")
+        return len(pictures) / (time.perf_counter() - start)
+
+    def limit() -> float:
+        return len(pictures) / seconds(lambda: _in_processes(_decode, pictures, size), "cpu")
+
+    rate()
+    return compare("verify", "images/s", limit, rate)
+
+
+class _Bare(Dataset[NDArray[np.uint8]]):
+    """Encoded images -> decoded and resized, (S, S, 3)."""
+
+    def __init__(self, images: list[bytes], side: int) -> None:
+        self.images, self.side = images, side
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, at: int) -> NDArray[np.uint8]:
+        with Image.open(io.BytesIO(self.images[at])) as image:
+            return np.array(image.resize((self.side, self.side), Image.Resampling.BICUBIC))
+
+
+def _load(folder: Path, pictures: list[Path], size: DataSize) -> Row:
+    """Samples a second in batches, as training reads them, against torch's loader of the same images resized."""
+    from ssmvl.data.mix import Loader
+    from ssmvl.data.streams import train_loader
+
+    processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(size.side),), places=729)
+    shards, workers = folder / "shards" / "train", size.workers
+    ours = train_loader(shards, processor, batch=size.batch, seed=0, loader=Loader(workers=workers))
+    bare = DataLoader(
+        _Bare([path.read_bytes() for path in pictures], size.side),
+        size.batch,
+        num_workers=workers,
+        persistent_workers=True,
+        drop_last=True,
+    )
+    return compare("load", "images/s", partial(_rate, bare, len), partial(_rate, ours, _samples), rounds=3)
+
+
+def _samples(batch: dict[str, Any]) -> int:
+    return len(batch["ids"])
+
+
+def _rate(loader: Iterable[Any], count: Callable[[Any], int]) -> float:
+    """Samples a second, from the first batch to the last of an epoch: starting the processes is not counted."""
+    batches = iter(loader)
+    next(batches)
+    start = time.perf_counter()
+    return sum(map(count, batches)) / (time.perf_counter() - start)
+
+
+def _memory(folder: Path, size: DataSize) -> Iterator[Row]:
+    """Memory and speed of converting a JSON of the papers' largest size: without images, and with images in a zip."""
+    for case, images in (("texts", None), ("images in a zip", folder / "many.zip")):
+        source, out = folder / "many.json", folder / "many"
+        _write_conversations(source, images, size.conversations)
+        shutil.rmtree(out, ignore_errors=True)
+        options = ["--out", str(out), "--workers", str(size.workers), *(["--images", str(images)] if images else [])]
+        start = time.perf_counter()
+        peak = _peak([sys.executable, "-c", SSMVL, "data", "convert", str(source), *options])
+        yield Row(f"convert, {case}", size.conversations / (time.perf_counter() - start), "1/s")
+        yield Row(f"memory, {case}", peak / 1e6, "MB", MEMORY / 1e6, peak / MEMORY)
+
+
+def _peak(command: list[str]) -> int:
+    """Bytes that a command and its processes hold at most, what they share counted once."""
+    try:
+        import psutil
+    except ImportError as error:
+        raise MissingDependencyError("measuring memory needs psutil: pip install 'ssmvl[train]'") from error
+    peak = 0
+    with TemporaryFile("w+") as errors:
+        process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        while process.poll() is None:
+            held = 0
+            with contextlib.suppress(psutil.Error):  # ended meanwhile
+                for one in [process, *process.children(recursive=True)]:
+                    held += one.memory_full_info().pss
+            peak = max(peak, held)
+            time.sleep(SAMPLE_EVERY)
+        if process.returncode:
+            errors.seek(0)
+            raise DataError(f"{' '.join(command)} failed: {errors.read()}")
+    return peak
+
+
+def _written(target: Path, run: Callable[[], object]) -> float:
+    """Seconds that `run` takes to write the folder anew; earlier writes have reached the disk."""
+    shutil.rmtree(target, ignore_errors=True)
+    os.sync()
+    with contextlib.redirect_stderr(io.StringIO()):
+        return seconds(run, "cpu")
+
+
+def _in_processes(work: Callable[..., None], paths: list[Path], size: DataSize, *more: Path) -> None:
+    from ssmvl.data.workers import processes
+
+    for folder in more:
+        folder.mkdir()
+    with processes(size.workers) as pool:
+        list(pool.map(partial(work, *more), paths, chunksize=64))
+
+
+def _copy(folder: Path, path: Path) -> None:
+    from streaming.base.hashing import get_hash
+
+    data = path.read_bytes()
+    (folder / f"{path.name}.{get_hash('xxh64', data)}").write_bytes(data)
+
+
+def _decode(path: Path) -> None:
+    with Image.open(path) as image:
+        image.load()
+
+
+def _write_pictures(folder: Path, size: DataSize) -> list[Path]:
+    """JPEGs in a folder and in a zip, and a JSON of LLaVA's layout that names them."""
+    paths = [folder / "pictures" / f"{number:06}.jpg" for number in range(size.pictures)]
+    paths[0].parent.mkdir()
+    _in_processes(_draw, paths, size)
+    with zipfile.ZipFile(folder / "pictures.zip", "w") as pack:
+        for path in paths:
+            pack.write(path, path.name)
+    texts = ["<image>\nWhat is this?", "Coloured patches without a name, larger ones and smaller ones."]
+    (folder / "pictures.json").write_text(json.dumps([_record(path.stem, path.name, texts) for path in paths]))
+    return paths
+
+
+def _draw(path: Path) -> None:
+    rng = np.random.default_rng(int(path.stem))
+    width, height, patch = int(rng.integers(420, 580)), int(rng.integers(340, 460)), int(rng.integers(8, 13))
+    patches = rng.integers(0, 256, (height // patch, width // patch, 3), np.uint8)
+    image = Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC)
+    image.save(path, quality=int(rng.integers(70, 84)))
+
+
+def _record(name: str, image: str | None, texts: list[str]) -> dict[str, Any]:
+    turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+    return {"id": name, **({"image": image} if image else {}), "conversations": turns}
+
+
+def _write_conversations(path: Path, images: Path | None, count: int) -> None:
+    """Records of some 1.5 KB in LLaVA's layout, each with an image of its own if there is a zip for them."""
+    rng = np.random.default_rng(0)
+    words = ["".join(letters) for letters in rng.choice(list("abcdefghiklmnoprstuvwy"), (2000, 6))]
+    text = " ".join(rng.choice(words, 200_000))
+    starts = rng.integers(0, len(text) - 600, (count, 6))
+    jpeg = io.BytesIO()
+    Image.new("RGB", (32, 32), "teal").save(jpeg, "JPEG")
+    with path.open("w") as file, contextlib.ExitStack() as stack:
+        pack = stack.enter_context(zipfile.ZipFile(images, "w")) if images else None
+        for number in range(count):
+            texts = [text[start : start + (50, 400)[turn % 2]] for turn, start in enumerate(starts[number].tolist())]
+            name = f"coco/train2017/{number:012}.jpg" if pack else None
+            if pack and name:
+                pack.writestr(name, jpeg.getvalue())
+                texts[0] = f"<image>\n{texts[0]}"
+            file.write(("[" if number == 0 else ",\n") + json.dumps(_record(f"{number:012}", name, texts)))
+        file.write("]\n")
