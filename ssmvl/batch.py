@@ -7,6 +7,7 @@
     num_images       list of numbers
     sample_ids       list of names
     types            list of the samples' types of question, which may be empty
+    damaged          list of lists: [id, reason] of the damaged sample in whose place a sample stands, mostly empty
 
 A plain mapping, because Composer moves only mappings and sequences to a device.
 """
@@ -28,7 +29,7 @@ PLACES = ("image_places", "label_places")
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
-    """Samples of the processor, each with an optional "id" and "type" -> one ragged batch."""
+    """Samples of the processor, each with an optional "id", "type" and "damaged" -> one ragged batch."""
     specs = samples[0]["images"].keys()
     labels = [sample["labels"].clone() for sample in samples]
     for row in labels:
@@ -42,6 +43,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
         "num_images": [len(next(iter(sample["images"].values()))) for sample in samples],
         "sample_ids": [sample.get("id", "") for sample in samples],
         "types": [sample.get("type", "") for sample in samples],
+        "damaged": [sample.get("damaged", []) for sample in samples],
     }
 
 

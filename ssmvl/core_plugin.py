@@ -29,6 +29,7 @@ COMPONENTS = {
     ("prompt", "vicuna"): "ssmvl.text.prompts:VicunaPrompt",
     ("dataset", "digit_scenes"): "ssmvl.data.scenes:digit_scenes",
     ("dataset", "shards"): "ssmvl.data.shards:existing_shards",
+    ("dataset", "mix"): "ssmvl.data.mix:mix",
 }
 
 

@@ -34,7 +34,42 @@ FusionPart = Annotated[Callable[..., nn.Module], Part("fusion")]
 ConnectorPart = Annotated[Callable[..., nn.Module], Part("connector")]
 LanguageModelPart = Annotated[Callable[..., nn.Module], Part("language_model")]
 PromptPart = Annotated[Callable[..., Any], Part("prompt")]
-DatasetPart = Annotated[Callable[..., Path], Part("dataset")]
+
+
+class Shards(NamedTuple):
+    """A folder of shards in a bucket, and the folder on this machine that keeps what was fetched of it.
+
+    Attributes:
+        local: holds its `index.json`.
+        remote: URL of the folder.
+    """
+
+    local: Path
+    remote: str
+
+
+class Stream(NamedTuple):
+    """One of several sets of shards that are trained on together; at most one of the weights is set.
+
+    Attributes:
+        name: for messages.
+        place: where its shards lie.
+        proportion: its share of an epoch, relative to the others'.
+        repeat: how often an epoch brings each of its samples.
+        choose: how many of its samples an epoch brings.
+        prompt: how its conversations are written; as the stage does if None.
+    """
+
+    name: str
+    place: Path | Shards
+    proportion: float | None = None
+    repeat: float | None = None
+    choose: int | None = None
+    prompt: Any = None
+
+
+Data = Path | Shards | list[Stream]  # what a dataset gives: shards in a folder, in a bucket, or several of them
+DatasetPart = Annotated[Callable[..., Data], Part("dataset")]
 
 
 class Grid(NamedTuple):

@@ -23,7 +23,7 @@ def make(number: int, images: int, texts: int, supervised: int) -> dict[str, Any
     labels = ids.clone()
     labels[: len(ids) - supervised] = -100
     pixels = {spec: torch.full((images, 3, spec.size, spec.size), number, dtype=torch.uint8) for spec in (SMALL, LARGE)}
-    return {"ids": ids, "labels": labels, "images": pixels, "id": f"s{number}"}
+    return {"ids": ids, "labels": labels, "images": pixels, "id": f"s{number}", "damaged": [f"bad{number}", "why"]}
 
 
 def make_all(shapes: Sequence[tuple[int, int, int]]) -> list[dict[str, Any]]:
@@ -67,8 +67,9 @@ def test_collate_keeps_samples_apart_and_joins_images() -> None:
 
 def test_collate_without_names() -> None:
     sample = make(1, 0, 2, 1)
-    del sample["id"]
+    del sample["id"], sample["damaged"]
     assert collate([sample])["sample_ids"] == [""]
+    assert collate([sample])["damaged"] == [[]]
 
 
 def test_counts() -> None:
@@ -87,6 +88,7 @@ def restored(parts: Sequence[Batch]) -> Batch:
         "num_images": [count for part in parts for count in part["num_images"]],
         "sample_ids": [name for part in parts for name in part["sample_ids"]],
         "types": [type_ for part in parts for type_ in part["types"]],
+        "damaged": [damaged for part in parts for damaged in part["damaged"]],
     }
 
 
@@ -102,6 +104,7 @@ def test_split_gives_every_sample_its_own_images(shapes: list[tuple[int, int, in
         images = [owner for owner, count in zip(owners, part["num_images"], strict=True) for _ in range(count)]
         assert all(pixels[:, 0, 0, 0].tolist() == images for pixels in part["images"].values())
         assert [int(ids[-1]) // 100 for ids in part["ids"]] == owners
+        assert [damaged[0] for damaged in part["damaged"]] == [f"bad{owner}" for owner in owners]
 
 
 @settings(deadline=None)
@@ -116,6 +119,7 @@ def test_parts_make_up_the_batch(shapes: list[tuple[int, int, int]], size: int) 
     assert equal(list(whole["images"].values()), list(batch["images"].values()))
     assert whole["num_images"] == batch["num_images"]
     assert whole["sample_ids"] == batch["sample_ids"]
+    assert whole["damaged"] == batch["damaged"]
     for kind, count in num_tokens(batch).items():
         assert sum(num_tokens(part)[kind] for part in parts) == count
 
@@ -129,6 +133,7 @@ def test_each_token_is_predicted_from_the_one_before_it(layout: Any, shapes: lis
     inputs = layout(batch)
     assert predictions(inputs) == expected_predictions(samples)
     assert len(inputs["labels"]) == num_tokens(batch)["loss_generating"]
+    assert layout is pad or inputs["ids"].numel() == num_tokens(batch)["total"]  # nothing is computed that is not there
 
 
 @pytest.mark.parametrize("layout", [pad, pack])

@@ -3,67 +3,255 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from streaming import Stream as MosaicStream
 from streaming import StreamingDataLoader, StreamingDataset
+from streaming.base.dataset import _ShardState
+from streaming.base.distributed import get_local_world_size, get_world_size
 from streaming.base.format import reader_from_json
 
 from ssmvl.batch import collate
-from ssmvl.data.shards import unpack
+from ssmvl.data.mix import Loader
+from ssmvl.data.shards import ShardError, fetch_shard, unpack
 from ssmvl.errors import DataError
+from ssmvl.interfaces import Data, Shards, Stream
 from ssmvl.text.processor import Processor
+
+PATIENCE = 100  # damaged samples in a row that are skipped
 
 
 class SampleStream(StreamingDataset):
-    """Samples of a folder of shards, each rank its own part, resumable at the sample.
+    """Samples of shards, each rank its own part, resumable at the sample.
 
     Args:
-        folder: of the shards.
-        processor: makes samples of records.
+        data: what a dataset gave.
+        processor: makes samples of records; in a stream with a prompt of its own, with that.
         **options: of `StreamingDataset`, e.g. `batch_size`, `shuffle`, `shuffle_seed`.
+
+    Raises:
+        DataError: the shards cannot be streamed so.
     """
 
-    def __init__(self, folder: Path, processor: Processor, **options: Any) -> None:
-        super().__init__(local=str(folder), **options)
+    def __init__(self, data: Data, processor: Processor, **options: Any) -> None:
+        streams = _streams(data)
+        self._where = describe(data)
         self.processor = processor
+        self._processors = [replace(processor, prompt=s.prompt) if s.prompt else processor for s in streams]
+        self._failure: BaseException | None = None
+        try:
+            super().__init__(streams=[_checked(stream) for stream in streams], **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"{self._where}: cannot be streamed: {error}") from error
 
-    def __getitem__(self, at: int) -> Any:
-        """The sample at an index of the whole data set.
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """This process's samples of the next epoch.
 
         Raises:
-            DataError: it cannot be used; names the sample.
+            ShardError: a shard cannot be fetched; streaming alone would end the epoch as if it were over.
+            DataError: too many samples in a row cannot be used.
         """
-        record = unpack(super().__getitem__(at))
+        yield from super().__iter__()
+        if hasattr(self, "_event") and self._event.is_set():
+            raise self._shard_error()
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        """The sample at an index of the whole data set, or the next one that can be used.
+
+        Its `damaged` is [id, reason] of the sample that was asked for if it stands in for it, else empty.
+
+        Raises:
+            ShardError: a shard cannot be fetched or read.
+            DataError: `PATIENCE` samples in a row cannot be used.
+        """
+        damaged: list[str] = []
+        for number in range(int(at), int(at) + PATIENCE):
+            place = number % self.size
+            shard, in_shard = self.spanner[place]
+            name = f"number {in_shard} of {self.shards[shard].raw_data.basename}"
+            try:
+                record = unpack(self._stored(place))
+                name = str(record["id"])
+                processor = self._processors[self.stream_per_shard[shard]]
+                sample = processor.encode(record["conversation"], record["images"], train=True)
+            except ShardError:
+                raise
+            except (ValueError, LookupError, TypeError) as error:  # a DataError is a ValueError
+                reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+                damaged = damaged or [name, reason]  # the next ones are named when they are asked for
+            else:
+                return {**sample, "id": record["id"], "type": record["type"], "damaged": damaged}
+        raise DataError(f"{PATIENCE} samples in a row cannot be used, the first is sample {': '.join(damaged)}")
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Fetch a shard if it is not there.
+
+        Processes that wait for one that cannot be had would wait for ever. Told that it is there, they look, and try to
+        fetch it themselves.
+        """
         try:
-            sample = self.processor.encode(record["conversation"], record["images"], train=True)
-        except DataError as error:
-            raise DataError(f"sample {record['id']}: {error}") from error
-        return {**sample, "id": record["id"], "type": record["type"]}
+            super().prepare_shard(shard_id, blocking)
+        except (ShardError, ValueError) as error:
+            self._failure = error
+            self._shard_states[shard_id] = _ShardState.LOCAL
+            raise
+
+    def on_exception(self, future: Future[None]) -> None:
+        """Keep the failure of a thread for the iterator to raise, where streaming would print it."""
+        if error := future.exception():
+            self._failure = self._failure or error
+            self._event.set()
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Where the epoch stands; see `StreamingDataset`.
+
+        Composer asks after an epoch too, when it has set its count of the epoch's samples back to none. Streaming
+        takes that for the beginning of the epoch that is over, which would then be trained again.
+        """
+        state = super().state_dict(num_samples, from_beginning)
+        over = from_beginning and num_samples == 0
+        return {**state, "epoch": state["epoch"] + 1} if over else state
+
+    def _stored(self, place: int) -> dict[str, Any]:
+        try:
+            return self.get_item(place)
+        except (OSError, RuntimeError) as error:
+            self._failure = self._failure or error
+            raise self._shard_error() from error
+
+    def _shard_error(self) -> ShardError:
+        if isinstance(self._failure, ShardError):
+            return self._failure
+        return ShardError(f"{self._where}: {self._failure}")
 
 
-def train_loader(folder: Path, processor: Processor, *, batch: int, seed: int) -> StreamingDataLoader:
-    """Shuffled ragged batches of `batch` samples for this rank; the last short batch of an epoch is left out.
+class TrainLoader(StreamingDataLoader):
+    """Batches of a `SampleStream`.
+
+    With several ranks an error ends the epoch of this one, and `failure` says why: where each would raise alone, the
+    others would wait for it. A single rank raises.
+    """
+
+    failure = ""
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of an epoch, or of what is left of it."""
+        try:
+            yield from super().__iter__()
+        except DataError as error:  # from a worker with its traceback
+            text = str(error).rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")[2].rstrip()
+            if get_world_size() == 1:
+                raise type(error)(text) from error.__cause__
+            self.failure = text
+
+
+class _Checked(MosaicStream):
+    """A stream whose shards come whole and as their index says, or not at all."""
+
+    def prepare_shard(self, shard: Any) -> int:
+        fetched = 0
+        try:
+            for files in shard.file_pairs:
+                there = [file for file in files if file and (Path(self.local) / file.basename).is_file()]
+                if self.remote and not there:
+                    wanted = files[1] or files[0]
+                    fetch_shard(self.remote, Path(self.local), vars(wanted))
+                    fetched += wanted.bytes
+            return fetched + super().prepare_shard(shard)
+        except ShardError:
+            raise
+        except Exception as error:  # whatever streaming raises for a shard that is not there
+            raise ShardError(f"{self.remote or self.local}: {error}") from error
+
+
+def train_loader(
+    data: Data, processor: Processor, *, batch: int, seed: int, loader: Loader | None = None
+) -> TrainLoader:
+    """Ragged batches of `batch` samples for this rank; the last short batch of an epoch is left out.
+
+    Args:
+        data: what a dataset gave.
+        processor: makes samples of records.
+        batch: samples of one batch.
+        seed: of the order.
+        loader: how; as the defaults of `Loader` if None.
 
     Raises:
-        DataError: there is not one whole batch for each rank.
+        DataError: there is not one whole batch for each rank, or a cache has a limit that it cannot keep.
     """
-    stream = SampleStream(folder, processor, batch_size=batch, shuffle=True, shuffle_seed=seed)
+    loader = loader or Loader()
+    if loader.cache_limit and not all(isinstance(stream.place, Shards) for stream in _streams(data)):
+        raise DataError(f"{describe(data)}: cache_limit would delete shards that are not in a bucket; leave it out")
+    stream = SampleStream(
+        data,
+        processor,
+        batch_size=batch,
+        shuffle=loader.shuffle,
+        shuffle_seed=seed,
+        num_canonical_nodes=loader.num_canonical_nodes,
+        cache_limit=loader.cache_limit,
+    )
     if len(stream) < batch:
-        raise DataError(f"{folder}: {len(stream)} samples for this rank are less than its batch of {batch}")
-    return StreamingDataLoader(stream, batch_size=batch, collate_fn=collate, drop_last=True)
+        raise DataError(f"{describe(data)}: {len(stream)} samples for this rank are less than its batch of {batch}")
+    workers = _workers() if loader.workers is None else loader.workers
+    return TrainLoader(
+        stream,
+        batch_size=batch,
+        collate_fn=collate,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """All records of a folder of shards, in order, images undecoded. No other process is asked or waited for.
+def read_records(data: Data) -> list[dict[str, Any]]:
+    """All records, in order, stream after stream, images undecoded. No other process is asked or waited for.
 
     Raises:
-        DataError: a shard is missing or compressed, or its bytes cannot be taken apart; hashes are not looked at.
+        DataError: a shard is missing or compressed, or its bytes cannot be taken apart; hashes are not looked at,
+            but for what is fetched.
     """
+    return [record for stream in _streams(data) for record in _read(stream.place)]
+
+
+def describe(data: Data) -> str:
+    """Where data lie, for messages."""
+    places = (stream.place for stream in _streams(data))
+    return ", ".join(place.remote if isinstance(place, Shards) else str(place) for place in places)
+
+
+def _read(place: Path | Shards) -> list[dict[str, Any]]:
+    folder = place.local if isinstance(place, Shards) else place
     shards = json.loads((folder / "index.json").read_text())["shards"]
+    if isinstance(place, Shards):
+        for shard in shards:
+            if not (folder / shard["raw_data"]["basename"]).is_file():
+                fetch_shard(place.remote, folder, shard["raw_data"])
     # as streaming's LocalDataset does, which leaves the index file open
     readers = [reader_from_json(str(folder), None, shard) for shard in shards]
     try:
         return [unpack(reader[at]) for reader in readers for at in range(len(reader))]
     except (OSError, ValueError, IndexError) as error:
         raise DataError(f"{folder}: a shard cannot be read, or only as compressed ({error}); write it anew") from error
+
+
+def _streams(data: Data) -> list[Stream]:
+    return data if isinstance(data, list) else [Stream("", data)]
+
+
+def _checked(stream: Stream) -> _Checked:
+    weight = {"proportion": stream.proportion, "repeat": stream.repeat, "choose": stream.choose}
+    if isinstance(stream.place, Shards):
+        return _Checked(remote=stream.place.remote, local=str(stream.place.local), **weight)
+    return _Checked(local=str(stream.place), **weight)
+
+
+def _workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    mine = cores // get_local_world_size()
+    return 0 if mine < 4 else min(8, mine - 2)

@@ -2,6 +2,7 @@
 
 runs/<run>/recipe.yaml        the resolved recipe, the folder's identity
 runs/<run>/<stage>/           checkpoints, for resuming only; and `model/`, what the stage leaves for the next
+                              damaged.jsonl: samples that others stood in for
 runs/<run>/model/             what the last stage leaves: `ssmvl.load("runs/<run>")`
 runs/<run>/tensorboard/       logs
 runs/<run>/results.json, answers.png, curves.png
@@ -38,6 +39,10 @@ class RunFolder:
     def checkpoints(self, stage: str) -> Path:
         """Where a stage's checkpoints lie."""
         return self.root / stage / "checkpoints"
+
+    def damaged(self, stage: str) -> Path:
+        """Where a stage lists samples that could not be used."""
+        return self.root / stage / "damaged.jsonl"
 
     def logs(self, stage: str) -> Path:
         """Where a stage's TensorBoard logs lie."""

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -45,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
         train(argv[0], *argv[1:])
     except SsmvlError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the launcher ends those that leave last: they leave with 2 too
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return 2
     return 0
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from composer import DataSpec, Trainer
@@ -22,16 +24,18 @@ from ssmvl.assistant import load
 from ssmvl.batch import num_samples, num_tokens, split_batch
 from ssmvl.build import build_model, build_processor
 from ssmvl.data.shared_memory import clean_stale_segments
-from ssmvl.data.streams import read_records, train_loader
+from ssmvl.data.streams import describe, read_records, train_loader
 from ssmvl.errors import Problem, RecipeError, RunError, SsmvlError
 from ssmvl.recipe import Recipe
 from ssmvl.saved import ABOUT_FILE, save_folder
 from ssmvl.training.accuracy import AnswerAccuracy
 from ssmvl.training.composer_model import ComposerVLM, adamw
+from ssmvl.training.damaged import DamagedSamples
 from ssmvl.training.folder import RunFolder
 from ssmvl.training.report import report
 from ssmvl.training.stages import Plan, Stage, composer_class
 
+Found = TypeVar("Found")
 WAIT = 3600.0  # seconds that ranks wait for each other: the first one may be fetching weights
 
 
@@ -122,11 +126,12 @@ class Session:
         else:  # Composer shards and sends what rank 0 built
             model = build_model(self.recipe, device="meta")
         processor = build_processor(self.recipe, model)
-        if stage.prompt is not None:
-            processor = replace(processor, prompt=stage.prompt())
-        data = stage.data(split="train")
-        dist.barrier()
-        loader = train_loader(data, processor, batch=stage.batch // self.world, seed=self.plan.seed)
+        prompt = stage.prompt() if stage.prompt is not None else processor.prompt
+        processor = replace(processor, prompt=prompt, max_text_tokens=stage.max_text_tokens)
+        data = self._together(lambda: stage.data(split="train"))
+        gc.collect()  # the stage before may have filled the same cache, which streaming lets one loader do at a time
+        batch = stage.batch // self.world
+        loader = train_loader(data, processor, batch=batch, seed=self.plan.seed, loader=stage.loader)
         vlm = ComposerVLM(model, stage.train, stage.packed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Composer's own deprecations; nothing a user could act on
@@ -142,7 +147,7 @@ class Session:
                 schedulers=CosineAnnealingWithWarmupScheduler(t_warmup=stage.warmup),
                 algorithms=[GradientClipping("norm", 1.0)],
                 max_duration=stage.duration,
-                device_train_microbatch_size=stage.microbatch or stage.batch // self.world,
+                device_train_microbatch_size=stage.microbatch or batch,
                 accumulate_train_batch_on_tokens=True,
                 precision="amp_bf16" if torch.cuda.is_available() else "fp32",
                 parallelism_config={"fsdp": FSDP2Config(mixed_precision="FULL")} if sharded else None,
@@ -150,6 +155,7 @@ class Session:
                 run_name=f"{self.plan.run}-{name}",
                 callbacks=[
                     AnswerAccuracy(),
+                    DamagedSamples(loader, self.folder.damaged(name)),
                     *[composer_class("callbacks", key)(**(o or {})) for key, o in stage.callbacks.items()],
                 ],
                 loggers=[
@@ -164,15 +170,29 @@ class Session:
             )
 
     def _evaluate(self, options: evaluation.Evaluation, model: Path) -> None:
-        folder = options.data(split="test")
-        dist.barrier()
-        records = read_records(folder)
-        self._say(f"asking the test questions of {folder}")
+        data = self._together(lambda: options.data(split="test"))
+        records = self._together(lambda: read_records(data))
+        self._say(f"asking the test questions of {describe(data)}")
         mine = evaluation.ask(load(model), records, range(self.rank, len(records), self.world), options)
         parts = dist.all_gather_object(mine)
         if self.rank == 0:
             answered = [parts[place % self.world][place // self.world] for place in range(len(records))]
             report(self.folder, records, answered)
+
+    def _together(self, find: Callable[[], Found]) -> Found:
+        """What each rank finds, the first rank of each node before its others; an error of one ends every rank."""
+        found: Found | None = None
+        error: SsmvlError | None = None
+        for first in (True, False):
+            if (dist.get_local_rank() == 0) is first:
+                try:
+                    found = find()
+                except SsmvlError as raised:
+                    error = raised
+            said = [text for text in dist.all_gather_object(str(error or "")) if text]
+            if said:
+                raise error or RunError(said[0])
+        return cast(Found, found)
 
     def _check_batches(self) -> None:
         problems = []
@@ -182,6 +202,10 @@ class Session:
                     f"{stage.batch} samples cannot be shared by {self.world} ranks; choose a multiple of {self.world}"
                 )
                 problems.append(Problem(f"stages.{name}.batch", text))
+            parts, nodes = stage.loader.num_canonical_nodes or 1, self.world // dist.get_local_world_size()
+            if parts % nodes and nodes % parts:
+                text = f"{parts} parts cannot be shared by {nodes} nodes; choose a multiple of {nodes}"
+                problems.append(Problem(f"stages.{name}.loader.num_canonical_nodes", text))
         if problems:
             raise RecipeError(problems, self.recipe.source)
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ssmvl.binding import bind
 from ssmvl.build import ModelParts, build_model, build_processor, lacks_nothing
+from ssmvl.data.mix import Loader, Share, mix, weights
 from ssmvl.errors import CheckpointError, ContractError, Problem, RecipeError, nearest
 from ssmvl.evaluation import Evaluation
 from ssmvl.interfaces import Check, Count, DatasetPart, Prompt, PromptPart, Seed
@@ -65,6 +66,8 @@ class Stage:
         duration: Composer time, e.g. `1ep` or `500ba`.
         checkpoint: interval between checkpoints, Composer time.
         prompt: how this stage writes conversations; as the model does if None.
+        max_text_tokens: what a conversation has beyond is cut off; image places are not counted and never cut.
+        loader: how the data are read.
         packed: whether a recurrent language model reads a micro-batch in one row, without padding; else, and where
             samples are short and about equally long this is faster, one row per sample.
         sharding: over more than one rank.
@@ -83,6 +86,8 @@ class Stage:
     duration: Interval
     checkpoint: Interval = "500ba"
     prompt: PromptPart | None = None
+    max_text_tokens: Count = 2048
+    loader: Loader = field(default_factory=Loader)
     packed: bool = True
     sharding: Literal["fsdp2", "ddp"] = "fsdp2"
     callbacks: dict[str, Any] = field(default_factory=dict)
@@ -157,12 +162,12 @@ def check(recipe: Recipe) -> tuple[Plan, list[str]]:
             problems.append(Problem(f"stages.{name}.warmup", what))
     model = build_model(recipe, device="meta")
     problems += _check_tokenizer(recipe, model, notes)
+    if plan.evaluation is not None:
+        problems += _check_questions("evaluation.data.streams", _streams(plan.evaluation.data))
     for name, stage_ in plan.stages.items():
-        if stage_.prompt is not None:
-            try:
-                lacks_nothing(stage_.prompt(), stage_.prompt, Prompt)
-            except Exception as error:  # a foreign component may raise anything
-                problems.append(Problem(f"stages.{name}.prompt", f"{type(error).__name__}: {error}"))
+        problems += _check_prompt(f"stages.{name}.prompt", stage_.prompt)
+        for stream, share in _streams(stage_.data).items():
+            problems += _check_prompt(f"stages.{name}.data.streams.{stream}.prompt", share.prompt)
         problems += _check_prefixes(f"stages.{name}.train", stage_.train, model)
         problems += _check_prefixes(f"stages.{name}.optimizer.lr_of", stage_.optimizer.lr_of, model)
     if problems:
@@ -224,6 +229,30 @@ def _check_tokenizer(recipe: Recipe, model: VisionLanguageModel, notes: list[str
         build_processor(recipe, model, here)
     except (CheckpointError, ContractError) as error:
         return [Problem("model.tokenizer", str(error))]
+    return []
+
+
+def _streams(data: Any) -> dict[str, Share]:
+    """Those of a mix; none of another data set."""
+    return dict(data.options["streams"]) if data.factory is mix else {}
+
+
+def _check_questions(path: str, streams: dict[str, Share]) -> list[Problem]:
+    why = "an evaluation asks every record once, in the model's prompt; leave it out"
+    return [
+        Problem(f"{path}.{name}.{key}", why)
+        for name, share in streams.items()
+        for key in (*weights(share), *(["prompt"] if share.prompt else []))
+    ]
+
+
+def _check_prompt(path: str, prompt: Any) -> list[Problem]:
+    if prompt is None:
+        return []
+    try:
+        lacks_nothing(prompt(), prompt, Prompt)
+    except Exception as error:  # a foreign component may raise anything
+        return [Problem(path, f"{type(error).__name__}: {error}")]
     return []
 
 

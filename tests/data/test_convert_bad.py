@@ -197,7 +197,7 @@ def test_a_worker_that_is_killed_ends_the_run(tmp_path: Path) -> None:
     os.kill(children(process.pid)[0], signal.SIGKILL)
     _, said = process.communicate()
     assert process.returncode == 2, said
-    assert "error: a worker process was killed" in said
+    assert "error: a process was killed" in said
     assert "Traceback" not in said
     assert not list((out / "train").glob(".*"))
     convert([made], str(out))

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from streaming import StreamingDataset
 
 from ssmvl.batch import Batch
+from ssmvl.data.mix import Loader
 from ssmvl.data.scenes import digit_scenes
-from ssmvl.data.shards import ensure_shards
+from ssmvl.data.shards import ShardError, ensure_shards
 from ssmvl.data.streams import SampleStream, read_records, train_loader
 from ssmvl.errors import DataError
-from ssmvl.interfaces import ImageSpec
+from ssmvl.interfaces import ImageSpec, Shards, Stream
 from ssmvl.text.processor import Processor
-from ssmvl.text.prompts import MambaPrompt
+from ssmvl.text.prompts import MambaPrompt, PlainPrompt
 from ssmvl.text.tokenizers import byte_tokenizer
 
 SPEC, SIZE = ImageSpec(8), 14
@@ -111,12 +114,92 @@ def test_samples_with_several_images_and_none(tmp_path: Path) -> None:
         (record("bad-7", "q"), "nothing to learn"),
         (record("bad-7", "<image>", "x"), "1 <image> marks"),
         (record("bad-7", "q", "x", images=(b"no image",)), "cannot be decoded"),
+        ({**record("bad-7"), "conversation": [{"content": "q"}]}, "message 0 must be"),
     ],
 )
-def test_sample_that_cannot_be_used_is_named(tmp_path: Path, bad: dict[str, Any], reason: str) -> None:
-    folder = shards_of(tmp_path / "s", bad, record("good", "q", "x"))
-    with pytest.raises(DataError, match=f"sample bad-7: .*{reason}"):
+def test_sample_that_cannot_be_used_is_replaced_by_the_next_and_named(
+    tmp_path: Path, bad: dict[str, Any], reason: str
+) -> None:
+    folder = shards_of(tmp_path / "s", record("a", "q", "x"), bad, record("b", "q", "x"), {**bad, "id": "bad-9"})
+    stream = SampleStream(folder, PROCESSOR, batch_size=1)
+    assert [stream[place]["id"] for place in range(4)] == ["a", "b", "b", "a"]  # the last is followed by the first
+    assert [stream[place]["damaged"][:1] for place in range(4)] == [[], ["bad-7"], [], ["bad-9"]]
+    assert reason in stream[1]["damaged"][1]
+    (batch,) = epoch(folder, batch=4)
+    assert sorted(batch["sample_ids"]) == ["a", "a", "b", "b"]
+    assert {damaged[0] for damaged in batch["damaged"] if damaged} == {"bad-7", "bad-9"}
+
+
+def test_of_two_damaged_in_a_row_each_is_named_once(tmp_path: Path) -> None:
+    folder = shards_of(tmp_path / "s", record("bad-1", "q"), record("bad-2", "q"), record("a", "q", "x"))
+    stream = SampleStream(folder, PROCESSOR, batch_size=1)
+    assert [(stream[i]["id"], stream[i]["damaged"][:1]) for i in range(3)] == [
+        ("a", ["bad-1"]),
+        ("a", ["bad-2"]),
+        ("a", []),
+    ]
+
+
+def test_bytes_that_cannot_be_taken_apart_are_damage_too(tmp_path: Path) -> None:
+    folder = shards_of(tmp_path / "s", record("a", "q", "x"), record("b", "q", "x"))
+    shard = folder / "shard.00000.mds"
+    shard.write_bytes(shard.read_bytes().replace(b'"role"', b"!role!", 1))
+    found = SampleStream(folder, PROCESSOR, batch_size=1)[0]
+    assert found["id"] == "b"
+    name, reason = found["damaged"]
+    assert name == "number 0 of shard.00000.mds"
+    assert reason.startswith("JSONDecodeError")
+
+
+def test_many_damaged_in_a_row_are_an_error(tmp_path: Path) -> None:
+    folder = shards_of(tmp_path / "s", record("bad-1", "q"), record("bad-2", "q"))
+    with pytest.raises(DataError, match=r"100 samples in a row cannot be used, the first is sample bad-\d: nothing to"):
         epoch(folder, batch=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_vanished_is_no_damage(tmp_path: Path, workers: int) -> None:
+    folder = shards_of(tmp_path / "s", *(record(str(i), "q", "x") for i in range(4)))
+    loader = train_loader(folder, PROCESSOR, batch=2, seed=0, loader=Loader(workers=workers))
+    (folder / "shard.00000.mds").unlink()
+    with pytest.raises(ShardError, match=rf"^{folder}: [^\n]*$"):
+        list(loader)
+
+
+def test_workers_and_canonical_nodes_keep_the_order_of_one_process(folder: Path) -> None:
+    expected = names(epoch(folder, batch=3))
+    plain = StreamingDataset(local=str(folder), batch_size=3, shuffle=True, shuffle_seed=0)
+    assert [sample["id"] for sample in plain][:12] == expected
+    for loader in (Loader(workers=2), Loader(workers=0, num_canonical_nodes=1)):
+        for _ in range(2):
+            assert names(list(train_loader(folder, PROCESSOR, batch=3, seed=0, loader=loader))) == expected
+
+
+def test_without_shuffling_samples_come_as_they_were_written(folder: Path) -> None:
+    loader = train_loader(folder, PROCESSOR, batch=7, seed=0, loader=Loader(workers=0, shuffle=False))
+    assert names(list(loader)) == [f"train-{i}" for i in range(SIZE)]
+
+
+def test_each_stream_has_its_own_prompt(tmp_path: Path) -> None:
+    a, b = (shards_of(tmp_path / name, record(name, "q?", "x")) for name in ("a", "b"))
+    stream = SampleStream([Stream("a", a), Stream("b", b, prompt=PlainPrompt())], PROCESSOR, batch_size=1)
+    for sample, prompt in ((stream[0], MambaPrompt()), (stream[1], PlainPrompt())):
+        talk = record("", "q?", "x")["conversation"]
+        expected = replace(PROCESSOR, prompt=prompt).encode(talk, train=True)
+        assert torch.equal(sample["ids"], expected["ids"])
+    assert not torch.equal(stream[0]["ids"], stream[1]["ids"])
+    assert read_records([Stream("a", a), Stream("b", b)]) == read_records(a) + read_records(b)
+
+
+def test_two_streams_of_one_folder_are_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match="Reused local directory"):
+        SampleStream([Stream("a", folder), Stream("b", folder)], PROCESSOR, batch_size=1)
+
+
+def test_a_cache_limit_never_deletes_what_is_in_no_bucket(folder: Path, tmp_path: Path) -> None:
+    for data in (folder, [Stream("a", folder), Stream("b", Shards(tmp_path, "s3://b/train"))]):
+        with pytest.raises(DataError, match="cache_limit would delete shards"):
+            train_loader(data, PROCESSOR, batch=1, seed=0, loader=Loader(cache_limit="1gb"))
 
 
 def test_records_of_a_shard_that_is_missing(tmp_path: Path) -> None:

@@ -1,0 +1,46 @@
+"""Two processes, one after the other: print the order of four epochs, and states; then go on from some of them.
+
+python resume_script.py ROOT '{"weights": …, "workers": …}' ['[{"epoch": …}, …]']
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from ssmvl.data.mix import Loader
+from ssmvl.data.streams import TrainLoader, train_loader
+from ssmvl.interfaces import ImageSpec, Stream
+from ssmvl.text.processor import Processor
+from ssmvl.text.prompts import MambaPrompt
+from ssmvl.text.tokenizers import byte_tokenizer
+
+BATCH = 4
+root, spec = Path(sys.argv[1]), json.loads(sys.argv[2])
+streams = [Stream(name, root / name, **weight) for name, weight in spec["weights"].items()]
+processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), places=2)
+
+
+def new() -> TrainLoader:
+    return train_loader(streams, processor, batch=BATCH, seed=3, loader=Loader(workers=spec["workers"]))
+
+
+states, rest = {}, []
+if len(sys.argv) > 3:
+    for state in json.loads(sys.argv[3]):
+        loader = new()
+        loader.load_state_dict(state)
+        rest.append([[batch["sample_ids"] for batch in loader] for _ in range(2)])
+else:
+    loader = new()
+    for epoch in range(4):
+        rest.append([])
+        for number, batch in enumerate(loader, start=1):
+            rest[-1].append(batch["sample_ids"])
+            states[f"{epoch} {number}"] = [
+                loader.state_dict(),
+                loader.dataset.state_dict(number * BATCH, True),  # as Composer asks
+            ]
+        states[f"{epoch + 1} 0"] = [None, loader.dataset.state_dict(0, True)]
+print(json.dumps([rest, states]))

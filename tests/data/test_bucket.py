@@ -1,0 +1,166 @@
+"""Shards in a bucket: their index, their cache, and what arrives damaged or not at all. A real S3 server."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ssmvl.data import shards
+from ssmvl.data.mix import Loader
+from ssmvl.data.remote import send
+from ssmvl.data.shards import ShardError, ensure_shards, existing_shards
+from ssmvl.data.streams import read_records, train_loader
+from ssmvl.errors import DataError
+from ssmvl.interfaces import ImageSpec, Shards
+from ssmvl.text.processor import Processor
+from ssmvl.text.prompts import MambaPrompt
+from ssmvl.text.tokenizers import byte_tokenizer
+
+PROCESSOR = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), places=2)
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
+Objects = Callable[[], dict[str, bytes]]
+
+
+@pytest.fixture
+def sent(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """`sent("a")`: puts twelve samples called a0, a1, … into the bucket, and gives the folder's URL."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 600)
+
+    def put(name: str) -> str:
+        records = [{"id": f"{name}{i}", "type": "", "conversation": TALK, "images": []} for i in range(12)]
+        ensure_shards(tmp_path / name, lambda: records, 12)
+        listed = sorted(path.name for path in (tmp_path / name).iterdir())
+        assert len(listed) > 3
+        send(tmp_path / name, f"{bucket}/data/train", listed)
+        return f"{bucket}/data"
+
+    return put
+
+
+def ask(url: str, tmp_path: Path) -> Shards:
+    found = existing_shards("train", folder=url, cache=str(tmp_path / "cache"))
+    assert isinstance(found, Shards)
+    return found
+
+
+def names(data: Shards, **options: object) -> list[str]:
+    loader = train_loader(data, PROCESSOR, batch=4, seed=0, loader=Loader(**{"workers": 0, **options}))
+    return sorted(name for batch in loader for name in batch["sample_ids"])
+
+
+def damage(sent_to: str, shard: str, tmp_path: Path) -> None:
+    """Flip one byte of a shard in the bucket."""
+    (tmp_path / "bad").mkdir()
+    data = bytearray((tmp_path / "a" / shard).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "bad" / shard).write_bytes(data)
+    send(tmp_path / "bad", f"{sent_to}/train", [shard])
+
+
+def test_only_the_index_is_fetched_when_asked_and_shards_when_needed(
+    sent: Callable[[str], str], tmp_path: Path
+) -> None:
+    data = ask(sent("a"), tmp_path)
+    assert data.local == tmp_path / "cache" / "train"
+    assert sorted(path.name for path in data.local.iterdir()) == ["fetched_from", "index.json"]
+    assert names(data) == sorted(f"a{i}" for i in range(12))
+    for shard in (tmp_path / "a").glob("*.mds"):
+        assert (data.local / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_a_test_set_is_fetched_and_read_in_order(sent: Callable[[str], str], tmp_path: Path) -> None:
+    data = ask(sent("a"), tmp_path)
+    assert read_records(data) == read_records(tmp_path / "a")
+    assert read_records(data) == read_records(tmp_path / "a")  # from the cache
+
+
+def test_the_cache_has_a_place_of_its_own_for_each_url(
+    sent: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    url = sent("a")
+    first = existing_shards("train", folder=url)
+    assert isinstance(first, Shards)
+    assert first.remote == f"{url}/train"
+    assert first.local.is_relative_to(tmp_path / "home" / ".cache" / "ssmvl" / "shards")
+    assert existing_shards("train", folder=url + "/") == first
+
+
+def test_other_data_at_the_same_url_empty_the_cache(sent: Callable[[str], str], tmp_path: Path) -> None:
+    url = sent("a")
+    read_records(ask(url, tmp_path))
+    assert sent("b") == url
+    data = ask(url, tmp_path)
+    assert not list(data.local.glob("*.mds"))
+    assert [record["id"] for record in read_records(data)] == [f"b{i}" for i in range(12)]
+
+
+def test_the_same_data_stay_in_the_cache(sent: Callable[[str], str], tmp_path: Path) -> None:
+    url = sent("a")
+    read_records(ask(url, tmp_path))
+    assert len(list(ask(url, tmp_path).local.glob("*.mds"))) > 2
+
+
+def test_a_folder_that_is_no_cache_is_never_emptied(sent: Callable[[str], str], tmp_path: Path) -> None:
+    url = sent("a")
+    mine = tmp_path / "cache" / "train" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(DataError, match=r"cache/train holds files that did not come from a bucket; name another"):
+        ask(url, tmp_path)
+    assert mine.read_text() == "mine"
+
+
+def test_a_cache_for_a_folder_on_this_machine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is on this machine, leave it out"):
+        existing_shards("train", folder=str(tmp_path), cache="somewhere")
+
+
+def test_nothing_in_the_bucket(bucket: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"{bucket}/none/train/index\.json cannot be fetched"):
+        ask(f"{bucket}/none", tmp_path)
+    with pytest.raises(DataError, match=r"s3://no-such-bucket/x/train/index\.json cannot be fetched"):
+        ask("s3://no-such-bucket/x", tmp_path)
+
+
+def test_an_index_that_leads_out_of_its_folder_is_refused(
+    sent: Callable[[str], str], tmp_path: Path, bucket: str
+) -> None:
+    url = sent("a")
+    index = tmp_path / "a" / "index.json"
+    index.write_text(index.read_text().replace('"shard.00001.mds"', '"../../shard.00001.mds"'))
+    send(tmp_path / "a", f"{url}/train", ["index.json"])
+    with pytest.raises(DataError, match=r"lists '\.\./\.\./shard\.00001\.mds', which lies outside"):
+        ask(url, tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_shard_is_named_and_not_kept(sent: Callable[[str], str], tmp_path: Path, workers: int) -> None:
+    url = sent("a")
+    damage(url, "shard.00001.mds", tmp_path)
+    data = ask(url, tmp_path)
+    with pytest.raises(ShardError, match=rf"^{url}/train/shard\.00001\.mds does not have the xxh64 hash"):
+        names(data, workers=workers)
+    assert not list(data.local.glob("*00001*"))
+    with pytest.raises(ShardError, match=rf"^{url}/train/shard\.00001\.mds does not have the xxh64 hash"):
+        read_records(data)
+
+
+def test_a_shard_that_vanished_is_named(sent: Callable[[str], str], tmp_path: Path, bucket: str) -> None:
+    url = sent("a")
+    index = tmp_path / "a" / "index.json"
+    index.write_text(index.read_text().replace('"shard.00001.mds"', '"shard.gone.mds"'))
+    send(tmp_path / "a", f"{url}/train", ["index.json"])
+    with pytest.raises(ShardError, match=rf"{url}/train/shard\.gone\.mds cannot be fetched"):
+        names(ask(url, tmp_path))
+
+
+def test_a_cache_limit_is_kept(sent: Callable[[str], str], tmp_path: Path) -> None:
+    data = ask(sent("a"), tmp_path)
+    shutil.copy(data.local / "index.json", tmp_path / "index.json")
+    with pytest.raises(DataError, match=r"(?i)data/train: cannot be streamed: .*cache limit"):
+        names(data, cache_limit="1kb")
+    assert names(data, cache_limit="8kb") == sorted(f"a{i}" for i in range(12))
