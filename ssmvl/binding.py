@@ -130,7 +130,9 @@ def _convert(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
 
 
 def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    annotated = typing.cast(Any, factory).__init__ if isinstance(factory, type) else factory
+    annotated: Any = factory
+    if isinstance(factory, type) and not is_dataclass(factory):  # whose fields may be another module's
+        annotated = typing.cast(Any, factory).__init__
     hints = typing.get_type_hints(annotated, include_extras=True)
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     found = {n: p for n, p in inspect.signature(factory).parameters.items() if p.kind in plain}

@@ -17,7 +17,15 @@ from s3 import s3_server as s3_server
 from ssmvl.core_plugin import components
 
 # What reads shards takes the first free name in shared memory, which two processes at once may both find.
-STREAMING = ("data", "training", "testing", "test_docs.py")
+STREAMING = ("training", "testing", "benchmarks", "test_docs.py")
+STREAMING_DATA = (
+    "test_bucket.py",
+    "test_mix.py",
+    "test_ranks.py",
+    "test_resume.py",
+    "test_shards.py",
+    "test_streams.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests that read shards run on one worker."""
     for item in items:
-        if item.path.relative_to(Path(__file__).parent).parts[0] in STREAMING:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in STREAMING or item.path.name in STREAMING_DATA:
             item.add_marker(pytest.mark.xdist_group("streaming"))
 
 

@@ -2,6 +2,7 @@
 
 from ssmvl.checkpoints.files import BYTES as BYTES
 from ssmvl.checkpoints.files import WEIGHTS_FILE as WEIGHTS_FILE
+from ssmvl.checkpoints.files import flush as flush
 from ssmvl.checkpoints.files import read_tensors as read_tensors
 from ssmvl.checkpoints.files import write_folder as write_folder
 from ssmvl.checkpoints.files import write_tensors as write_tensors

@@ -28,9 +28,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        _flush(partial)
+        flush(partial)
         partial.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         if path.parent.is_dir():
             partial.unlink(missing_ok=True)
@@ -84,7 +84,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], texts: Mapping[str
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     finally:
         if old.exists() and not folder.exists():
             old.rename(folder)
@@ -115,7 +115,7 @@ def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             file.write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Fsync a file or a folder, so that a rename after it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -92,3 +92,16 @@ class Loader:
     shuffle: bool = True
     num_canonical_nodes: Count | None = None
     cache_limit: Annotated[str, Check("a number and a unit (kb, mb, gb, tb), e.g. 500gb", SIZE.fullmatch)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a stage reads a sample.
+
+    Args:
+        prompt: how conversations are written; as the model does if None.
+        max_text_tokens: what a conversation has beyond is cut off; image places are not counted and never cut.
+    """
+
+    prompt: PromptPart | None = None
+    max_text_tokens: Count = 2048

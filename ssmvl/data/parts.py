@@ -6,7 +6,6 @@ A place is a folder or a URL. In it lie the parts, and the files that say what t
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
 
-from ssmvl.checkpoints import written_whole
+from ssmvl.checkpoints import flush, written_whole
 from ssmvl.data.images import shrunk
 from ssmvl.data.remote import fetch, is_remote, send
 from ssmvl.data.shards import COLUMNS, HASH, pack
@@ -85,10 +84,10 @@ def write_part(chunk: Chunk, place: str, name: str, temporary: Path, max_side: i
         partial = Path(place) / f".{name}.partial"
         written = [partial / file for file in [*_write(chunk, partial, max_side), REPORT, INDEX]]
         for path in [*written, partial]:
-            _flush(path)
+            flush(path)
         found = counted(partial)
         partial.rename(Path(place) / name)
-        _flush(Path(place))
+        flush(Path(place))
         return found
     except OSError as error:
         raise DataError(f"{place}/{name} cannot be written ({error}); then the same command continues") from error
@@ -171,12 +170,3 @@ def _shrunk(record: Record, max_side: int, source: str, number: int) -> Record |
         return {**record, "images": [shrunk(image, max_side) for image in record["images"]]}
     except DataError as error:
         return Skipped(record["id"], source, number, "damaged image", str(error))
-
-
-def _flush(path: Path) -> None:
-    """Fsync a file or a folder, so that a rename after it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,19 +10,12 @@ from PIL import Image
 
 from ssmvl.binding import bind
 from ssmvl.build import build_model, build_processor
+from ssmvl.data.mix import Reading
 from ssmvl.errors import DataError, Problem, RecipeError, nearest
-from ssmvl.interfaces import IGNORED, IMAGE_PLACE, Count, PromptPart
+from ssmvl.interfaces import IGNORED, IMAGE_PLACE
 from ssmvl.pictures.samples import LINES, Card, Kind, Run, wrapped
 from ssmvl.recipe import Recipe
 from ssmvl.text.processor import Processor, Sample
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What of a stage decides how a sample is read; see `ssmvl.training.stages.Stage`."""
-
-    prompt: PromptPart | None = None
-    max_text_tokens: Count = 2048
 
 
 @dataclass

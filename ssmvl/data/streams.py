@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -19,6 +18,7 @@ from streaming.base.format import reader_from_json
 from ssmvl.batch import collate
 from ssmvl.data.mix import Loader
 from ssmvl.data.shards import ShardError, fetch_shard, unpack
+from ssmvl.data.workers import cores
 from ssmvl.errors import DataError
 from ssmvl.interfaces import Data, Shards, Stream
 from ssmvl.text.processor import Processor
@@ -252,6 +252,5 @@ def _checked(stream: Stream) -> _Checked:
 
 
 def _workers() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    mine = cores // get_local_world_size()
+    mine = cores() // get_local_world_size()
     return 0 if mine < 4 else min(8, mine - 2)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ssmvl.errors import ContractError, DataError
-from ssmvl.interfaces import ImageSpec
+from ssmvl.interfaces import Data, ImageSpec, Shards, Stream
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.testing.common import name_of, require
 from ssmvl.text.processor import Processor
@@ -16,32 +16,35 @@ from ssmvl.text.prompts import MambaPrompt
 from ssmvl.text.tokenizers import byte_tokenizer
 
 
-def check_dataset(dataset: Callable[..., Path], *, splits: Sequence[str] = ("train", "test")) -> None:
-    """Each split is a folder of shards whose records can all be trained on; asked again, nothing is written.
+def check_dataset(dataset: Callable[..., Data], *, splits: Sequence[str] = ("train", "test")) -> None:
+    """Each split is shards whose records can all be trained on; asked again, nothing is written.
 
     Every record is read, so ask for a small data set:
     `check_dataset(functools.partial(my_data, train_size=8, test_size=8, folder=str(tmp_path)))`.
 
     Args:
-        dataset: called with `split`; gives the folder.
+        dataset: called with `split`; gives the folder, or what else `ssmvl.interfaces.Data` is.
         splits: those that the data set has.
 
     Raises:
         ContractError: it is not; names the split, and the record.
         MissingDependencyError: mosaicml-streaming is not installed.
     """
-    folders: dict[Path, str] = {}
+    splits_of: dict[Path, str] = {}
     for split in splits:
         what = f"{name_of(dataset)}({split!r})"
-        folder = dataset(split=split)
-        require(isinstance(folder, Path), f"{what} must give a Path, gave {folder!r}")
-        require(folder not in folders, f"{what} gives the folder of {folders.get(folder)!r}: {folder}")
-        folders[folder] = split
-        _check_records(what, _read(what, folder))
-        before = _files(folder)
-        again = dataset(split=split)
-        require(again == folder, f"{what} gives another folder when asked again: {folder}, then {again}")
-        require(_files(again) == before, f"{what} writes {folder} again when asked again; it must stay as it is")
+        folders = _folders(what, dataset(split=split))
+        for folder in folders:
+            require(folder not in splits_of, f"{what} gives the folder of {splits_of.get(folder)!r}: {folder}")
+            splits_of[folder] = split
+        for place in folders.values():
+            _check_records(what, _read(what, place))
+        before = [_files(folder) for folder in folders]
+        again = _folders(what, dataset(split=split))
+        changed = f"{what} gives another folder when asked again: {_named(folders)}, then {_named(again)}"
+        require(again == folders, changed)
+        written = f"{what} writes {_named(folders)} again when asked again; it must stay as it is"
+        require([_files(folder) for folder in again] == before, written)
 
 
 def check_recipe(recipe: str | Path | Recipe) -> None:
@@ -60,12 +63,26 @@ def check_recipe(recipe: str | Path | Recipe) -> None:
     check(load_recipe(recipe))
 
 
-def _read(what: str, folder: Path) -> list[dict[str, Any]]:
+def _folders(what: str, data: Any) -> dict[Path, Path | Shards]:
+    """The folders on this machine, each with the place that it belongs to."""
+    streams = data if isinstance(data, list) and all(isinstance(stream, Stream) for stream in data) else []
+    places = [stream.place for stream in streams] if streams else [data]
+    for place in places:
+        require(isinstance(place, Path | Shards), f"{what} must give a Path, Shards or a list of Stream, gave {data!r}")
+    return {place.local if isinstance(place, Shards) else place: place for place in places}
+
+
+def _named(folders: Iterable[Path]) -> str:
+    return ", ".join(map(str, folders))
+
+
+def _read(what: str, place: Path | Shards) -> list[dict[str, Any]]:
     from ssmvl.data.shards import COLUMNS, require_streaming
 
     require_streaming()
     from ssmvl.data.streams import read_records
 
+    folder = place.local if isinstance(place, Shards) else place
     index = folder / "index.json"
     require(index.is_file(), f"{what}: there are no shards in {folder}; it has no index.json")
     shards = json.loads(index.read_text())["shards"]
@@ -73,7 +90,7 @@ def _read(what: str, folder: Path) -> list[dict[str, Any]]:
     for shard in shards:
         lacking = sorted(COLUMNS.keys() - set(shard["column_names"]))
         require(not lacking, f"{what}: a shard in {folder} lacks {lacking}; ssmvl.data.shards.ensure_shards writes all")
-    return read_records(folder)
+    return read_records(place)
 
 
 def _check_records(what: str, records: Sequence[dict[str, Any]]) -> None:

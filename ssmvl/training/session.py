@@ -25,6 +25,7 @@ from ssmvl.batch import num_samples, num_tokens, split_batch
 from ssmvl.build import build_model, build_processor
 from ssmvl.data.shared_memory import clean_stale_segments
 from ssmvl.data.streams import describe, read_records, train_loader
+from ssmvl.data.workers import cores
 from ssmvl.errors import Problem, RecipeError, RunError, SsmvlError
 from ssmvl.recipe import Recipe
 from ssmvl.saved import ABOUT_FILE, save_folder
@@ -56,8 +57,7 @@ class Session:
         """Every stage that is not finished, then the evaluation; returns the run folder."""
         self._check_batches()
         if "OMP_NUM_THREADS" not in os.environ:  # the launcher sets none, and ranks would fight over the cores
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // dist.get_local_world_size()))
+            torch.set_num_threads(max(1, cores() // dist.get_local_world_size()))
         if self.world > 1:
             dist.initialize_dist(get_device(None), timeout=WAIT)
         if dist.get_local_rank() == 0:

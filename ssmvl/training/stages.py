@@ -14,10 +14,10 @@ from torch import nn
 
 from ssmvl.binding import bind
 from ssmvl.build import ModelParts, build_model, build_processor, lacks_nothing
-from ssmvl.data.mix import Loader, Share, mix, weights
+from ssmvl.data.mix import Loader, Reading, Share, mix, weights
 from ssmvl.errors import CheckpointError, ContractError, Problem, RecipeError, nearest
 from ssmvl.evaluation import Evaluation
-from ssmvl.interfaces import Check, Count, DatasetPart, Prompt, PromptPart, Seed
+from ssmvl.interfaces import Check, Count, DatasetPart, Prompt, Seed
 from ssmvl.recipe import Recipe
 from ssmvl.text.tokenizers import tokenizer_here
 from ssmvl.vlm import VisionLanguageModel
@@ -53,8 +53,8 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One stage of training: its fields are the schema.
+class Stage(Reading):
+    """One stage of training: its fields, and those of `Reading`, are the schema.
 
     Args:
         data: asked for its `train` split.
@@ -65,8 +65,6 @@ class Stage:
         microbatch: samples of one forward on one rank; all of the rank's if None.
         duration: Composer time, e.g. `1ep` or `500ba`.
         checkpoint: interval between checkpoints, Composer time.
-        prompt: how this stage writes conversations; as the model does if None.
-        max_text_tokens: what a conversation has beyond is cut off; image places are not counted and never cut.
         loader: how the data are read.
         packed: whether a recurrent language model reads a micro-batch in one row, without padding; else, and where
             samples are short and about equally long this is faster, one row per sample.
@@ -85,8 +83,6 @@ class Stage:
     microbatch: Count | None = None
     duration: Interval
     checkpoint: Interval = "500ba"
-    prompt: PromptPart | None = None
-    max_text_tokens: Count = 2048
     loader: Loader = field(default_factory=Loader)
     packed: bool = True
     sharding: Literal["fsdp2", "ddp"] = "fsdp2"

@@ -16,7 +16,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ssmvl.data.inspect import histogram, inspect
-from ssmvl.data.reading import Reading, read_runs, sample_card
+from ssmvl.data.reading import read_runs, sample_card
 from ssmvl.data.remote import send
 from ssmvl.data.shards import ensure_shards
 from ssmvl.errors import CheckpointError, DataError, RecipeError
@@ -25,7 +25,6 @@ from ssmvl.pictures.samples import BANDS, LINES, Run, wrapped
 from ssmvl.text.processor import Processor
 from ssmvl.text.prompts import MambaPrompt, PlainPrompt, VicunaPrompt
 from ssmvl.text.tokenizers import END, byte_tokenizer
-from ssmvl.training.stages import Stage
 
 PLACES = 9  # of an image in the quickstart
 RECIPE = """
@@ -158,10 +157,6 @@ def test_the_stage_says_prompt_and_limit(folder: Path, said: Any, recipe: str) -
     assert "As mine, stage align, reads them" in text
     assert f"learned: {expected:.1%} of all tokens" in text
     assert "cut: 0 samples (0.0%), longer than 2,048 text tokens" in text
-
-
-def test_the_limit_is_the_stages_own() -> None:
-    assert Reading.max_text_tokens == Stage.max_text_tokens
 
 
 def test_the_picture_shows_what_is_learned(folder: Path, said: Any, recipe: str, tmp_path: Path) -> None:

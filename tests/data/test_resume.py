@@ -50,7 +50,13 @@ def ask(root: Path, *specs: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("weights", "workers"), [*((name, 0) for name in WEIGHTS), ("one", 2), ("two repeated", 2)])
+CASES = [*((name, 0) for name in WEIGHTS), ("one", 2), ("two repeated", 2)]
+OFTEN = [("one", 0), ("two proportions", 0), ("two chosen", 0), ("two repeated", 2)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "workers"), [case if case in OFTEN else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_a_new_process_goes_on_where_the_state_was_taken(root: Path, weights: str, workers: int) -> None:
     spec = {"weights": WEIGHTS[weights], "workers": workers}
     order, states = ask(root, spec)

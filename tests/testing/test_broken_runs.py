@@ -66,7 +66,7 @@ def has_no_images(split: str, *, folder: Path) -> Path:
         (moves, r"moves\('train'\) gives another folder when asked again"),
         (has_one_split, r"has_one_split\('test'\) gives the folder of 'train'"),
         (is_empty, "there are no shards in .*; it has no index.json"),
-        (gives_text, "must give a Path, gave '"),
+        (gives_text, "must give a Path, Shards or a list of Stream, gave '"),
         (has_no_images, r"a shard in .*/train lacks \['image_sizes', 'images', 'type'\]"),
     ],
 )

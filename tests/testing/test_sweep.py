@@ -16,7 +16,8 @@ import torch
 import ssmvl
 from ssmvl import testing
 from ssmvl.core_plugin import components
-from ssmvl.data.shards import ensure_shards
+from ssmvl.data.mix import Share
+from ssmvl.data.shards import ensure_shards, existing_shards
 from ssmvl.recipe import recipe_names
 from ssmvl.registry import INJECTED, Entry
 
@@ -38,6 +39,9 @@ OPTIONS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("language_model", "mamba2_lm"): [TINY],
     ("dataset", "digit_scenes"): [{"train_size": 8, "test_size": 5}],
     ("dataset", "shards"): [{"folder": "shards"}],
+    ("dataset", "mix"): [
+        {"streams": {name: Share(data=partial(existing_shards, folder=name)) for name in ("shards", "others")}}
+    ],
 }
 SMALL = [f"model.language.{key}={value}" for key, value in {"width": 32, "num_layers": 2, "num_tokens": 339}.items()]
 MAMBA2 = "mixer={name: mamba2, d_state: 8, head_dim: 16, num_groups: 1}"
@@ -89,9 +93,9 @@ def test_component_keeps_its_contract(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where data sets are written
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    for split in ("train", "test") if entry.name == "shards" else ():
-        record = {"id": split, "type": "", "conversation": talk, "images": []}
-        ensure_shards(Path("shards") / split, lambda record=record: [record], 1)
+    for place in ("shards/train", "shards/test", "others/train", "others/test") if entry.kind == "dataset" else ():
+        record = {"id": place, "type": "", "conversation": talk, "images": []}
+        ensure_shards(Path(place), lambda record=record: [record], 1)
     check = getattr(testing, f"check_{entry.kind}")
     assert check(partial(entry.load(), **options)) is None
 
