@@ -35,7 +35,7 @@ def entry_problem(entry: dict[str, Any]) -> str:
         reader.validate(allow_unsafe_types=False)  # of any other columns: a pickle is not opened
         if HASH not in reader.raw_data.hashes:
             return f"the index holds no {HASH} hash of it; write it anew with one"
-        if not reader.samples >= 0 <= reader.raw_data.bytes:
+        if not 0 <= 4 * reader.samples <= reader.raw_data.bytes:  # each has a number in the table of places
             return f"the index says that it has {reader.samples} samples in {reader.raw_data.bytes} bytes"
     except Exception as error:  # whatever a damaged entry makes streaming raise
         return f"what the index says of it is damaged ({type(error).__name__}: {error})"

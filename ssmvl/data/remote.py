@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ssmvl.checkpoints import written_whole
@@ -19,19 +19,29 @@ def is_remote(place: str) -> bool:
     return "://" in place
 
 
-def fetch(url: str, path: Path) -> None:
+def fetch(url: str, path: Path, check: Callable[[Path], None] | None = None) -> None:
     """Download one file, whole or not at all.
 
+    Args:
+        url: of the file.
+        path: where it will lie.
+        check: looks at the file before it has that name, and raises a DataError if it is not as it should be.
+
     Raises:
-        DataError: it is not there, or cannot be reached or written.
+        DataError: it is not there, cannot be reached or written, or `check` refuses it.
     """
     from streaming.base.storage import CloudDownloader
 
+    _refuse_marks(url)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as partial:
             partial.unlink(missing_ok=True)  # what is there is taken for downloaded
             CloudDownloader.direct_download(url, str(partial), TIMEOUT)
+            if check:
+                check(partial)
+    except DataError:
+        raise
     except Exception as error:  # each cloud's library has errors of its own
         raise DataError(f"{url} cannot be fetched ({type(error).__name__}: {error}){_hint(url)}") from error
 
@@ -44,12 +54,18 @@ def send(folder: Path, url: str, names: Sequence[str]) -> None:
     """
     from streaming.base.storage import CloudUploader
 
+    _refuse_marks(url)
     try:
         uploader = CloudUploader.get((str(folder), url), keep_local=True, exist_ok=True)
         for name in names:
             uploader.upload_file(name)
     except Exception as error:  # each cloud's library has errors of its own
         raise DataError(f"{url} cannot be written ({type(error).__name__}: {error}){_hint(url)}") from error
+
+
+def _refuse_marks(url: str) -> None:
+    if "#" in url or "?" in url:  # streaming would cut the name there: all files of a folder would be one
+        raise DataError(f"{url}: a URL cannot have # or ? in it; choose another name")
 
 
 def _hint(url: str) -> str:

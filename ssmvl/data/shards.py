@@ -6,27 +6,21 @@ of question it is, or where it comes from, and may be empty. In a shard the imag
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ssmvl.checkpoints import written_whole
-from ssmvl.data.remote import fetch, is_remote
+from ssmvl.data.cache import cached
+from ssmvl.data.remote import is_remote
 from ssmvl.errors import DataError, MissingDependencyError
 from ssmvl.interfaces import Shards
 
 COLUMNS = {"id": "str", "type": "str", "conversation": "json", "images": "bytes", "image_sizes": "json"}
 HASH = "xxh64"
 SHARD_BYTES = 1 << 22
-ATTEMPTS = 3  # at fetching a shard
-SOURCE = "fetched_from"  # in a cache: the URL; what lacks it is nobody's cache and is never deleted
-
-
-class ShardError(DataError):
-    """A shard cannot be fetched or read: no fault of one sample."""
+FILES = ("raw_data", "zip_data")  # keys of an index
 
 
 def ensure_shards(folder: Path, records: Callable[[], Iterable[dict[str, Any]]], total: int) -> None:
@@ -91,56 +85,21 @@ def existing_shards(split: str, *, folder: str, cache: str | None = None) -> Pat
     Args:
         split: name of the subfolder.
         folder: holds a folder of shards for each split; every shard has the columns of this module. May be a URL.
-        cache: keeps what is fetched from a URL; a folder of its own in `~/.cache/ssmvl/shards` if None.
+        cache: holds a folder for each URL, for what is fetched; `~/.cache/ssmvl/shards` if None.
 
     Raises:
         DataError: there are no shards, their index cannot be read, fetched, or lacks a column, or `cache` holds files
-            of another origin.
+            of another origin; a shard on this machine is missing or cut.
     """
     if not is_remote(folder):
         if cache is not None:
             raise DataError(f"cache: {cache} is for a folder in a bucket; {folder} is on this machine, leave it out")
         _check_index(Path(folder) / split, split)
         return Path(folder) / split
-    url = f"{folder.rstrip('/')}/{split}"
-    own = hashlib.sha256(folder.rstrip("/").encode()).hexdigest()[:16]
-    local = (Path(cache).expanduser() if cache else Path.home() / ".cache" / "ssmvl" / "shards" / own) / split
-    _fetch_index(url, local)
+    require_streaming()
+    local, url = cached(folder, split, cache), f"{folder.rstrip('/')}/{split}"
     _check_index(local, split, url)
     return Shards(local, url)
-
-
-def fetch_shard(url: str, folder: Path, file: Mapping[str, Any]) -> None:
-    """Fetch a file of an index from the folder `url`: whole and as the index says, or not at all.
-
-    Args:
-        url: of the folder.
-        folder: where it will lie.
-        file: its `basename`, `bytes` and `hashes`, as in the index.
-
-    Raises:
-        ShardError: it could not be fetched, or was damaged, `ATTEMPTS` times.
-    """
-    from streaming.base.hashing import get_hash
-    from streaming.base.util import retry
-
-    source, path = f"{url}/{file['basename']}", folder / file["basename"]
-
-    def once() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as partial:
-            fetch(source, partial)
-            data = partial.read_bytes()
-            if len(data) != file["bytes"]:
-                raise DataError(f"{source} has {len(data)} bytes, its index says {file['bytes']}")
-            for name, expected in file["hashes"].items():
-                if get_hash(name, data) != expected:
-                    raise DataError(f"{source} does not have the {name} hash in its index: it is damaged, send it anew")
-
-    try:
-        retry((DataError, OSError), num_attempts=ATTEMPTS, initial_backoff=0.2, max_jitter=0.1)(once)()
-    except (DataError, OSError) as error:
-        raise ShardError(str(error)) from error
 
 
 def pack(record: dict[str, Any]) -> dict[str, Any]:
@@ -158,44 +117,18 @@ def unpack(record: dict[str, Any]) -> dict[str, Any]:
     return {"id": record["id"], "type": record["type"], "conversation": record["conversation"], "images": images}
 
 
-def _fetch_index(url: str, local: Path) -> None:
-    """Bring `index.json` of the folder `url` to its cache; where it is another than before, everything else goes.
-
-    The first process of a node does so; the others come after it.
-    """
-    require_streaming()
-    from filelock import FileLock
-    from streaming.base.distributed import get_local_rank
-
-    if get_local_rank() != 0:
-        return
-    try:
-        local.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(local.with_name(f".{local.name}.lock")):
-            fresh, index = local.with_name(f".{local.name}.index.json"), local / "index.json"
-            fetch(f"{url}/index.json", fresh)
-            if not index.is_file() or index.read_bytes() != fresh.read_bytes() or not (local / SOURCE).is_file():
-                if local.is_dir() and any(local.iterdir()) and not (local / SOURCE).is_file():
-                    raise DataError(f"{local} holds files that did not come from a bucket; name another folder: cache")
-                old = local.with_name(f".{local.name}.old")  # renamed first: what is half deleted is used by nobody
-                shutil.rmtree(old, ignore_errors=True)
-                if local.is_dir():
-                    local.rename(old)
-                    shutil.rmtree(old)
-                local.mkdir()
-                (local / SOURCE).write_text(f"{url}\n")
-            fresh.replace(index)
-    except OSError as error:
-        raise DataError(f"{local}: what is fetched from {url} cannot be kept there ({error})") from error
-
-
 def _check_index(folder: Path, split: str, url: str = "") -> None:
+    """Find that an index lists shards of ours, each in its folder; those on this machine whole, as far as a size tells.
+
+    Files of a cache that were cut are deleted, to be fetched again.
+    """
     path = folder / "index.json"
     shown = f"{url}/index.json" if url else str(path)
     try:
         shards = json.loads(path.read_text())["shards"]
         lacking = sorted(COLUMNS.keys() - set.intersection(*(set(shard["column_names"]) for shard in shards)))
-        files = [shard[key]["basename"] for shard in shards for key in ("raw_data", "zip_data") if shard.get(key)]
+        files = [(shard[key]["basename"], shard[key]["bytes"]) for shard in shards for key in FILES if shard.get(key)]
+        raw = [shard["raw_data"]["basename"] for shard in shards if not shard.get("zip_data")]
     except FileNotFoundError as error:
         wanted = f"`shards` takes a folder in which {split}/index.json lists the MDS shards of the split {split}"
         raise DataError(f"{shown}: there is no such file; {wanted}") from error
@@ -203,9 +136,16 @@ def _check_index(folder: Path, split: str, url: str = "") -> None:
         raise DataError(f"{shown} is no index of MDS shards ({type(error).__name__}: {error})") from error
     if lacking:
         raise DataError(f"{shown}: the shards lack the columns {lacking}; each needs {', '.join(COLUMNS)}")
-    outside = [name for name in files if not (folder / name).resolve().is_relative_to(folder.resolve())]
-    if url and outside:
-        raise DataError(f"{shown} lists {outside[0]!r}, which lies outside of its folder")
+    for name, size in files:
+        shard = folder / name
+        if not shard.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"{shown} lists {name!r}, which lies outside of its folder")
+        there = shard.stat().st_size if shard.is_file() else None
+        if url and there not in (None, size):
+            shard.unlink()
+        if not url and there != size and (there is not None or name in raw):
+            what = "is missing" if there is None else f"has {there} bytes, its index says {size}"
+            raise DataError(f"{shard} {what}; `ssmvl data verify {folder}` finds everything that is damaged")
 
 
 def require_streaming() -> None:
@@ -213,7 +153,7 @@ def require_streaming() -> None:
     from importlib.util import find_spec
 
     if find_spec("streaming") is None:
-        raise MissingDependencyError("reading shards needs mosaicml-streaming: pip install 'ssmvl[train]'")
+        raise MissingDependencyError("reading shards needs mosaicml-streaming: pip install 'ssmvl[data]'")
 
 
 def _write(folder: Path, records: Iterable[dict[str, Any]], total: int, what: str) -> None:

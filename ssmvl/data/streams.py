@@ -16,8 +16,9 @@ from streaming.base.distributed import get_local_world_size, get_world_size
 from streaming.base.format import reader_from_json
 
 from ssmvl.batch import collate
+from ssmvl.data.cache import ShardError, fetch_shard
 from ssmvl.data.mix import Loader
-from ssmvl.data.shards import ShardError, fetch_shard, unpack
+from ssmvl.data.shards import unpack
 from ssmvl.data.workers import cores
 from ssmvl.errors import DataError
 from ssmvl.interfaces import Data, Shards, Stream
@@ -47,6 +48,9 @@ class SampleStream(StreamingDataset):
         try:
             super().__init__(streams=[_checked(stream) for stream in streams], **options)
         except (OSError, ValueError, RuntimeError) as error:
+            if "Reused local directory" in str(error):
+                what = "another run on this machine, or another stream of this mix, reads the same folder"
+                raise DataError(f"{self._where}: {what}; give one of the two another (of a bucket: cache)") from error
             raise DataError(f"{self._where}: cannot be streamed: {error}") from error
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -172,7 +176,7 @@ class _Checked(MosaicStream):
 def train_loader(
     data: Data, processor: Processor, *, batch: int, seed: int, loader: Loader | None = None
 ) -> TrainLoader:
-    """Ragged batches of `batch` samples for this rank; the last short batch of an epoch is left out.
+    """Ragged batches of `batch` samples for this rank; the last of an epoch may be shorter.
 
     Args:
         data: what a dataset gave.
@@ -203,7 +207,6 @@ def train_loader(
         stream,
         batch_size=batch,
         collate_fn=collate,
-        drop_last=True,
         num_workers=workers,
         persistent_workers=workers > 0,
     )

@@ -43,8 +43,9 @@ class DamagedSamples(Callback):
         self._new += [(name, reason) for name, reason in filter(None, state.batch["damaged"])]
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Count over all ranks, once in `WINDOW` batches."""
-        if state.timestamp.batch.value % WINDOW == 0:
+        """Count over all ranks, once in `WINDOW` batches, and before the checkpoint of the last one is written."""
+        last = state.max_duration is not None and state.timestamp >= state.max_duration
+        if last or state.timestamp.batch.value % WINDOW == 0:
             self._gather()
             self._stop_if_many()
 

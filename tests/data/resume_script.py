@@ -36,11 +36,13 @@ else:
     loader = new()
     for epoch in range(4):
         rest.append([])
+        seen = 0
         for number, batch in enumerate(loader, start=1):
             rest[-1].append(batch["sample_ids"])
+            seen += len(batch["sample_ids"])
             states[f"{epoch} {number}"] = [
                 loader.state_dict(),
-                loader.dataset.state_dict(number * BATCH, True),  # as Composer asks
+                loader.dataset.state_dict(seen, True),  # as Composer asks
             ]
         states[f"{epoch + 1} 0"] = [None, loader.dataset.state_dict(0, True)]
 print(json.dumps([rest, states]))

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from ssmvl.data import shards
+from ssmvl.data.cache import ShardError
+from ssmvl.data.inspect import inspect
 from ssmvl.data.mix import Loader
 from ssmvl.data.remote import send
-from ssmvl.data.shards import ShardError, ensure_shards, existing_shards
+from ssmvl.data.shards import ensure_shards, existing_shards
 from ssmvl.data.streams import read_records, train_loader
 from ssmvl.errors import DataError
 from ssmvl.interfaces import ImageSpec, Shards
@@ -64,7 +66,7 @@ def test_only_the_index_is_fetched_when_asked_and_shards_when_needed(
     sent: Callable[[str], str], tmp_path: Path
 ) -> None:
     data = ask(sent("a"), tmp_path)
-    assert data.local == tmp_path / "cache" / "train"
+    assert data.local.parent.parent == tmp_path / "cache"
     assert sorted(path.name for path in data.local.iterdir()) == ["fetched_from", "index.json"]
     assert names(data) == sorted(f"a{i}" for i in range(12))
     for shard in (tmp_path / "a").glob("*.mds"):
@@ -98,6 +100,26 @@ def test_other_data_at_the_same_url_empty_the_cache(sent: Callable[[str], str], 
     assert [record["id"] for record in read_records(data)] == [f"b{i}" for i in range(12)]
 
 
+def test_two_buckets_share_a_cache(sent: Callable[[str], str], tmp_path: Path, bucket: str) -> None:
+    one = ask(sent("a"), tmp_path)
+    read_records(one)
+    send(tmp_path / "a", f"{bucket}/other/train", [path.name for path in (tmp_path / "a").iterdir()])
+    other = ask(f"{bucket}/other", tmp_path)
+    assert other.local != one.local
+    assert len(list(one.local.glob("*.mds"))) > 2
+
+
+def test_a_file_of_the_cache_that_was_cut_is_fetched_again(sent: Callable[[str], str], tmp_path: Path) -> None:
+    url = sent("a")
+    data = ask(url, tmp_path)
+    before = read_records(data)
+    shard = data.local / "shard.00001.mds"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (data.local / ".shard.00002.mds.123.partial").write_bytes(b"of a killed run")
+    assert read_records(ask(url, tmp_path)) == before
+    assert not list(data.local.glob("*.partial"))
+
+
 def test_the_same_data_stay_in_the_cache(sent: Callable[[str], str], tmp_path: Path) -> None:
     url = sent("a")
     read_records(ask(url, tmp_path))
@@ -106,10 +128,10 @@ def test_the_same_data_stay_in_the_cache(sent: Callable[[str], str], tmp_path: P
 
 def test_a_folder_that_is_no_cache_is_never_emptied(sent: Callable[[str], str], tmp_path: Path) -> None:
     url = sent("a")
-    mine = tmp_path / "cache" / "train" / "mine.txt"
-    mine.parent.mkdir(parents=True)
+    mine = ask(url, tmp_path).local / "mine.txt"
+    mine.with_name("fetched_from").unlink()
     mine.write_text("mine")
-    with pytest.raises(DataError, match=r"cache/train holds files that did not come from a bucket; name another"):
+    with pytest.raises(DataError, match=r"/train holds files that did not come from a bucket; name another"):
         ask(url, tmp_path)
     assert mine.read_text() == "mine"
 
@@ -135,6 +157,8 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(
     send(tmp_path / "a", f"{url}/train", ["index.json"])
     with pytest.raises(DataError, match=r"lists '\.\./\.\./shard\.00001\.mds', which lies outside"):
         ask(url, tmp_path)
+    with pytest.raises(DataError, match=r"shard\.00001\.mds: the index names a file outside of its folder"):
+        inspect(url, None, None, 0, None)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -43,6 +43,31 @@ def test_a_bucket_that_does_not_exist_is_named(bucket: str, tmp_path: Path) -> N
         send(tmp_path, "s3://no-such-bucket/x", ["a.bin"])
 
 
+@pytest.mark.parametrize("mark", ["#", "?"])
+def test_a_name_that_would_be_cut_is_refused(
+    bucket: str, objects: Callable[[], dict[str, bytes]], tmp_path: Path, mark: str
+) -> None:
+    (tmp_path / "a.bin").write_bytes(b"one")
+    with pytest.raises(DataError, match="cannot have # or [?] in it"):
+        send(tmp_path, f"{bucket}/x{mark}y", ["a.bin"])
+    with pytest.raises(DataError, match="cannot have # or [?] in it"):
+        fetch(f"{bucket}/x{mark}y", tmp_path / "b.bin")
+    assert objects() == {}
+
+
+def test_what_is_checked_has_no_name_before(bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"one")
+    send(tmp_path, bucket, ["a.bin"])
+
+    def refuse(partial: Path) -> None:
+        assert partial.read_bytes() == b"one"
+        raise DataError("not as it should be")
+
+    with pytest.raises(DataError, match="^not as it should be$"):
+        fetch(f"{bucket}/a.bin", tmp_path / "b.bin", refuse)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
 def test_remote_places() -> None:
     assert is_remote("s3://bucket/folder")
     assert is_remote("gs://bucket/folder")

@@ -190,6 +190,20 @@ def test_existing_shards_that_are_not_there_say_what_is_expected(tmp_path: Path)
         existing_shards("train", folder=str(tmp_path / "train"))
 
 
+def test_existing_shards_that_are_missing_or_cut_are_named(tmp_path: Path) -> None:
+    ensure(tmp_path / "train")
+    shard = tmp_path / "train" / "shard.00000.mds"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(
+        DataError, match=rf"shard\.00000\.mds has {len(whole) - 1} bytes, its index says {len(whole)}; `ssmvl"
+    ):
+        existing_shards("train", folder=str(tmp_path))
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard\.00000\.mds is missing; `ssmvl data verify"):
+        existing_shards("train", folder=str(tmp_path))
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"shards": 1}', b'{"shards": []}', b'{"shards": [{}]}', b"\xff"])
 def test_existing_shards_with_a_broken_index_are_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "train").mkdir()
@@ -200,7 +214,8 @@ def test_existing_shards_with_a_broken_index_are_an_error(tmp_path: Path, conten
 
 def test_existing_shards_of_other_columns_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    listed = [{"column_names": list(shards.COLUMNS)}, {"column_names": ["id", "images", "mine"]}]
+    file = {"raw_data": {"basename": "shard.00000.mds", "bytes": 1}}
+    listed = [{"column_names": list(shards.COLUMNS), **file}, {"column_names": ["id", "images", "mine"], **file}]
     (tmp_path / "train" / "index.json").write_text(json.dumps({"shards": listed}))
     with pytest.raises(DataError, match=r"lack the columns \['conversation', 'image_sizes', 'type'\]; each needs id, "):
         existing_shards("train", folder=str(tmp_path))
@@ -220,5 +235,5 @@ def test_unpack_cuts_images_apart(images: list[bytes]) -> None:
 
 def test_without_streaming_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"ssmvl\[train\]"):
+    with pytest.raises(MissingDependencyError, match=r"ssmvl\[data\]"):
         ensure(tmp_path / "s")

@@ -13,9 +13,10 @@ import torch
 
 import ssmvl
 from ssmvl.data import shards
+from ssmvl.data.cache import ShardError
 from ssmvl.data.remote import send
 from ssmvl.data.scenes import digit_scenes
-from ssmvl.data.shards import ShardError, ensure_shards
+from ssmvl.data.shards import ensure_shards
 from ssmvl.data.streams import read_records
 from ssmvl.errors import DataError
 from ssmvl.training import damaged
@@ -76,7 +77,7 @@ def test_two_stages_train_from_one_bucket_what_they_train_from_a_folder(tiny: Pa
         folder = ssmvl.train(tiny, f"run={run}", "evaluation=null", *stages)
         found[run] = (folder / "model" / "model.safetensors").read_bytes()
     assert found["remote"] == found["local"]
-    assert len(list(Path("cache/train").glob("*.mds"))) > 3
+    assert len(list(Path("cache").rglob("*.mds"))) > 3
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
@@ -123,6 +124,15 @@ def test_too_many_damaged_samples_end_every_rank(tiny: Path, composer: Composer)
     assert "at most 1% may be" in output
     assert "Traceback" not in output
     assert {line["id"] for line in listed("tiny")} == {"train-5", "train-7"}
+
+
+def test_too_many_are_too_many_when_run_again(tiny: Path) -> None:
+    """The stage ends between two counts: its last checkpoint must not be of a stage that is done."""
+    scenes(Path("data/train"), 40, 5, 7)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"of 40 samples were damaged"):
+            ssmvl.train(tiny, *only("{name: shards, folder: data}", "duration=5ba", "checkpoint=1ba"))
+        assert not (Path("runs") / "tiny" / "model").exists()
 
 
 def test_what_was_counted_before_a_checkpoint_is_counted_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
