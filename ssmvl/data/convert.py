@@ -5,18 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
+import re
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
-from ssmvl.data.origin import OURS, SETTINGS, check, settings
-from ssmvl.data.parts import INDEX, NOTHING, REPORT, Summary, counted, get, present, put, write_part
+from ssmvl.data.origin import OURS, check, confirm, settings
+from ssmvl.data.parts import INDEX, NOTHING, REPORT, SETTINGS, Summary, counted, get, present, put, write_part
 from ssmvl.data.remote import is_remote
 from ssmvl.data.shards import require_streaming
 from ssmvl.data.sources import Chunk, open_sources
@@ -39,6 +41,8 @@ def convert(
     """Write the samples of published files as shards to `out/split`, or finish what an earlier run began there.
 
     The same sources and settings give the same bytes, with any number of workers and after any number of kills.
+    A folder is locked: a second conversion to it is refused. A URL is not; one that finds other settings there than
+    its own, when it begins and before it publishes the index, stops.
 
     Args:
         sources: JSON, JSON lines, parquet, tars, or folders of these; read in this order.
@@ -56,22 +60,25 @@ def convert(
     workers = workers or cores()
     place = f"{out.rstrip('/')}/{split}" if is_remote(out) else str(Path(out) / split)
     origin = settings(sources, images, max_side, part_size)
-    with _quiet(), TemporaryDirectory(prefix="ssmvl-convert-") as folder, _alone(place):
-        temporary = Path(folder)
+    with _quiet(), _temporary() as temporary, _alone(place):
         there = present(place, temporary)
         noted = check(place, there, origin, sources, temporary)
         if INDEX in there:
-            print(f"{place} is finished; nothing was changed", flush=True)
             for name in (INDEX, REPORT):
                 get(place, name, temporary / name)
-            return counted(temporary)
+            found = counted(temporary)
+            anew = f"; after mending the images or sources, delete {place} and run again" if found.skipped else ""
+            print(f"{place} is finished; nothing was changed{anew}", flush=True)
+            return found
         with processes(workers) as pool:
             chunks = open_sources(sources, images, part_size)
             chunks = itertools.chain([next(chunks)], chunks)  # a wrong image folder is found before anything is written
             if not noted:
                 (temporary / SETTINGS).write_text(json.dumps(origin, indent=2) + "\n")
                 put(temporary, place, [SETTINGS])
+                confirm(place, origin, temporary)
             names, found = _write_parts(pool, workers + 2, chunks, place, there, temporary, max_side)
+        confirm(place, origin, temporary)
         _publish(names, found, place, temporary)
         return found
 
@@ -124,20 +131,56 @@ def _publish(names: Sequence[str], found: Summary, place: str, temporary: Path) 
     """Put the report and, last, the index of all parts in place."""
     from streaming.base.util import merge_index
 
-    if not found.samples:
-        raise DataError(f"none of the samples can be used; {place}/{names[0]}/{REPORT} says why\n{found}")
     for name in names:
         if not (temporary / name).exists():
             for file in (INDEX, REPORT):
                 get(place, f"{name}/{file}", temporary / name / file)
+    with (temporary / REPORT).open("wb") as report:
+        for name in names:
+            report.write((temporary / name / REPORT).read_bytes())
+    if not found.samples:
+        raise _useless(names, found, place, temporary)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # merge_index leaves the files open
         # of copies: it takes a path with a # or ? in it for a URL
         merge_index([str(temporary / name / INDEX) for name in names], str(temporary))
-    with (temporary / REPORT).open("wb") as report:
-        for name in names:
-            report.write((temporary / name / REPORT).read_bytes())
     put(temporary, place, [REPORT, INDEX])
+
+
+def _useless(names: Sequence[str], found: Summary, place: str, temporary: Path) -> DataError:
+    """What to do where every sample was left out; of a folder, what was written is taken away."""
+    with (temporary / REPORT).open() as lines:
+        first = json.loads(next(lines))
+    anew = f"after mending the images or sources, delete {place} and run again"
+    if not is_remote(place):
+        anew = "nothing is kept; after mending the images or sources, run again"
+        for name in names:
+            (Path(place) / name).rename(Path(place) / f".{name}.partial")  # swept away at the end
+        (Path(place) / SETTINGS).unlink()
+    why = f"{first['reason']} in record {first['record']} of {first['source']}: {first['detail']}"
+    return DataError(f"none of the samples can be used: {found.left_out()}, e.g. {why}; {anew}")
+
+
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    """A folder for this process; those of processes that were killed are removed."""
+    for path in Path(gettempdir()).glob("ssmvl-convert-*"):
+        pid = re.match(r"ssmvl-convert-(\d+)-", path.name)
+        with suppress(FileNotFoundError):  # another conversion was faster
+            if pid and path.stat().st_uid == os.getuid() and not _runs(int(pid[1])):
+                shutil.rmtree(path, ignore_errors=True)
+    with TemporaryDirectory(prefix=f"ssmvl-convert-{os.getpid()}-") as folder:
+        yield Path(folder)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 @contextmanager
@@ -153,7 +196,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _alone(place: str) -> Iterator[None]:
-    """No other process converts to the same folder, and nothing half written is or stays there."""
+    """No other process converts to the same folder, and nothing half written is or stays there; a URL is not locked."""
     if is_remote(place):
         yield
         return

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import os
 import posixpath
+import stat
 import struct
 import warnings
 import zipfile
@@ -15,15 +17,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ssmvl.errors import DataError, short
+from ssmvl.pictures.decoding import decoded, reason
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's entry: signature, lengths of its name and of its extra field
 ENTRY = struct.Struct("<QQBI")  # what is kept of a zip's entry: offset, size, method, crc
 MAX_INFLATED = 1 << 29  # bytes; an entry that grows beyond them is no image
 TAIL = 4096  # bytes at the end in which a marker is looked for: some cameras write on after it
-MODES = {"JPEG": {"L", "RGB", "CMYK"}, "PNG": {"L", "LA", "RGB", "RGBA", "I", "I;16"}, "WEBP": {"RGB", "RGBA"}}
+MODES = {"JPEG": {"L", "RGB", "CMYK"}, "PNG": {"L", "LA", "RGB", "RGBA"}, "WEBP": {"RGB", "RGBA"}}
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # other errors are trouble of the disk
+
+
+class EntryError(DataError):
+    """The bytes of one image are damaged; the others may be whole."""
 
 
 class Place(NamedTuple):
@@ -47,25 +55,29 @@ class Place(NamedTuple):
         """The bytes.
 
         Raises:
-            FileNotFoundError: the file is not there.
-            DataError: it cannot be read, ends too early, or its entry is damaged; names file and offset.
+            FileNotFoundError: this one whole file is not there.
+            EntryError: the bytes end too early, or are damaged; names file and offset.
+            DataError: nothing can be read: the zip, the tar or the file's folder is gone, or the disk has trouble.
         """
         try:
             if self.size is None:
                 return self.path.read_bytes()
             with self.path.open("rb", buffering=0) as file:
                 data = self._stretch(file.fileno(), self.size)
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            holder = self.path.parent if self.size is None else self.path
+            if holder.is_dir():
+                raise
+            raise _gone(holder) from error
         except OSError as error:
             raise DataError(f"{self.path} cannot be read at offset {self.offset} ({error})") from error
         try:
             if self.deflated:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, MAX_INFLATED)
         except zlib.error as error:
-            raise DataError(f"{self.path}: the entry at offset {self.offset} cannot be inflated ({error})") from error
+            raise EntryError(f"{self.path}: the entry at offset {self.offset} cannot be inflated ({error})") from error
         if self.crc not in (None, zlib.crc32(data)):
-            raise DataError(
+            raise EntryError(
                 f"{self.path}: the entry at offset {self.offset} does not have the checksum in its directory"
             )
         return data
@@ -75,11 +87,11 @@ class Place(NamedTuple):
         if self.crc is not None:
             header = os.pread(file, LOCAL_HEADER.size, start)
             if len(header) < LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
-                raise DataError(f"{self.path}: no entry begins at offset {start}, where the zip's directory has one")
+                raise EntryError(f"{self.path}: no entry begins at offset {start}, where the zip's directory has one")
             start += LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header)[1:])
         data = os.pread(file, size, start)
         if len(data) < size:
-            raise DataError(f"{self.path} ends at byte {start + len(data)}; {size} bytes should lie at offset {start}")
+            raise EntryError(f"{self.path} ends at byte {start + len(data)}; {size} bytes should lie at offset {start}")
         return data
 
 
@@ -96,7 +108,7 @@ class ImageFolders:
     """
 
     def __init__(self, specs: Sequence[str], default: Path) -> None:
-        pairs = [_prefix_and_path(spec) for spec in specs]
+        pairs = [prefix_and_path(spec) for spec in specs]
         opened = [(prefix, _Folder(path) if path.is_dir() else _Zip(path)) for prefix, path in pairs]
         self._given: list[tuple[str, _Folder | _Zip]] = sorted(opened, key=lambda pair: -len(pair[0]))
         self._searched = [*self._given, ("", _Folder(default))]
@@ -108,7 +120,11 @@ class ImageFolders:
         return other
 
     def find(self, name: str) -> Place | None:
-        """Where the image of this name lies; None if it is nowhere, or the name leaves the folder (see `leaves`)."""
+        """Where the image of this name lies; None if it is nowhere, or the name leaves the folder (see `leaves`).
+
+        Raises:
+            DataError: a folder is gone or cannot be looked into.
+        """
         name = posixpath.normpath(name)
         if leaves(name):
             return None
@@ -130,9 +146,16 @@ class _Folder:
     def find(self, name: str) -> Place | None:
         path = Path(f"{self.path}/{name}")
         try:
-            return Place(path) if path.is_file() else None
-        except OSError:  # e.g. a name that is too long for a file
+            if stat.S_ISREG(path.stat().st_mode):
+                return Place(path)
+        except ValueError:  # no file can have this name
             return None
+        except OSError as error:
+            if error.errno not in NOT_THERE:
+                raise DataError(f"{path} cannot be looked for ({error})") from error
+        if not self.path.is_dir():
+            raise _gone(self.path)
+        return None
 
 
 class _Zip:
@@ -143,9 +166,10 @@ class _Zip:
         try:
             with zipfile.ZipFile(path) as opened:
                 entries = opened.infolist()
+            self.size = path.stat().st_size
         except FileNotFoundError as error:
             raise DataError(f"images are looked for in {path}, but there is no such folder or zip") from error
-        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        except (OSError, ValueError, OverflowError, MemoryError, zipfile.BadZipFile, NotImplementedError) as error:
             raise DataError(
                 f"{path}: images are read from a folder or a whole zip, this is neither ({error})"
             ) from error
@@ -165,7 +189,12 @@ class _Zip:
                 f"{self.path}: the entry {entry.filename!r} has the compression method {entry.compress_type}; "
                 "0 (stored) and 8 (deflated) are read"
             )
-        if not entry.is_dir():
+        if not 0 <= entry.header_offset <= entry.header_offset + entry.compress_size <= self.size:
+            raise DataError(
+                f"{self.path}: the entry {entry.filename!r}, {entry.compress_size} bytes at offset "
+                f"{entry.header_offset}, lies outside of the zip: it is cut or damaged"
+            )
+        if not entry.filename.endswith("/"):  # is_dir() fails where there is no name
             self.entries[name] = ENTRY.pack(entry.header_offset, entry.compress_size, entry.compress_type, entry.CRC)
 
     def find(self, name: str) -> Place | None:
@@ -181,7 +210,12 @@ def leaves(name: str) -> bool:
     return name.startswith(("/", "../")) or name == ".."
 
 
-def _prefix_and_path(spec: str) -> tuple[str, Path]:
+def _gone(path: Path) -> DataError:
+    return DataError(f"{path} is gone; make it available and run the same command again")
+
+
+def prefix_and_path(spec: str) -> tuple[str, Path]:
+    """`PREFIX=PATH` -> "PREFIX/" and the path; a PATH alone has no prefix."""
     prefix, equals, path = spec.partition("=")
     if not equals or Path(spec).exists():
         return "", Path(spec)
@@ -224,11 +258,13 @@ def shrunk(data: bytes, max_side: int) -> bytes:
         if max(image.size) <= max_side:
             return data
         kind = {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP"}.get(image.format or "", "PNG")
+        box, way = (max_side, max_side), Image.Resampling.LANCZOS
+        if kind == "JPEG":  # before its pixels are asked for, as it can be decoded at part of its size
+            image.thumbnail(box, way, reducing_gap=3.0)
+        image = decoded(image, "its pixels")
         if image.mode not in MODES[kind] or "transparency" in image.info:
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-        # A square box: turning the smaller image is the same, and a JPEG can be decoded at part of its size.
-        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
-        image = ImageOps.exif_transpose(image)
+        image.thumbnail(box, way, reducing_gap=3.0)
         written = io.BytesIO()
         image.save(written, kind, **({} if kind == "PNG" else {"quality": 95}))
     return written.getvalue()
@@ -242,4 +278,4 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             with Image.open(io.BytesIO(data)) as image:
                 yield image
     except Exception as error:  # each of PIL's decoders has errors of its own
-        raise DataError(f"cannot be decoded as an image ({short(str(error))})") from error
+        raise DataError(f"cannot be decoded as an image ({short(reason(error))})") from error

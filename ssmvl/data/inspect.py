@@ -22,10 +22,11 @@ from rich.table import Table
 
 from ssmvl.data.cache import fetch_shard
 from ssmvl.data.damage import entry_problem
+from ssmvl.data.parts import INDEX
 from ssmvl.data.reading import Tokens, sample_card, stage_processor
 from ssmvl.data.remote import is_remote
 from ssmvl.data.shards import require_streaming, unpack
-from ssmvl.data.verify import INDEX, fetch_index, find_splits, read_index
+from ssmvl.data.verify import fetch_index, find_splits, read_index
 from ssmvl.errors import DataError, short
 from ssmvl.pictures.samples import Card, draw_samples
 from ssmvl.recipe import load_recipe

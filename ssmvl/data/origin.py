@@ -8,27 +8,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssmvl.data.parts import get
+from ssmvl.data.images import prefix_and_path
+from ssmvl.data.parts import SETTINGS, get
+from ssmvl.data.sources import source_files_of
 from ssmvl.errors import DataError
 
 FORMAT = 1  # counted up when the same sources would give other shards
-SETTINGS = "conversion.json"
 FILES = r"(conversion|index)\.json|skipped\.jsonl"
 OURS = re.compile(rf"{FILES}|part-\d{{5,}}|\.(part-\d{{5,}}|({FILES})\.\d+)\.partial")  # while written, partial
 OTHER_OUT = "choose another --out or delete it"
 
 
 def settings(sources: Sequence[Path], images: Sequence[str], max_side: int | None, part_size: int) -> dict[str, Any]:
-    """What decides the bytes of the parts.
+    """What decides the bytes of the parts: the sources, the places where their images are looked for, the options.
 
     Raises:
         DataError: a source cannot be read.
     """
     try:
-        described = [[file.name, size := file.stat().st_size, _digest(file, size)] for file in _files(sources)]
+        files = _files(sources)
+        described = [[file.name, size := file.stat().st_size, _digest(file, size)] for file in files]
+        places = [_described(spec) for spec in images]
     except OSError as error:
         raise DataError(f"a source cannot be read ({error})") from error
-    options = {"images": list(images), "max_side": max_side, "part_size": part_size}
+    # where images are looked for last
+    beside = dict.fromkeys(str(file.parent.resolve()) for file in files if file.suffix in (".json", ".jsonl"))
+    options = {"images": [*places, *(["", folder] for folder in beside)], "max_side": max_side, "part_size": part_size}
     return {"format": FORMAT, "sources": described, **options}
 
 
@@ -63,13 +68,33 @@ def check(place: str, there: set[str], now: dict[str, Any], sources: Sequence[Pa
         raise DataError(f"{place}/{SETTINGS} is damaged ({error}); {OTHER_OUT}") from error
     if changed and not mended:
         lines = [f"\n  {key}: {before.get(key)} there, {now[key]} now" for key in changed]
-        raise DataError(f"{place} was begun with other settings; {OTHER_OUT}{''.join(lines)}")
+        what = f"other sources or settings; choose another --out, or delete {place} to do it anew"
+        raise DataError(f"{place} was begun with {what}{''.join(lines)}")
     return not changed
 
 
+def confirm(place: str, now: dict[str, Any], temporary: Path) -> None:
+    """Look whether the settings in a place are those that this run put or found there.
+
+    Raises:
+        DataError: another conversion has put its own.
+    """
+    get(place, SETTINGS, temporary / SETTINGS)
+    there = json.loads((temporary / SETTINGS).read_text())
+    if there | now != there:
+        raise DataError(
+            f"another conversion, of other sources or settings, writes to {place} too; stop it, delete "
+            f"{place}, and run one after the other or choose another --out"
+        )
+
+
 def _files(sources: Sequence[Path]) -> list[Path]:
-    folders = {source: sorted(source.glob("*.parquet")) + sorted(source.glob("*.tar")) for source in sources}
-    return [file for source in sources for file in (folders[source] if source.is_dir() else [source])]
+    return [file for source in sources for file in source_files_of(source)]
+
+
+def _described(spec: str) -> list[str | int]:
+    prefix, path = prefix_and_path(spec)
+    return [spec, path.stat().st_size] if path.is_file() else [prefix, str(path.resolve())]
 
 
 def _mended(before: Sequence[Any], files: Sequence[Path]) -> bool:

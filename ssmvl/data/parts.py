@@ -21,6 +21,7 @@ from ssmvl.data.sources import Chunk, Record, Skipped
 from ssmvl.errors import DataError
 
 INDEX, REPORT = "index.json", "skipped.jsonl"
+SETTINGS = "conversion.json"  # a place whose conversion was cut short has no index, only this
 SHARD_BYTES = 1 << 24  # malloc keeps the memory of one for the next; with 64 MB, all that is written is paged in anew
 
 
@@ -37,13 +38,17 @@ class Summary(NamedTuple):
         samples, size, shards = self.samples + other.samples, self.bytes + other.bytes, self.shards + other.shards
         return Summary(samples, size, shards, self.skipped + other.skipped)
 
+    def left_out(self) -> str:
+        """How many samples were left out, and why."""
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self.skipped.items()))
+        return f"{self.skipped.total():,} left out ({reasons})"
+
     def __str__(self) -> str:
         lines = [
             f"{self.samples:,} samples in {self.shards:,} shard{'s' * (self.shards != 1)}, {self.bytes / 1e6:,.1f} MB"
         ]
         if left := self.skipped.total():
-            reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self.skipped.items()))
-            lines.append(f"{left:,} left out ({reasons}); {REPORT} lists them")
+            lines.append(f"{self.left_out()}; {REPORT} lists them")
         if left > self.samples:
             lines.append("warning: more than half of the samples were left out")
         return "\n".join(lines)
@@ -106,8 +111,8 @@ def present(place: str, temporary: Path) -> set[str]:
         from streaming.base.storage import CloudUploader
 
         uploader = CloudUploader.get((str(temporary), place), keep_local=True, exist_ok=True)
-        start = urlparse(place).path.strip("/") + "/"
-        names = [name.removeprefix(start).split("/") for name in uploader.list_objects()]
+        start = urlparse(place).path.strip("/") + "/"  # also the name of an empty object, where a console made a folder
+        names = [name.removeprefix(start).split("/") for name in uploader.list_objects() if name != start]
     except NotImplementedError as error:
         raise DataError(f"{place}: streaming cannot list what is there; convert to a folder and copy it") from error
     except Exception as error:  # each cloud's library has errors of its own

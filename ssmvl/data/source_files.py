@@ -1,26 +1,20 @@
-"""Chunks of published records, and the readers of the files that hold images too: parquet and tar."""
+"""Chunks of published records, whatever file they are from, and the reader of parquet, which holds images too."""
 
 from __future__ import annotations
 
-import json
-import re
-import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ssmvl.data.conversations import MARK, TALKS, UnusableError, conversation
-from ssmvl.data.images import Place, damage, leaves
+from ssmvl.data.conversations import TALKS, UnusableError, conversation
+from ssmvl.data.images import EntryError, Place, damage, leaves
 from ssmvl.errors import DataError, MissingDependencyError, short
 
 COLUMNS_OF_IMAGES, TYPES = ("image", "images"), ("data_source", "source")  # of a parquet
-BYTES = re.compile(r"(.*list<\w+: )?(null|(large_)?binary|struct<.*bytes: .*>)( not null)?>?")  # types of the former
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # members of a tar
 ROWS = 32  # of a parquet, read at once
 
 Record = dict[str, Any]  # {"id", "type", "conversation", "images": list[bytes]}, as shards.pack takes it
@@ -47,12 +41,13 @@ class Image(NamedTuple):
 
         Raises:
             UnusableError: they are missing or damaged.
+            DataError: nothing can be read any more, see `Place.read`.
         """
         try:
             data = self.data.read() if isinstance(self.data, Place) else self.data
         except FileNotFoundError:
             data = None
-        except DataError as error:
+        except EntryError as error:
             raise UnusableError("damaged image", f"{self.name}: {error}") from error
         if data is None:
             why = "leaves the image folder" if leaves(self.name) else "is not there"
@@ -90,7 +85,7 @@ class Chunk(ABC):
         """One item for each record of the source, in order, with its image bytes.
 
         Raises:
-            DataError: the file itself cannot be read.
+            DataError: the file itself cannot be read, or what holds the images cannot.
         """
         for number, (id_, published) in enumerate(zip(self.ids, self._records(), strict=True), self.first):
             try:
@@ -135,8 +130,11 @@ class ParquetChunk(Chunk):
     def _records(self) -> Iterator[Published]:
         with _parquet(Path(self.source)) as file:
             columns = [name for name in file.schema_arrow.names if name in (*TALKS, *COLUMNS_OF_IMAGES, *TYPES)]
+            number = self.first
             for batch in file.iter_batches(ROWS, row_groups=list(self.groups), columns=columns, use_threads=False):
-                for row in batch.to_pylist():
+                rows = _values(batch, self.source, number)
+                number += len(rows)
+                for row in rows:
                     images = [image for column in COLUMNS_OF_IMAGES for image in _cell(row.pop(column, None))]
                     given = next((row[column] for column in TYPES if row.get(column)), "" if images else "text")
                     yield Published(row, images, str(given))
@@ -156,9 +154,10 @@ def parquet_chunks(file: SourceFile) -> Iterator[Chunk]:
             while end < len(sizes) and sum(sizes[begin : end + 1]) <= file.size:
                 end += 1
             groups, rows = range(begin, end), sum(sizes[begin:end])
-            given: list[Any] = [None] * rows
+            given: Any = [None] * rows
             if "id" in opened.schema_arrow.names:
-                given = opened.read_row_groups(list(groups), columns=["id"], use_threads=False)["id"].to_pylist()
+                given = opened.read_row_groups(list(groups), columns=["id"], use_threads=False)["id"]
+                given = _values(given, str(file.path), first)
             ids = [file.id(id_, number) for number, id_ in enumerate(given, first)]
             yield ParquetChunk(str(file.path), first, file.done(end / len(sizes)), ids, groups)
             first, begin = first + rows, end
@@ -171,9 +170,9 @@ def check_parquet(path: Path) -> None:
         DataError: it has not, or is damaged.
     """
     with _parquet(path) as file:
-        columns = {field.name: str(field.type) for field in file.schema_arrow}
-    texts = [columns[name].startswith(("list<", "large_list<")) for name in TALKS if name in columns]
-    images = [BYTES.fullmatch(columns[name]) for name in COLUMNS_OF_IMAGES if name in columns]
+        columns = {field.name: field.type for field in file.schema_arrow}
+    texts = [str(columns[name]).startswith(("list<", "large_list<")) for name in TALKS if name in columns]
+    images = [_holds_bytes(columns[name]) for name in COLUMNS_OF_IMAGES if name in columns]
     if not any(texts) or not all(images):
         found = ", ".join(f"{name}: {type_}" for name, type_ in columns.items())
         raise DataError(
@@ -194,85 +193,39 @@ def _parquet(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} is no parquet file, or is damaged ({short(str(error))})") from error
 
 
+def _holds_bytes(type_: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_):
+        type_ = type_.value_type
+    if types.is_struct(type_):
+        place = type_.get_field_index("bytes")
+        if place < 0:
+            return False
+        type_ = type_.field(place).type
+    return types.is_null(type_) or types.is_binary(type_) or types.is_large_binary(type_)
+
+
+def _values(cells: Any, source: str, first: int) -> list[Any]:
+    """Rows or cells of a parquet, from record `first` on, in Python's own types."""
+    number = first
+    try:
+        return cells.to_pylist()
+    except UnicodeDecodeError:
+        try:
+            for number in range(first, first + len(cells)):
+                cells.slice(number - first, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{source}, record {number}: a text is no UTF-8 ({error}); mend the record or leave it out"
+            ) from error
+        raise
+
+
 def _cell(cell: Any) -> list[Image]:
     images = cell if isinstance(cell, list) else [] if cell is None else [cell]
     structs = [image if isinstance(image, dict) else {"bytes": image} for image in images]
     return [Image(image.get("path") or f"image {number}", image["bytes"]) for number, image in enumerate(structs)]
-
-
-@dataclass(frozen=True)
-class TarChunk(Chunk):
-    """Samples of a WebDataset tar: for each the members of one key."""
-
-    members: Sequence[Sequence[Image]]
-
-    def _records(self) -> Iterator[Published]:
-        for members in self.members:
-            images = [member for member in members if member.name.lower().endswith(PICTURES)]
-            texts = {suffix: _text(members, suffix) for suffix in (".json", ".txt")}
-            record = _parsed(texts[".json"])
-            if not (isinstance(record, dict) and record.keys() & {*TALKS}):
-                caption = record.get("caption", record.get("text")) if isinstance(record, dict) else None
-                if (caption := texts[".txt"] if caption is None else caption) is not None:
-                    images = images or [Image("an image beside the caption", None)]
-                    record = {"texts": [{"user": "\n".join([MARK] * len(images)), "assistant": caption}]}
-            yield Published(record, images, "" if images else "text")
-
-
-def tar_chunks(file: SourceFile) -> Iterator[Chunk]:
-    """A WebDataset tar; only the headers of its members are read here.
-
-    Raises:
-        DataError: it is cut off, or no tar.
-    """
-    total, first, samples = file.path.stat().st_size, 0, groupby(_members(file.path), lambda found: found[0])
-    keyed = ((key, list(members)) for key, members in samples)
-    while batch := list(islice(keyed, file.size)):
-        ids = [file.id(key, number) for number, (key, _) in enumerate(batch, first)]
-        members = [[Image(name, place) for _, name, place in found] for _, found in batch]
-        end = batch[-1][1][-1][2].offset
-        yield TarChunk(str(file.path), first, file.done(end / total), ids, members)
-        first += len(batch)
-
-
-def _members(path: Path) -> Iterator[tuple[str, str, Place]]:
-    """Key, name and place of each file in a tar."""
-    at = 0
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
-            file.seek(at)
-            while (header := file.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):  # which ends the tar
-                if len(header) < tarfile.BLOCKSIZE:
-                    raise DataError(f"{path} is cut off: it ends before byte {at}, where a header or the end should be")
-                file.seek(at)
-                member = tarfile.TarInfo.fromtarfile(
-                    tar
-                )  # tar.next() keeps all, and takes a damaged header for the end
-                folder, slash, base = member.name.rpartition("/")
-                if member.isreg() and not base.startswith("."):
-                    yield (
-                        folder + slash + base.partition(".")[0],
-                        member.name,
-                        Place(path, member.offset_data, member.size),
-                    )
-                at = tar.offset
-                file.seek(at)
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(
-            f"{path} is no tar, or damaged, at byte {at} ({error}); compressed ones are not read"
-        ) from error
-
-
-def _text(members: Sequence[Image], suffix: str) -> str | None:
-    found = next((m.data for m in members if m.name.lower().endswith(suffix) and isinstance(m.data, Place)), None)
-    return None if found is None else found.read().decode(errors="replace")
-
-
-def _parsed(text: str | None) -> Any:
-    try:
-        return None if text is None else json.loads(text)
-    except ValueError:
-        return text
 
 
 def require(package: str, what: str) -> None:

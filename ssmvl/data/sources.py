@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from ssmvl.data.conversations import image_names, record_id, sample_type
 from ssmvl.data.images import ImageFolders
@@ -21,14 +24,18 @@ from ssmvl.data.source_files import (
     check_parquet,
     parquet_chunks,
     require,
-    tar_chunks,
 )
+from ssmvl.data.tars import tar_chunks
 from ssmvl.errors import DataError, short
 
-__all__ = ["Chunk", "Record", "Skipped", "open_sources"]
+__all__ = ["Chunk", "Record", "Skipped", "open_sources", "source_files_of"]
 
 READ = "*.json (a list of records), *.jsonl, *.parquet, *.tar, or a folder of parquet files or tars"
 LOOKED_AT, TRIED = 10_000, 200  # records of a JSON in which images are looked for first, and how many of these
+DEPTH = 64  # levels of lists and objects in a JSON; memory that ijson takes grows with their square
+BRACKETS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff")  # +1 and -1 as int8
+TEXT = bytes(set(range(256)) - set(b'[{]}"'))
+ESCAPED = re.compile(rb"\\.", re.DOTALL)
 BOM = b"\xef\xbb\xbf"
 
 
@@ -46,7 +53,7 @@ def open_sources(sources: Sequence[Path], images: Sequence[str], size: int) -> I
         DataError: a source is missing or nothing that is read, an image folder is wrong (both before the first chunk),
             or a file is damaged at some point (after the chunks before it).
     """
-    paths = [path for source in sources for path in _files(source)]
+    paths = [path for source in sources for path in source_files_of(source)]
     folders = ImageFolders(images, Path())
     for path in paths:
         _check(path, folders)
@@ -77,7 +84,12 @@ class _Done:
         return (self.before + share * self.size) / self.total
 
 
-def _files(source: Path) -> list[Path]:
+def source_files_of(source: Path) -> list[Path]:
+    """The files that are read of a source, in order.
+
+    Raises:
+        DataError: it is missing, nothing that is read, or a folder without what is read.
+    """
     if source.is_dir():
         found = sorted(path for path in source.iterdir() if path.suffix in (".parquet", ".tar") and path.is_file())
         found = [path for path in found if not path.name.startswith(".")]
@@ -181,14 +193,46 @@ def json_records(path: Path) -> Iterator[tuple[Any, int]]:
                 raise DataError(f"{path} is {what}; what is read is a JSON list of records, `[{{...}}, ...]`")
             file.seek(start)
             try:
-                for record in ijson.items(file, "" if lines else "item", multiple_values=lines, use_float=True):
+                for record in ijson.items(
+                    _Shallow(file, path), "" if lines else "item", multiple_values=lines, use_float=True
+                ):
                     whole += 1
                     yield record, file.tell()
             except (ijson.JSONError, UnicodeDecodeError) as error:
                 why = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
+                wrong, cure = "is cut off or malformed", "mend it or download it again"
+                if "integer overflow" in why:
+                    wrong, cure = "has a number beyond 64 bits", "write it as a text"
                 raise DataError(
-                    f"{path} is cut off or malformed at about byte {file.tell()}, after {whole} whole records "
-                    f"({short(' '.join(why.split()))}); mend it or download it again"
+                    f"{path} {wrong} at about byte {file.tell()}, after {whole} whole records "
+                    f"({short(' '.join(why.split()))}); {cure}"
                 ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read after {whole} records ({error})") from error
+
+
+class _Shallow:
+    """A JSON file to be read, which may not be nested deeper than `DEPTH`; its brackets outside of strings count."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path = file, path
+        self.depth = self.quoted = 0
+        self.rest = b""  # a backslash at the end, which belongs to what comes next
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        text = ESCAPED.sub(b"", self.rest + data)
+        self.rest = b"\\" if text.endswith(b"\\") else b""
+        # a pair of quotes side by side says nothing about what follows, and most are pairs once the text is gone
+        parts = text.translate(None, TEXT).replace(b'""', b"").split(b'"')
+        brackets = b"".join(parts[self.quoted :: 2]).translate(BRACKETS)
+        self.quoted = (self.quoted + len(parts) - 1) % 2
+        if brackets:
+            depths = self.depth + np.cumsum(np.frombuffer(brackets, np.int8), dtype=np.int64)
+            self.depth = int(depths[-1])
+            if depths.max() > DEPTH:
+                raise DataError(
+                    f"{self.path} is nested more than {DEPTH} levels deep before byte {self.file.tell()}, which no "
+                    "record needs; mend it or download it again"
+                )
+        return data

@@ -15,12 +15,12 @@ import numpy as np
 from rich.filesize import decimal
 
 from ssmvl.data.damage import entry_problem, file_problems, sample_problems
+from ssmvl.data.parts import INDEX, SETTINGS
 from ssmvl.data.remote import fetch, is_remote
 from ssmvl.data.shards import require_streaming
 from ssmvl.data.workers import cores, processes
 from ssmvl.errors import DataError, short
 
-INDEX, SETTINGS = "index.json", "conversion.json"  # a split whose conversion was cut short has only the second
 SLICE = 128  # samples that a process looks at before it takes others: a few large shards keep all processes busy
 SHOWN = 50  # problems on the screen
 
@@ -115,7 +115,7 @@ def find_splits(folder: Path) -> list[Path]:
     what = "give the folder that `ssmvl data convert --out` wrote, or one split in it"
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder; {what}")
-    for candidates in ([folder], sorted(folder.iterdir())):
+    for candidates in ([folder], sorted(folder.iterdir())):  # a conversion that was cut short has no index yet
         found = [path for path in candidates if (path / INDEX).is_file() or (path / SETTINGS).is_file()]
         if found:
             return found

@@ -1,1 +1,1 @@
-"""The room of drawings: plain data in, text or PNG files out; it knows no model."""
+"""The room of pictures: images decoded, drawings made of plain data; it knows no model and no torch."""

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 
 from ssmvl.errors import DataError
 from ssmvl.interfaces import ImageSpec
+from ssmvl.pictures.decoding import decoded, reason
 
 MAX_PIXELS = 100_000_000  # a decompression bomb is refused before it is decoded
 
 ImageLike = str | Path | bytes | Image.Image
-
-Turn = Image.Transpose
-UPRIGHT = {  # what turns an image of that EXIF orientation upright
-    2: Turn.FLIP_LEFT_RIGHT,
-    3: Turn.ROTATE_180,
-    4: Turn.FLIP_TOP_BOTTOM,
-    5: Turn.TRANSPOSE,
-    6: Turn.ROTATE_270,
-    7: Turn.TRANSVERSE,
-    8: Turn.ROTATE_90,
-}
 
 
 def read_image(image: ImageLike, largest: int | None = None) -> Image.Image:
@@ -59,7 +48,7 @@ def read_image(image: ImageLike, largest: int | None = None) -> Image.Image:
     except FileNotFoundError as error:
         raise DataError(f"{what}: no such image file") from error
     except Exception as error:  # PIL's decoders may raise anything on damaged bytes
-        raise DataError(f"{what}: cannot be decoded as an image ({type(error).__name__}: {error})") from error
+        raise DataError(f"{what}: cannot be decoded as an image ({type(error).__name__}: {reason(error)})") from error
 
 
 def _to_rgb(image: Image.Image, what: str, largest: int | None = None) -> Image.Image:
@@ -67,36 +56,11 @@ def _to_rgb(image: Image.Image, what: str, largest: int | None = None) -> Image.
         raise DataError(f"{what}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are allowed")
     if largest is not None:
         image.draft(None, (2 * largest, 2 * largest))  # JPEG only; less than twice would show in the resized image
-    image.load()
-    image = _upright(image)
-    if image.mode[0] in "IF":
-        image = _eight_bits(image, what)
+    image = decoded(image, what)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """PIL's own `exif_transpose` also writes the EXIF data anew, which fails where any part of them is damaged."""
-    orientation = None
-    with contextlib.suppress(Exception):  # EXIF data that cannot be read turn nothing
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-
-
-def _eight_bits(image: Image.Image, what: str) -> Image.Image:
-    """Grey of 16 bits or of floats, which PIL would clip to white or black, as grey of 8."""
-    values, limit = np.asarray(image), 1 if image.mode == "F" else 65_535
-    lowest, highest = values.min(), values.max()
-    if not 0 <= lowest <= highest <= limit:  # NaN is none of them
-        found = f"values from {lowest} to {highest} (mode {image.mode})"
-        raise DataError(f"{what}: {found}; 0 to {limit} are allowed, so scale them")
-    scaled = np.rint(values * 255) if image.mode == "F" else values >> 8
-    grey = Image.fromarray(scaled.astype(np.uint8))
-    if "transparency" in image.info:  # the value that is transparent
-        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
-    return grey
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec) -> Tensor:

@@ -60,7 +60,7 @@ def test_converted_and_verified(tmp_path: Path, capsys: Capture) -> None:
     assert main(["data", "convert", str(made), "--out", str(out), *options]) == 0
     assert "20 samples in 1 shard," in capsys.readouterr().out
     settings = json.loads((out / "test" / "conversion.json").read_text())
-    assert (settings["max_side"], settings["images"]) == (20, [str(tmp_path)])
+    assert (settings["max_side"], settings["images"][0]) == (20, ["", str(tmp_path)])
     assert main(["data", "verify", str(out)]) == 0
     shard = out / "test" / "part-00000" / "shard.00000.mds"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")

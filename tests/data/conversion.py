@@ -40,6 +40,19 @@ def source(folder: Path, count: int, name: str = "made.json", side: int = 40) ->
     return path
 
 
+def cut_images(folder: Path) -> Callable[[], object]:
+    """Records that all have the same damaged image; call it to mend that."""
+    records = json.loads(source(folder, 10).read_text())
+    for record in records:
+        record["image"] = ["pictures/0.jpg"]
+        record["conversations"][0]["value"] = "<image>What?"
+    (folder / "made.json").write_text(json.dumps(records))
+    image = folder / "pictures" / "0.jpg"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:-50])
+    return lambda: image.write_bytes(whole)
+
+
 def expected(path: Path) -> list[dict[str, Any]]:
     """The records of `source`, read in the plainest way."""
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,3 +45,8 @@ def until_error(path: Path, size: int) -> tuple[list[Any], str]:
     except DataError as error:
         return found, str(error)
     raise AssertionError(f"{path} was read to the end")
+
+
+def write_json(path: Path, records: Any) -> Path:
+    path.write_text(json.dumps(records))
+    return path

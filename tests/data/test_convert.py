@@ -50,7 +50,7 @@ def test_nothing_else_is_left_behind(tmp_path: Path) -> None:
     assert names == {"conversion.json", "index.json", "part-00000", "part-00001", "skipped.jsonl"}
 
 
-def test_what_is_left_out_is_reported(tmp_path: Path) -> None:
+def test_what_is_left_out_is_reported(tmp_path: Path, capsys: Capture) -> None:
     made = source(tmp_path, 40)
     records = json.loads(made.read_text())
     (tmp_path / "pictures" / "cut.jpg").write_bytes(jpeg(1)[:-50])
@@ -74,6 +74,11 @@ def test_what_is_left_out_is_reported(tmp_path: Path) -> None:
     assert "pictures/none.jpg" in lines[0]["detail"]
     assert found.samples == 35
     assert found.skipped == {line["reason"]: 1 for line in lines}
+    capsys.readouterr()
+    assert convert([made], str(tmp_path / "out"), part_size=16) == found
+    assert (
+        f"after mending the images or sources, delete {tmp_path / 'out' / 'train'} and run" in capsys.readouterr().out
+    )
     shown = str(found)
     assert "35 samples" in shown
     assert "missing image 1" in shown
@@ -102,7 +107,7 @@ def test_a_finished_folder_is_not_changed(tmp_path: Path, capsys: Capture) -> No
     first = convert([made], str(tmp_path / "out"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "train").rglob("*")}
     assert convert([made], str(tmp_path / "out")) == first
-    assert "is finished; nothing was changed" in capsys.readouterr().out
+    assert "is finished; nothing was changed\n" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "train").rglob("*")} == before
 
 

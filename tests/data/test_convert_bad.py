@@ -7,22 +7,17 @@ import os
 import re
 import resource
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import zipfile
 from pathlib import Path
 
-import boto3
+import published
 import pytest
-from conversion import children, expected, parts, source, start, tree, wait_until
+from conversion import children, cut_images, expected, jpeg, parts, source, start, tree, wait_until
 from filelock import FileLock
-from moto.server import ThreadedMotoServer
 
 from ssmvl.data.convert import convert
 from ssmvl.data.streams import read_records
 from ssmvl.errors import DataError
-
-Objects = Callable[[], dict[str, bytes]]
 
 
 def unfinished(made: Path, out: Path, part_size: int = 10) -> dict[str, str]:
@@ -48,7 +43,8 @@ def test_other_settings_are_refused(key: str, tmp_path: Path) -> None:
     side, size = (9, 10) if key == "max_side" else (None, 11) if key == "part_size" else (None, 10)
     shown = "sources" if key == "name" else key
     with pytest.raises(
-        DataError, match=rf"other settings; choose another --out or delete it\n  {shown}: .* there, .*now"
+        DataError,
+        match=rf"other sources or settings; choose .*, or delete {out}/train to .*\n  {shown}: .* there, .*now",
     ):
         convert([made], str(out), images=images, max_side=side, part_size=size)
     assert tree(out) == before
@@ -120,7 +116,7 @@ def test_a_json_mended_in_another_way_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is cut off"):
         convert([made], str(out), part_size=10)
     made.write_text(text.replace("Answer 3.", "Answer 4."))
-    with pytest.raises(DataError, match=r"other settings; choose another --out or delete it\n  sources: "):
+    with pytest.raises(DataError, match=r"other sources or settings; choose another --out, or delete .*\n  sources: "):
         convert([made], str(out), part_size=10)
 
 
@@ -139,17 +135,68 @@ def test_a_missing_source(tmp_path: Path) -> None:
         convert([tmp_path / "nowhere.json"], str(tmp_path / "out"))
 
 
-def test_nothing_usable(tmp_path: Path) -> None:
-    made = source(tmp_path, 10)
-    records = json.loads(made.read_text())
-    for record in records:
-        record["conversations"][1]["value"] = ""
-    made.write_text(json.dumps(records))
+NOTHING = r"none of the samples can be used: 10 left out \(damaged image 10\), e\.g\. damaged image in record 0 of .*"
+
+
+def test_nothing_usable_is_not_kept(tmp_path: Path) -> None:
+    mend, out = cut_images(tmp_path), tmp_path / "out"
+    with pytest.raises(DataError, match=NOTHING + "after mending the images or sources, run again"):
+        convert([tmp_path / "made.json"], str(out), part_size=4)
+    assert not list((out / "train").iterdir())
+    mend()
+    assert convert([tmp_path / "made.json"], str(out), part_size=4).samples == 10
+
+
+def zipped(path: Path, images: Path, side: int) -> None:
+    with zipfile.ZipFile(path, "w") as written:
+        for image in images.iterdir():
+            written.writestr(f"pictures/{image.name}", jpeg(int(image.stem), side))
+
+
+@pytest.mark.parametrize("given", ["i.zip", "p=images", "nothing"])
+def test_images_of_another_place_are_refused(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same words in two folders, in which other images are."""
+    made = source(tmp_path / "a", 40)
+    (tmp_path / "b").mkdir()
+    images = [] if given == "nothing" else [given]
+    for name, side in (("a", 40), ("b", 41)):
+        if given == "i.zip":
+            zipped(tmp_path / name / "i.zip", tmp_path / "a" / "pictures", side)
+        (tmp_path / name / "images").mkdir()
+    if given == "nothing":
+        (tmp_path / "b" / "made.json").write_text(made.read_text())
+        (tmp_path / "b" / "pictures").mkdir()
+    sources = [Path("made.json")] if given == "nothing" else [made]
+    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path / "a")
+    convert(sources, str(out), images=images)
+    assert convert(sources, str(out), images=images).samples == 40  # the very same are no others
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(DataError, match=r"other sources or settings; .*\n  images: .* there, .* now"):
+        convert(sources, str(out), images=images)
+
+
+def test_a_source_folder_may_get_hidden_files(tmp_path: Path) -> None:
+    """As macOS writes them beside others."""
+    published.make("cauldron", tmp_path / "made", samples=60)
+    [folder] = {path.parent for path in (tmp_path / "made").rglob("*.parquet")}
+    found = convert([folder], str(tmp_path / "out"))
+    (folder / f"._{next(folder.glob('*.parquet')).name}").write_bytes(b"\0\5\x16\7")
+    assert convert([folder], str(tmp_path / "out")) == found
+
+
+def test_a_cut_jsonl_that_was_mended(tmp_path: Path) -> None:
+    """Unlike a JSON it is begun anew; both messages say how."""
+    whole = "".join(json.dumps(record) + "\n" for record in json.loads(source(tmp_path, 40).read_text()))
+    made, out = tmp_path / "made.jsonl", tmp_path / "out"
+    made.write_text(whole[:-30])
+    with pytest.raises(DataError, match=r"is cut off or malformed .*; mend it"):
+        convert([made], str(out), part_size=10)
+    made.write_text(whole)
     with pytest.raises(
-        DataError, match=r"(?s)none of the samples can be used; .*skipped\.jsonl says why.*empty answer 10"
+        DataError, match=f"begun with other sources or settings; .* or delete {out}/train to do it anew"
     ):
-        convert([made], str(tmp_path / "out"))
-    assert not (tmp_path / "out" / "train" / "index.json").exists()
+        convert([made], str(out), part_size=10)
 
 
 def test_an_out_that_cannot_be_written(tmp_path: Path) -> None:
@@ -202,79 +249,3 @@ def test_a_worker_that_is_killed_ends_the_run(tmp_path: Path) -> None:
     assert not list((out / "train").glob(".*"))
     convert([made], str(out))
     assert read_records(out / "train") == expected(made)
-
-
-@pytest.fixture
-def forbidding(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket on a server that refuses everything."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def __getattr__(self, name: str) -> Callable[[], None]:
-            return self.refuse if name.startswith("do_") else super().__getattribute__(name)
-
-        def refuse(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_response(403)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
-        yield "s3://closed/in"
-        server.shutdown()
-        thread.join()
-
-
-def test_a_bucket_that_refuses(forbidding: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"s3://closed/in/train cannot be read .*(403|Forbidden)"):
-        convert([source(tmp_path, 10)], forbidding)
-
-
-def test_a_bucket_that_does_not_exist(bucket: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"s3://no-such-bucket/in/train cannot be read .*(404|Not Found)"):
-        convert([source(tmp_path, 10)], "s3://no-such-bucket/in")
-
-
-def test_a_bucket_with_other_files_or_settings_is_refused(bucket: str, objects: Objects, tmp_path: Path) -> None:
-    made = source(tmp_path, 10)
-    convert([made], bucket)
-    before = objects()
-    with pytest.raises(DataError, match=r"other settings; .*\n  max_side: None there, 9 now"):
-        convert([made], bucket, max_side=9)
-    boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"]).put_object(
-        Bucket=bucket.removeprefix("s3://"), Key="train/mine/thesis.txt", Body=b"mine"
-    )
-    with pytest.raises(DataError, match=r"train holds other files \(mine\)"):
-        convert([made], bucket)
-    assert objects() == before | {"train/mine/thesis.txt": b"mine"}
-
-
-def test_a_bucket_that_vanishes_halfway(
-    bucket: str, objects: Objects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = source(tmp_path, 16_000)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setenv("S3_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-        process = start(made, "--out", bucket)
-    wait_until(lambda: any(name.endswith("part-00000/index.json") for name in objects()), process)
-    server.stop()
-    _, said = process.communicate()
-    assert process.returncode == 2, said
-    assert f"error: {bucket}/train/part-000" in said
-    assert "S3_ENDPOINT_URL" in said
-    assert "Traceback" not in said
-    there = objects()
-    assert "train/index.json" not in there
-    convert([made], bucket)
-    convert([made], str(tmp_path / "out"))
-    assert {name: data for name, data in objects().items() if name in there} == there
-    assert objects() == {
-        name: (tmp_path / "out" / name).read_bytes() for name in tree(tmp_path / "out") if "lock" not in name
-    }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,14 +59,26 @@ def test_killed_at_ten_random_moments(made: Path, whole: dict[str, str], tmp_pat
 
 
 def test_killed_while_sending(
-    made: Path, whole: dict[str, str], bucket: str, objects: Callable[[], dict[str, bytes]], tmp_path: Path
+    made: Path,
+    whole: dict[str, str],
+    bucket: str,
+    objects: Callable[[], dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    (temporary / f"ssmvl-convert-{os.getppid()}-x").mkdir()  # of a process that runs
     process = start(made, "--out", bucket)
     wait_until(lambda: any(name.endswith("part-00001/index.json") for name in objects()), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert "train/index.json" not in objects()
+    assert list(temporary.glob(f"ssmvl-convert-{process.pid}-*"))
     assert convert([made], bucket).samples == COUNT
+    assert [path.name for path in temporary.glob("ssmvl-convert-*")] == [f"ssmvl-convert-{os.getppid()}-x"]
+    shutil.rmtree(temporary)
     for name, data in objects().items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)

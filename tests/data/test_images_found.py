@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import pickle
+import random
+import struct
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -12,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssmvl.data.images import ImageFolders, Place, leaves
+from ssmvl.data.images import EntryError, ImageFolders, Place, leaves
 from ssmvl.errors import DataError
 
 ASCII = st.text(st.characters(codec="utf-8", exclude_characters="/\\:\0"), min_size=1, max_size=8)
@@ -187,9 +191,70 @@ def test_a_stretch_of_a_file_and_a_whole_one(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"0123456789")
     assert Place(tmp_path / "a").read() == b"0123456789"
     assert Place(tmp_path / "a", 2, 3).read() == b"234"
-    with pytest.raises(DataError, match="ends at byte 10; 5 bytes should lie at offset 8"):
+    with pytest.raises(EntryError, match="ends at byte 10; 5 bytes should lie at offset 8"):
         Place(tmp_path / "a", 8, 5).read()
     with pytest.raises(FileNotFoundError):
         Place(tmp_path / "b").read()
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read") as raised:
         Place(tmp_path).read()
+    assert not isinstance(raised.value, EntryError)
+
+
+def test_a_folder_or_zip_that_is_gone_stops_the_reading(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(b"a")
+    packed = zipped(tmp_path / "a.zip", {"b.jpg": b"b"})
+    folders = ImageFolders([str(packed)], tmp_path / "in")
+    places = folders.find("a.jpg"), folders.find("b.jpg")
+    assert folders.find("c.jpg") is None
+    (tmp_path / "in").rename(tmp_path / "away")
+    packed.unlink()
+    for place, name in zip(places, ("in", "a.zip"), strict=True):
+        assert place
+        with pytest.raises(DataError, match=rf"{name} is gone; make it available and run the same command again"):
+            place.read()
+    with pytest.raises(DataError, match="in is gone; make it available"):
+        folders.find("a.jpg")
+
+
+def test_trouble_of_the_disk_is_no_missing_image(tmp_path: Path) -> None:
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    with pytest.raises(DataError, match=rf"loop\.jpg cannot be looked for .*{os.strerror(errno.ELOOP)}"):
+        ImageFolders([], tmp_path).find("loop.jpg")
+
+
+def test_entries_outside_of_a_zip_are_refused(tmp_path: Path) -> None:
+    whole = zipped(tmp_path / "a.zip", {"a.jpg": bytes(300), "b.jpg": bytes(300)}).read_bytes()
+    directory = whole.index(b"PK\1\2")
+    name = directory + 46
+    wide = struct.pack("<HHQQQ", 1, 24, 300, 1 << 45, (1 << 63) + 5)
+    header = bytearray(whole[directory : name + 5])
+    header[20:28], header[42:46], header[30:32] = b"\xff" * 8, b"\xff" * 4, struct.pack("<H", len(wide))
+    end = bytearray(whole[name + 5 :])
+    at = end.index(b"PK\5\6")
+    end[at + 12 : at + 16] = struct.pack("<I", len(header) + len(wide) + at)
+    large = bytearray(whole)
+    large[directory + 20 : directory + 24] = struct.pack("<I", 5_000)
+    for data in (whole[100:], whole[:directory] + header + wide + end, large):
+        (tmp_path / "b.zip").write_bytes(data)
+        with pytest.raises(
+            DataError, match=r"b\.zip: the entry 'a\.jpg', .* lies outside of the zip: it is cut or damaged"
+        ):
+            ImageFolders([str(tmp_path / "b.zip")], tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_damage_of_a_directory_is_said_or_harmless(tmp_path: Path, seed: int) -> None:
+    whole = zipped(tmp_path / "a.zip", {"a.jpg": bytes(300), "b.jpg": bytes(300)}).read_bytes()
+    rng, start, refused = random.Random(seed), whole.index(b"PK\1\2"), 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(start, len(data))] = rng.choice([0, 255, rng.randrange(256)])
+        (tmp_path / "b.zip").write_bytes(data)
+        try:
+            folders = ImageFolders([str(tmp_path / "b.zip")], tmp_path)
+            assert all(len(place.read()) <= 300 for name in ("a.jpg", "b.jpg") if (place := folders.find(name)))
+        except DataError:
+            refused += 1
+    assert refused

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ssmvl.data.images import TAIL, damage, shrunk
 from ssmvl.errors import DataError
+from ssmvl.vision.transforms import read_image
 
 
 def picture(width: int = 60, height: int = 40, mode: str = "RGB") -> Image.Image:
@@ -86,7 +87,7 @@ def test_an_image_that_is_small_enough_keeps_its_bytes(kind: str) -> None:
         ("PNG", "LA", "PNG", "LA"),
         ("PNG", "P", "PNG", "RGB"),
         ("PNG", "1", "PNG", "RGB"),
-        ("PNG", "I;16", "PNG", "I;16"),
+        ("PNG", "I;16", "PNG", "L"),
         ("WEBP", "RGB", "WEBP", "RGB"),
         ("GIF", "P", "PNG", "RGB"),
         ("BMP", "RGB", "PNG", "RGB"),
@@ -101,8 +102,7 @@ def test_a_large_image_becomes_a_smaller_one(kind: str, mode: str, becomes: str,
     assert damage(data) == ""
     with Image.open(io.BytesIO(data)) as smaller:
         assert (smaller.format, smaller.mode, smaller.size) == (becomes, becomes_mode, (60, 40))
-        if mode == "I;16":
-            return
+        image = picture(300, 200, "L") if mode == "I;16" else image
         expected = np.asarray(image.convert("RGB").resize((60, 40), Image.Resampling.LANCZOS)).astype(int)
         error = np.abs(np.asarray(smaller.convert("RGB")) - expected)[:, np.r_[:26, 34:60]]
     assert error.max() <= (0 if becomes == "PNG" and mode != "CMYK" else 12)
@@ -149,3 +149,81 @@ def test_of_an_animation_the_first_frame_is_kept_and_transparency_stays() -> Non
 def test_what_cannot_be_decoded_cannot_be_shrunk(data: bytes) -> None:
     with pytest.raises(DataError, match="cannot be decoded"):
         shrunk(data, 20)
+
+
+def deep() -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """Grey of 16 bits that rises slowly to the right, 300 wide."""
+    return np.repeat(np.linspace(3_000, 60_000, 300).astype(np.uint16)[None], 200, axis=0)
+
+
+def with_exif(kind: str, **options: Any) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return encoded(kind, picture(300, 200), exif=exif, **options)
+
+
+def with_damaged_exif() -> bytes:
+    """The loader turns it; PIL's own `exif_transpose` fails."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.XResolution] = 6, 72.0
+    raw = bytearray(encoded("JPEG", picture(300, 200), exif=exif))
+    start = raw.index(b"Exif\0\0") + 6
+    entry = raw.index((0x011A).to_bytes(2, "little" if raw[start : start + 2] == b"II" else "big"), start)
+    raw[entry + 3] ^= 0x02  # it is no fraction any more
+    return bytes(raw)
+
+
+def with_xmp() -> bytes:
+    """Turned by XMP data alone."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    raw, block = encoded("JPEG", picture(300, 200)), b"http://ns.adobe.com/xap/1.0/\0" + xmp
+    return raw[:2] + b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block + raw[2:]
+
+
+KINDS: dict[str, Callable[[], bytes]] = {
+    "jpeg": lambda: encoded("JPEG", picture(300, 200)),
+    "grey jpeg": lambda: encoded("JPEG", picture(300, 200, "L")),
+    "cmyk jpeg": lambda: encoded("JPEG", picture(300, 200, "CMYK")),
+    "palette": lambda: encoded("PNG", picture(300, 200, "P")),
+    "bits": lambda: encoded("PNG", picture(300, 200, "1")),
+    "transparent palette": lambda: encoded("GIF", picture(300, 200, "P"), transparency=0),
+    "transparent colour": lambda: encoded("PNG", picture(300, 200), transparency=(200, 0, 0)),
+    "alpha": lambda: encoded("PNG", Image.new("RGBA", (300, 200), (200, 0, 0, 100))),
+    "grey alpha": lambda: encoded("PNG", Image.new("LA", (300, 200), (50, 100))),
+    "lab": lambda: encoded("TIFF", Image.new("LAB", (300, 200), (120, 140, 90))),
+    "float": lambda: encoded("TIFF", Image.fromarray((deep() / 65_535).astype(np.float32))),
+    "16 bits": lambda: encoded("PNG", Image.fromarray(deep())),
+    "16 bits, turned": lambda: encoded(
+        "PNG", Image.fromarray(deep()), exif=b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    ),
+    "16 bits, big end first": lambda: encoded(
+        "TIFF", Image.frombytes("I;16B", (300, 200), deep().astype(">u2").tobytes())
+    ),
+    "16 bits, transparent": lambda: encoded(
+        "PNG", Image.fromarray(np.where(deep() < 30_000, 5_000, 40_000).astype(np.uint16)), transparency=40_000
+    ),
+    "32 bits": lambda: encoded("TIFF", Image.fromarray(deep().astype(np.int32))),
+    "turned jpeg": lambda: with_exif("JPEG"),
+    "turned png": lambda: with_exif("PNG"),
+    "turned webp": lambda: with_exif("WEBP", lossless=True),
+    "turned tiff": lambda: with_exif("TIFF"),
+    "damaged exif": with_damaged_exif,
+    "xmp": with_xmp,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loader_sees_in_a_smaller_image_what_it_sees_in_the_large_one(kind: str) -> None:
+    data = KINDS[kind]()
+    whole, small = read_image(data), read_image(shrunk(data, 60))
+    assert sorted(small.size) == [40, 60]
+    expected = whole.resize(small.size, Image.Resampling.LANCZOS)
+    assert (whole.width > whole.height) == (small.width > small.height)
+    error = np.abs(np.asarray(small).astype(int) - np.asarray(expected))
+    assert error.mean() < 2.5
+    assert np.median(error) <= 2
+
+
+def test_numbers_out_of_range_cannot_be_shrunk() -> None:
+    with pytest.raises(DataError, match=r"cannot be decoded .* values from .*; 0 to 1 are allowed"):
+        shrunk(encoded("TIFF", Image.fromarray(deep().astype(np.float32))), 60)

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import LAYOUTS, make
-from reading import IMAGE, SAID, TALK, opened, read, until_error
+from reading import TALK, opened, read, until_error, write_json
 
-from ssmvl.data.sources import Skipped, json_records
+from ssmvl.data.sources import json_records
 from ssmvl.errors import DataError
 
 
@@ -25,11 +25,6 @@ def made(layout: str, folder: Path, samples: int = 24) -> tuple[list[str], list[
     arguments = make(layout, folder, samples)
     at = arguments.index("--images") if "--images" in arguments else len(arguments)
     return arguments[:at], arguments[at + 1 :: 2]
-
-
-def write_json(path: Path, records: Any) -> Path:
-    path.write_text(json.dumps(records))
-    return path
 
 
 # --- what was published, by other means
@@ -196,6 +191,29 @@ def test_a_malformed_byte_far_into_a_json_is_named(tmp_path: Path) -> None:
     assert abs(named - at) < 70_000
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("pad", [0, 65_300, 65_400])
+def test_a_json_that_is_nested_too_deeply_is_refused(tmp_path: Path, suffix: str, pad: int) -> None:
+    path, ends = tmp_path / f"a.{suffix}", ("[", "]") if suffix == "json" else ("", "")
+    text = json.dumps('[{"' * 40 + "\\" * 3 + "x" * pad + '\\"]' + "{[" * 90)  # brackets that are only text
+    for levels, allowed in ((64 - len(ends[0]), True), (65 - len(ends[0]), False), (100, False)):
+        pairs = (levels - 1) // 2
+        value = "[" * (levels - 2 * pairs - 1) + '[{"a":' * pairs + f"[{text}, 1]" + "}]" * pairs
+        value += "]" * (levels - 2 * pairs - 1)
+        path.write_text(ends[0] + f"{text}{',' if ends[0] else chr(10)}{value}" + ends[1])
+        if allowed:
+            assert json.dumps(next(json_records(path))[0]) == text
+        else:
+            with pytest.raises(DataError, match=rf"a\.{suffix} is nested more than 64 levels deep before byte \d+"):
+                list(json_records(path))
+
+
+def test_a_number_beyond_64_bits_is_named(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "a.json", [{"conversations": TALK}, {"id": 1 << 70}])
+    with pytest.raises(DataError, match=r"has a number beyond 64 bits at about byte .* after 1 whole .*write it as a"):
+        list(json_records(path))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -230,54 +248,3 @@ def test_missing_files_and_empty_folders_are_said(tmp_path: Path) -> None:
         list(json_records(tmp_path / "c.json"))
     with pytest.raises(DataError, match=r"a folder without \*\.parquet and \*\.tar"):
         next(opened(tmp_path))
-
-
-# --- images of a JSON
-
-
-def test_a_wrong_image_folder_is_said_before_the_first_chunk(tmp_path: Path) -> None:
-    good = write_json(tmp_path / "good.json", [{"conversations": TALK}])
-    records = [{"id": "t", "conversations": TALK}, *({"image": f"{n}.jpg", "conversations": TALK} for n in range(300))]
-    bad = write_json(tmp_path / "bad.json", records)
-    with pytest.raises(
-        DataError, match=r"none of the first 200 images of .*bad\.json is in .*, e\.g\. 0\.jpg; .*--images"
-    ):
-        next(opened(good, bad))
-    with pytest.raises(DataError, match="no such folder or zip"):
-        next(opened(good, images=[str(tmp_path / "nowhere")]))
-    (tmp_path / "199.jpg").write_bytes(IMAGE)
-    assert sum(isinstance(item, Skipped) for item in read(good, bad)) == 299
-
-
-def test_what_is_skipped_says_why_and_where(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "out.jpg").write_bytes(IMAGE)
-    for name, data in {"good.jpg": IMAGE, "gone.jpg": IMAGE, "cut.jpg": IMAGE[:-9], "page.jpg": b"<html>"}.items():
-        (tmp_path / "in" / name).write_bytes(data)
-    names = ["good.jpg", "lost.jpg", "../out.jpg", str(tmp_path / "out.jpg"), "cut.jpg", "page.jpg", "gone.jpg"]
-    records: list[Any] = [{"id": name, "image": ["good.jpg", name], "conversations": TALK} for name in names]
-    records += [{"id": "marks", "conversations": [{"from": "human", "value": "<image>"}, TALK[1]]}]
-    records += [{"id": "blank", "conversations": [TALK[0], {"from": "gpt", "value": " "}]}, {"id": "none"}, 5]
-    path = write_json(tmp_path / "in" / "a.json", records)
-    (chunk,) = opened(path, size=100)
-    (tmp_path / "in" / "gone.jpg").unlink()
-    good, *skipped = chunk.read()
-    assert good == {"id": "good.jpg", "type": "", "conversation": SAID, "images": [IMAGE, IMAGE]}
-    assert [(item.id, item.source, item.record) for item in skipped] == [
-        *((name, str(path), number) for number, name in enumerate(names[1:], 1)),
-        *(("marks", str(path), 7), ("blank", str(path), 8), ("none", str(path), 9), ("a.json:10", str(path), 10)),
-    ]
-    assert [(item.reason, item.detail.removeprefix(item.id)) for item in skipped[:6]] == [
-        ("missing image", " is not there"),
-        ("missing image", " leaves the image folder"),
-        ("missing image", " leaves the image folder"),
-        ("damaged image", f": no end marker of JPEG after {len(IMAGE) - 9} bytes"),
-        ("damaged image", ": no image: 6 bytes that begin with b'<html>'"),
-        ("missing image", " is not there"),
-    ]
-    assert [item.reason for item in skipped[6:]] == [
-        "image marks",
-        "empty answer",
-        "no conversation",
-        "no conversation",
-    ]

@@ -48,9 +48,9 @@ def test_a_name_that_would_be_cut_is_refused(
     bucket: str, objects: Callable[[], dict[str, bytes]], tmp_path: Path, mark: str
 ) -> None:
     (tmp_path / "a.bin").write_bytes(b"one")
-    with pytest.raises(DataError, match="cannot have # or [?] in it"):
+    with pytest.raises(DataError, match=r"cannot have # or \? in it"):
         send(tmp_path, f"{bucket}/x{mark}y", ["a.bin"])
-    with pytest.raises(DataError, match="cannot have # or [?] in it"):
+    with pytest.raises(DataError, match=r"cannot have # or \? in it"):
         fetch(f"{bucket}/x{mark}y", tmp_path / "b.bin")
     assert objects() == {}
 
@@ -63,7 +63,7 @@ def test_what_is_checked_has_no_name_before(bucket: str, tmp_path: Path) -> None
         assert partial.read_bytes() == b"one"
         raise DataError("not as it should be")
 
-    with pytest.raises(DataError, match="^not as it should be$"):
+    with pytest.raises(DataError, match=r"^not as it should be$"):
         fetch(f"{bucket}/a.bin", tmp_path / "b.bin", refuse)
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
 

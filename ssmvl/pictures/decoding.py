@@ -1,0 +1,66 @@
+"""What every reader of image files does alike: turn upright, keep eight bits, say why one cannot be read. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from ssmvl.errors import DataError
+
+Turn = Image.Transpose
+UPRIGHT = {  # what turns an image of that EXIF orientation upright
+    2: Turn.FLIP_LEFT_RIGHT,
+    3: Turn.ROTATE_180,
+    4: Turn.FLIP_TOP_BOTTOM,
+    5: Turn.TRANSPOSE,
+    6: Turn.ROTATE_270,
+    7: Turn.TRANSVERSE,
+    8: Turn.ROTATE_90,
+}
+
+
+def decoded(image: Image.Image, what: str) -> Image.Image:
+    """An opened image with its pixels, turned as its EXIF data says.
+
+    Of 16 bits the upper 8 are kept, and floats from 0 to 1 become 8 bits; other modes stay what they are.
+
+    Args:
+        image: as PIL opened it.
+        what: its name, for messages.
+
+    Raises:
+        DataError: floats or integers are out of range. PIL's decoders may raise anything else.
+    """
+    image.load()
+    image = _upright(image)
+    return _eight_bits(image, what) if image.mode[0] in "IF" else image
+
+
+def reason(error: Exception) -> str:
+    """What PIL says, without the address of a Python object, which is another one in each run."""
+    return re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """PIL's own `exif_transpose` also writes the EXIF data anew, which fails where any part of them is damaged."""
+    orientation = None
+    with contextlib.suppress(Exception):  # EXIF data that cannot be read turn nothing
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _eight_bits(image: Image.Image, what: str) -> Image.Image:
+    """Grey of 16 bits or of floats, which PIL would clip to white or black, as grey of 8."""
+    values, limit = np.asarray(image), 1 if image.mode == "F" else 65_535
+    lowest, highest = values.min(), values.max()
+    if not 0 <= lowest <= highest <= limit:  # NaN is none of them
+        found = f"values from {lowest} to {highest} (mode {image.mode})"
+        raise DataError(f"{what}: {found}; 0 to {limit} are allowed, so scale them")
+    scaled = np.rint(values * 255) if image.mode == "F" else values >> 8
+    grey = Image.fromarray(scaled.astype(np.uint8))
+    if "transparency" in image.info:  # the value that is transparent
+        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
