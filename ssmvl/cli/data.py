@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="SOURCE",
-        help="JSON, JSON lines, parquet (LLaVA's layout), LRV-Instruct's JSON, WebDataset tars, or a folder of these",
+        help="JSON or JSON lines (LLaVA's or LRV-Instruct's), parquet, WebDataset tars, or a folder of the last two",
     )
     convert.add_argument("--out", required=True, help="a folder, or a URL such as s3://bucket/folder")
     convert.add_argument(
@@ -39,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one for each core)")
 
     inspect = actions.add_parser("inspect", help="show counts, lengths and samples", description=INSPECT)
-    inspect.add_argument("folder", metavar="FOLDER", help="of the shards")
+    inspect.add_argument("folder", metavar="FOLDER", help="a folder or a URL")
     inspect.add_argument("--recipe", help="measure and show the samples as this recipe's model reads them")
     inspect.add_argument("--stage", metavar="NAME", help="whose prompt is used (default: the first one)")
     inspect.add_argument("--samples", type=_count, default=2000, metavar="N", help="look at N, 0: all (default: 2000)")

@@ -16,6 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
+from urllib.parse import urlparse
 
 from ssmvl.data.origin import OURS, check, confirm, settings
 from ssmvl.data.parts import INDEX, NOTHING, REPORT, SETTINGS, Summary, counted, get, present, put, write_part
@@ -25,6 +26,7 @@ from ssmvl.data.sources import Chunk, open_sources
 from ssmvl.data.workers import cores, processes
 from ssmvl.errors import DataError
 
+LISTED = ("s3", "gs", "oci")  # schemes whose buckets streaming can list, so that a rerun finds what is there
 LINE_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 
 
@@ -58,7 +60,7 @@ def convert(
     """
     require_streaming()
     workers = workers or cores()
-    place = f"{out.rstrip('/')}/{split}" if is_remote(out) else str(Path(out) / split)
+    place = _place(out, split)
     origin = settings(sources, images, max_side, part_size)
     with _quiet(), _temporary() as temporary, _alone(place):
         there = present(place, temporary)
@@ -181,6 +183,24 @@ def _runs(pid: int) -> bool:
     except PermissionError:  # another user's
         return True
     return True
+
+
+def _place(out: str, split: str) -> str:
+    """The folder or URL of a split.
+
+    Raises:
+        DataError: `out` is no place that can be written to.
+    """
+    scheme, host = urlparse(out)[:2]
+    if not out or (scheme in LISTED and not host):
+        raise DataError(f"--out {out!r} is no place; write a folder, or a URL with a bucket such as s3://bucket/folder")
+    if not is_remote(out):
+        return str(Path(out).expanduser() / split)
+    if scheme not in LISTED:
+        allowed = ", ".join(f"{scheme}://" for scheme in LISTED)
+        what = f"shards can be converted to a folder, or to {allowed}; convert to a folder and copy it"
+        raise DataError(f"--out {out}: {what}")
+    return f"{out.rstrip('/')}/{split}"
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ssmvl.data.shards import COLUMNS, HASH, unpack
 from ssmvl.errors import DataError, short
+from ssmvl.pictures.decoding import FORMATS
 from ssmvl.text.processor import IMAGE
 from ssmvl.text.prompts import turns
 from ssmvl.vision.transforms import MAX_PIXELS
@@ -93,7 +94,7 @@ def _talk_problem(conversation: Any, images: int) -> str:
 
 def _image_problem(data: bytes) -> str:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 return f"has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are allowed"
             image.load()

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ssmvl.errors import DataError, short
-from ssmvl.pictures.decoding import decoded, reason
+from ssmvl.pictures.decoding import FORMATS, decoded, reason
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's entry: signature, lengths of its name and of its extra field
 ENTRY = struct.Struct("<QQBI")  # what is kept of a zip's entry: offset, size, method, crc
@@ -73,7 +73,12 @@ class Place(NamedTuple):
             raise DataError(f"{self.path} cannot be read at offset {self.offset} ({error})") from error
         try:
             if self.deflated:
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, MAX_INFLATED)
+                inflating = zlib.decompressobj(-zlib.MAX_WBITS)
+                data = inflating.decompress(data, MAX_INFLATED)
+                if inflating.unconsumed_tail:
+                    raise EntryError(
+                        f"{self.path}: the entry at offset {self.offset} has more than {MAX_INFLATED:,} bytes"
+                    )
         except zlib.error as error:
             raise EntryError(f"{self.path}: the entry at offset {self.offset} cannot be inflated ({error})") from error
         if self.crc not in (None, zlib.crc32(data)):
@@ -225,7 +230,7 @@ def prefix_and_path(spec: str) -> tuple[str, Path]:
 def damage(data: bytes) -> str:
     """What is wrong with the bytes of an image, by its header and its end marker; empty if nothing is.
 
-    Nothing is decoded. Formats other than JPEG, PNG, GIF and WebP need a header that PIL knows.
+    Nothing is decoded. Formats other than JPEG, PNG, GIF and WebP need a header of `FORMATS`.
     """
     tail = data[-TAIL:]
     if not data:
@@ -275,7 +280,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 yield image
     except Exception as error:  # each of PIL's decoders has errors of its own
         raise DataError(f"cannot be decoded as an image ({short(reason(error))})") from error

@@ -28,6 +28,7 @@ from ssmvl.data.remote import is_remote
 from ssmvl.data.shards import require_streaming, unpack
 from ssmvl.data.verify import fetch_index, find_splits, read_index
 from ssmvl.errors import DataError, short
+from ssmvl.pictures.decoding import FORMATS
 from ssmvl.pictures.samples import Card, draw_samples
 from ssmvl.recipe import load_recipe
 from ssmvl.text.processor import Processor
@@ -55,7 +56,7 @@ class Figures:
         self.turns.append((len(record["conversation"]) + 1) // 2)
         for image in record["images"]:
             try:
-                with Image.open(io.BytesIO(image)) as opened:  # its header only
+                with Image.open(io.BytesIO(image), formats=FORMATS) as opened:  # its header only
                     self.sizes.append(opened.size)
                     self.formats[str(opened.format)] += 1
             except Exception:  # whatever damaged bytes make PIL raise; `verify` says what

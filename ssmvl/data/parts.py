@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 
 from ssmvl.checkpoints import flush, written_whole
 from ssmvl.data.images import shrunk
-from ssmvl.data.remote import fetch, is_remote, send
+from ssmvl.data.remote import fetch, hint, is_remote, send
 from ssmvl.data.shards import COLUMNS, HASH, pack
 from ssmvl.data.sources import Chunk, Record, Skipped
 from ssmvl.errors import DataError
@@ -113,10 +113,8 @@ def present(place: str, temporary: Path) -> set[str]:
         uploader = CloudUploader.get((str(temporary), place), keep_local=True, exist_ok=True)
         start = urlparse(place).path.strip("/") + "/"  # also the name of an empty object, where a console made a folder
         names = [name.removeprefix(start).split("/") for name in uploader.list_objects() if name != start]
-    except NotImplementedError as error:
-        raise DataError(f"{place}: streaming cannot list what is there; convert to a folder and copy it") from error
     except Exception as error:  # each cloud's library has errors of its own
-        raise DataError(f"{place} cannot be read ({type(error).__name__}: {error})") from error
+        raise DataError(f"{place} cannot be read ({type(error).__name__}: {error}){hint(place)}") from error
     return {name[0] for name in names if len(name) == 1 or not name[0].startswith("part-") or name[1] == INDEX}
 
 

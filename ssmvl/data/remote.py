@@ -19,6 +19,11 @@ def is_remote(place: str) -> bool:
     return "://" in place
 
 
+def hint(url: str) -> str:
+    """What to look at where a URL cannot be reached, to end a message."""
+    return "; look at the name of the bucket, its rights and S3_ENDPOINT_URL" if url.startswith("s3://") else ""
+
+
 def fetch(url: str, path: Path, check: Callable[[Path], None] | None = None) -> None:
     """Download one file, whole or not at all.
 
@@ -43,7 +48,7 @@ def fetch(url: str, path: Path, check: Callable[[Path], None] | None = None) -> 
     except DataError:
         raise
     except Exception as error:  # each cloud's library has errors of its own
-        raise DataError(f"{url} cannot be fetched ({type(error).__name__}: {error}){_hint(url)}") from error
+        raise DataError(f"{url} cannot be fetched ({type(error).__name__}: {error}){hint(url)}") from error
 
 
 def send(folder: Path, url: str, names: Sequence[str]) -> None:
@@ -60,13 +65,9 @@ def send(folder: Path, url: str, names: Sequence[str]) -> None:
         for name in names:
             uploader.upload_file(name)
     except Exception as error:  # each cloud's library has errors of its own
-        raise DataError(f"{url} cannot be written ({type(error).__name__}: {error}){_hint(url)}") from error
+        raise DataError(f"{url} cannot be written ({type(error).__name__}: {error}){hint(url)}") from error
 
 
 def _refuse_marks(url: str) -> None:
     if "#" in url or "?" in url:  # streaming would cut the name there: all files of a folder would be one
         raise DataError(f"{url}: a URL cannot have # or ? in it; choose another name")
-
-
-def _hint(url: str) -> str:
-    return "; look at the name of the bucket, its rights and S3_ENDPOINT_URL" if url.startswith("s3://") else ""

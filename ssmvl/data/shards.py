@@ -128,7 +128,7 @@ def _check_index(folder: Path, split: str, url: str = "") -> None:
         shards = json.loads(path.read_text())["shards"]
         lacking = sorted(COLUMNS.keys() - set.intersection(*(set(shard["column_names"]) for shard in shards)))
         files = [(shard[key]["basename"], shard[key]["bytes"]) for shard in shards for key in FILES if shard.get(key)]
-        raw = [shard["raw_data"]["basename"] for shard in shards if not shard.get("zip_data")]
+        raw = {shard["raw_data"]["basename"]: shard["samples"] for shard in shards if not shard.get("zip_data")}
     except FileNotFoundError as error:
         wanted = f"`shards` takes a folder in which {split}/index.json lists the MDS shards of the split {split}"
         raise DataError(f"{shown}: there is no such file; {wanted}") from error
@@ -143,9 +143,21 @@ def _check_index(folder: Path, split: str, url: str = "") -> None:
         there = shard.stat().st_size if shard.is_file() else None
         if url and there not in (None, size):
             shard.unlink()
-        if not url and there != size and (there is not None or name in raw):
-            what = "is missing" if there is None else f"has {there} bytes, its index says {size}"
+        what = ""
+        if there is None and name in raw:
+            what = "is missing"
+        elif there is not None and there != size:
+            what = f"has {there} bytes, its index says {size}"
+        elif there is not None and name in raw and _held(shard) != raw[name]:
+            what = f"holds {_held(shard)} samples, its index says {raw[name]}"
+        if what and not url:
             raise DataError(f"{shard} {what}; `ssmvl data verify {folder}` finds everything that is damaged")
+
+
+def _held(shard: Path) -> int:
+    """Number of samples, as the file itself says: MDS begins with it."""
+    with shard.open("rb") as file:
+        return int.from_bytes(file.read(4), "little")
 
 
 def require_streaming() -> None:

@@ -1,4 +1,4 @@
-"""What every reader of image files does alike: turn upright, keep eight bits, say why one cannot be read. No torch."""
+"""What every reader of image files does alike: formats, upright, eight bits, why one cannot be read. No torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from PIL import ExifTags, Image
 
 from ssmvl.errors import DataError
 
+Image.init()  # PIL opens a format by name only once it knows all
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")  # others may start other programs
 Turn = Image.Transpose
 UPRIGHT = {  # what turns an image of that EXIF orientation upright
     2: Turn.FLIP_LEFT_RIGHT,

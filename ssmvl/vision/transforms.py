@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssmvl.errors import DataError
 from ssmvl.interfaces import ImageSpec
-from ssmvl.pictures.decoding import decoded, reason
+from ssmvl.pictures.decoding import FORMATS, decoded, reason
 
 MAX_PIXELS = 100_000_000  # a decompression bomb is refused before it is decoded
 
@@ -41,7 +41,7 @@ def read_image(image: ImageLike, largest: int | None = None) -> Image.Image:
                 raise DataError(f"a {type(image).__name__} is no image; give a path, encoded bytes or a PIL image")
             if isinstance(image, Image.Image):
                 return _to_rgb(image, what)
-            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
                 return _to_rgb(opened, what, largest)
     except DataError:
         raise

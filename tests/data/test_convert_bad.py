@@ -249,3 +249,17 @@ def test_a_worker_that_is_killed_ends_the_run(tmp_path: Path) -> None:
     assert not list((out / "train").glob(".*"))
     convert([made], str(out))
     assert read_records(out / "train") == expected(made)
+
+
+@pytest.mark.parametrize("out", ["", "s3://", "s3:bucket/x", "s3:///x/"])
+def test_an_out_that_is_no_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"is no place; write a folder, or a URL with a bucket"):
+        convert([tmp_path / "x.json"], out)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["azure://a/b", "hf://a/b", "file:///tmp/x", "foo://bar"])
+def test_a_cloud_that_cannot_be_listed_is_refused_at_once(tmp_path: Path, out: str) -> None:
+    with pytest.raises(DataError, match=r"to s3://, gs://, oci://; convert to a folder and copy it"):
+        convert([tmp_path / "x.json"], out)

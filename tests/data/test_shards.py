@@ -199,6 +199,9 @@ def test_existing_shards_that_are_missing_or_cut_are_named(tmp_path: Path) -> No
         DataError, match=rf"shard\.00000\.mds has {len(whole) - 1} bytes, its index says {len(whole)}; `ssmvl"
     ):
         existing_shards("train", folder=str(tmp_path))
+    shard.write_bytes((int.from_bytes(whole[:4], "little") + 9).to_bytes(4, "little") + whole[4:])
+    with pytest.raises(DataError, match=r"shard\.00000\.mds holds \d+ samples, its index says \d+; `ssmvl"):
+        existing_shards("train", folder=str(tmp_path))
     shard.unlink()
     with pytest.raises(DataError, match=r"shard\.00000\.mds is missing; `ssmvl data verify"):
         existing_shards("train", folder=str(tmp_path))
@@ -214,7 +217,7 @@ def test_existing_shards_with_a_broken_index_are_an_error(tmp_path: Path, conten
 
 def test_existing_shards_of_other_columns_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    file = {"raw_data": {"basename": "shard.00000.mds", "bytes": 1}}
+    file = {"raw_data": {"basename": "shard.00000.mds", "bytes": 1}, "samples": 1}
     listed = [{"column_names": list(shards.COLUMNS), **file}, {"column_names": ["id", "images", "mine"], **file}]
     (tmp_path / "train" / "index.json").write_text(json.dumps({"shards": listed}))
     with pytest.raises(DataError, match=r"lack the columns \['conversation', 'image_sizes', 'type'\]; each needs id, "):

@@ -73,7 +73,13 @@ FILES: dict[str, tuple[list[str], dict[str, Any], list[str]]] = {
     ),
 }
 SWEPT = [
-    pytest.param(entry, options, id=" ".join([entry.kind, entry.name, *map(str, options.values())]))
+    pytest.param(
+        entry,
+        options,
+        id=" ".join(
+            [entry.kind, entry.name, *(str(value) for value in options.values() if not isinstance(value, dict))]
+        ),
+    )
     for entry in components().entries()
     if entry.kind not in ("recipe", "checkpoint")
     for options in OPTIONS.get((entry.kind, entry.name), [{}])

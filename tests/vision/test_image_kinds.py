@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageChops, ImageOps, PngImagePlugin
 
+from ssmvl.data.images import damage
 from ssmvl.errors import DataError
 from ssmvl.interfaces import ImageSpec
 from ssmvl.text.processor import Processor
@@ -345,3 +346,11 @@ def test_a_pil_image_whose_file_is_closed_is_a_data_error(tmp_path: Path) -> Non
         pass
     with pytest.raises(DataError, match=r"cannot be decoded as an image \(\w+Error: "):
         read_image(image)
+
+
+def test_formats_that_start_other_programs_are_not_opened(tmp_path: Path) -> None:
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    with pytest.raises(DataError, match="cannot be decoded as an image"):
+        read_image(eps)
+    assert damage(eps).startswith("no image: ")
