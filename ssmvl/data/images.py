@@ -174,7 +174,7 @@ class _Zip:
             self.size = path.stat().st_size
         except FileNotFoundError as error:
             raise DataError(f"images are looked for in {path}, but there is no such folder or zip") from error
-        except (OSError, ValueError, OverflowError, MemoryError, zipfile.BadZipFile, NotImplementedError) as error:
+        except Exception as error:  # a damaged directory may make zipfile raise anything
             raise DataError(
                 f"{path}: images are read from a folder or a whole zip, this is neither ({error})"
             ) from error

@@ -63,9 +63,8 @@ def _members(path: Path) -> Iterator[tuple[str, str, Place]]:
                 if len(header) < tarfile.BLOCKSIZE:
                     raise DataError(f"{path} is cut off: it ends before byte {at}, where a header or the end should be")
                 file.seek(at)
-                member = tarfile.TarInfo.fromtarfile(
-                    tar
-                )  # tar.next() keeps all, and takes a damaged header for the end
+                # tar.next() keeps all members, and takes a damaged header for the end
+                member = tarfile.TarInfo.fromtarfile(tar)
                 at = tar.offset
                 if member.size < 0 or not member.offset < at <= total:
                     raise DataError(
