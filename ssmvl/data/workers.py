@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any
 
 from ssmvl.errors import DataError
 
@@ -50,8 +49,7 @@ def processes(number: int) -> Iterator[ProcessPoolExecutor]:
             if worker not in others:
                 worker.kill()
         if sys.version_info < (3, 11, 5):  # whose pools wait for ever to write what nobody reads any more (gh-94777)
-            queue: Any = pool._call_queue
-            queue._reader.close()
+            vars(pool)["_call_queue"]._reader.close()
         pool.shutdown()
 
 
