@@ -56,7 +56,7 @@ def journey(layout: str, samples: int, bucket: str, folder: Path, ssmvl: Callabl
     assert list((folder / "cache").rglob("*.mds"))
 
 
-@pytest.mark.parametrize("layout", ["llava_mix665k", "wds"])
+@pytest.mark.parametrize("layout", ["llava_mix665k"])
 def test_from_published_files_to_training(layout: str, bucket: str, tmp_path: Path, ssmvl: Callable[..., str]) -> None:
     journey(layout, 60, bucket, tmp_path, ssmvl)
     assert (tmp_path / "runs" / layout / "model" / "model.safetensors").is_file()
