@@ -52,7 +52,6 @@ class Stream(NamedTuple):
     """One of several sets of shards that are trained on together; at most one of the weights is set.
 
     Attributes:
-        name: for messages.
         place: where its shards lie.
         proportion: its share of an epoch, relative to the others'.
         repeat: how often an epoch brings each of its samples.
@@ -60,7 +59,6 @@ class Stream(NamedTuple):
         prompt: how its conversations are written; as the stage does if None.
     """
 
-    name: str
     place: Path | Shards
     proportion: float | None = None
     repeat: float | None = None

@@ -62,10 +62,9 @@ def _convert(folder: Path, pictures: list[Path], size: DataSize) -> Iterator[Row
 
     source, out, copies = folder / "pictures.json", folder / "shards", folder / "copies"
     megabytes = sum(path.stat().st_size for path in pictures) / 1e6
-    part = -(-len(pictures) // (4 * size.workers))  # the usual 4,096 would leave nothing to the other processes
 
     def rate(images: Path) -> float:
-        run = partial(convert, [source], str(out), images=[str(images)], workers=size.workers, part_size=part)
+        run = partial(convert, [source], str(out), images=[str(images)], workers=size.workers)
         return megabytes / _written(out, run)
 
     def limit() -> float:

@@ -70,7 +70,7 @@ def mix(split: str, *, streams: Streams) -> list[Stream]:
         if isinstance(place, list):
             raise DataError(f"stream {name!r} is a mix itself; list its streams beside the others")
         prompt = share.prompt() if share.prompt else None
-        found.append(Stream(name, place, share.proportion, share.repeat, share.choose, prompt))
+        found.append(Stream(place, share.proportion, share.repeat, share.choose, prompt))
     return found
 
 

@@ -244,7 +244,7 @@ def _read(place: Path | Shards) -> list[dict[str, Any]]:
 
 
 def _streams(data: Data) -> list[Stream]:
-    return data if isinstance(data, list) else [Stream("", data)]
+    return data if isinstance(data, list) else [Stream(data)]
 
 
 def _checked(stream: Stream) -> _Checked:

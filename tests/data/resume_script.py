@@ -18,7 +18,7 @@ from ssmvl.text.tokenizers import byte_tokenizer
 
 BATCH = 4
 root, spec = Path(sys.argv[1]), json.loads(sys.argv[2])
-streams = [Stream(name, root / name, **weight) for name, weight in spec["weights"].items()]
+streams = [Stream(root / name, **weight) for name, weight in spec["weights"].items()]
 processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), places=2)
 
 

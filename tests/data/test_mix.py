@@ -41,9 +41,9 @@ def test_a_mix_gives_its_streams_with_their_weights_and_prompts(tmp_path: Path) 
     b = f"{{data: {{name: shards, folder: {tmp_path / 'b'}}}, choose: 7}}"
     data = plan(f"{{name: mix, streams: {{a: {a}, b: {b}}}}}").stages["align"].data
     first, second = data(split="train")
-    assert first[:5] == ("a", tmp_path / "a" / "train", None, 0.5, None)
+    assert first[:4] == (tmp_path / "a" / "train", None, 0.5, None)
     assert type(first.prompt).__name__ == "PlainPrompt"
-    assert second == Stream("b", tmp_path / "b" / "train", choose=7)
+    assert second == Stream(tmp_path / "b" / "train", choose=7)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_prompt_of_a_stream_is_tried(install_plugin: Any) -> None:
 
 
 def test_a_data_set_that_is_a_mix_under_another_name_is_refused(tmp_path: Path) -> None:
-    share = Share(data=lambda split: [Stream(split, tmp_path)])
+    share = Share(data=lambda split: [Stream(tmp_path)])
     with pytest.raises(DataError, match="stream 'a' is a mix itself"):
         mix("train", streams={"a": share})
 

@@ -186,22 +186,22 @@ def test_without_shuffling_samples_come_as_they_were_written(folder: Path) -> No
 
 def test_each_stream_has_its_own_prompt(tmp_path: Path) -> None:
     a, b = (shards_of(tmp_path / name, record(name, "q?", "x")) for name in ("a", "b"))
-    stream = SampleStream([Stream("a", a), Stream("b", b, prompt=PlainPrompt())], PROCESSOR, batch_size=1)
+    stream = SampleStream([Stream(a), Stream(b, prompt=PlainPrompt())], PROCESSOR, batch_size=1)
     for sample, prompt in ((stream[0], MambaPrompt()), (stream[1], PlainPrompt())):
         talk = record("", "q?", "x")["conversation"]
         expected = replace(PROCESSOR, prompt=prompt).encode(talk, train=True)
         assert torch.equal(sample["ids"], expected["ids"])
     assert not torch.equal(stream[0]["ids"], stream[1]["ids"])
-    assert read_records([Stream("a", a), Stream("b", b)]) == read_records(a) + read_records(b)
+    assert read_records([Stream(a), Stream(b)]) == read_records(a) + read_records(b)
 
 
 def test_two_streams_of_one_folder_are_refused(folder: Path) -> None:
     with pytest.raises(DataError, match="another stream of this mix, reads the same folder"):
-        SampleStream([Stream("a", folder), Stream("b", folder)], PROCESSOR, batch_size=1)
+        SampleStream([Stream(folder), Stream(folder)], PROCESSOR, batch_size=1)
 
 
 def test_a_cache_limit_never_deletes_what_is_in_no_bucket(folder: Path, tmp_path: Path) -> None:
-    for data in (folder, [Stream("a", folder), Stream("b", Shards(tmp_path, "s3://b/train"))]):
+    for data in (folder, [Stream(folder), Stream(Shards(tmp_path, "s3://b/train"))]):
         with pytest.raises(DataError, match="cache_limit would delete shards"):
             train_loader(data, PROCESSOR, batch=1, seed=0, loader=Loader(cache_limit="1gb"))
 
