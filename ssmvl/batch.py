@@ -1,15 +1,17 @@
 """The ragged batch: collated, counted, split by samples, and padded or packed into what the model takes.
 
-    ids, labels      lists of 1-D tensors, one per sample; `ids` first (StreamingDataLoader counts the first value)
-    images           {ImageSpec: uint8 (I, 3, S, S)}
-    image_places     list of 1-D index tensors: where each sample's image places are
-    label_places     list of 1-D index tensors: where each sample's supervised tokens are, never its first
-    num_images       list of numbers
-    sample_ids       list of names
+    sample_ids       list of names; first, because StreamingDataLoader counts the first value
     types            list of the samples' types of question, which may be empty
     damaged          list of lists: [id, reason] of the damaged sample in whose place a sample stands, mostly empty
+    ids              (N,) the tokens of all samples, one sample after the other
+    labels           (A,) the supervised tokens
+    label_positions  (A,) where in `ids` the logits stand that predict them
+    image_positions  (P,) where in `ids` the image places are
+    images           {ImageSpec: uint8 (I, 3, S, S)}
+    num_tokens, num_labels, num_places, num_images     lists of how many of these each sample has
 
-A plain mapping, because Composer moves only mappings and sequences to a device.
+A plain mapping, because Composer moves only mappings and sequences to a device. Few tensors, because a loader's worker
+hands over each of them as a file of its own, and each is copied to the device alone.
 """
 
 from __future__ import annotations
@@ -25,75 +27,100 @@ from torch.nn.utils.rnn import pad_sequence
 from ssmvl.interfaces import IGNORED, IMAGE_PLACE
 
 Batch = dict[str, Any]
-PLACES = ("image_places", "label_places")
+COUNTS = {
+    "ids": "num_tokens",
+    "labels": "num_labels",
+    "label_positions": "num_labels",
+    "image_positions": "num_places",
+}
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
     """Samples of the processor, each with an optional "id", "type" and "damaged" -> one ragged batch."""
-    specs = samples[0]["images"].keys()
-    labels = [sample["labels"].clone() for sample in samples]
-    for row in labels:
-        row[:1] = IGNORED  # nothing stands before a sample's first token that could predict it
+    starts = _starts([len(sample["ids"]) for sample in samples])
+    # nothing stands before a sample's first token that could predict it
+    learned = [_places(sample["labels"][1:] != IGNORED) for sample in samples]
+    places = [_places(sample["ids"] == IMAGE_PLACE) for sample in samples]
     return {
-        "ids": [sample["ids"] for sample in samples],
-        "labels": labels,
-        "image_places": [_places(sample["ids"] == IMAGE_PLACE) for sample in samples],
-        "label_places": [_places(row != IGNORED) for row in labels],
-        "images": {spec: torch.cat([sample["images"][spec] for sample in samples]) for spec in specs},
-        "num_images": [len(next(iter(sample["images"].values()))) for sample in samples],
         "sample_ids": [sample.get("id", "") for sample in samples],
         "types": [sample.get("type", "") for sample in samples],
         "damaged": [sample.get("damaged", []) for sample in samples],
+        "ids": torch.cat([sample["ids"] for sample in samples]),
+        "labels": torch.cat([sample["labels"][1:][at] for sample, at in zip(samples, learned, strict=True)]),
+        "label_positions": torch.cat([at + start for at, start in zip(learned, starts, strict=True)]),
+        "image_positions": torch.cat([at + start for at, start in zip(places, starts, strict=True)]),
+        "images": {spec: torch.cat([sample["images"][spec] for sample in samples]) for spec in samples[0]["images"]},
+        "num_tokens": [len(sample["ids"]) for sample in samples],
+        "num_labels": [len(at) for at in learned],
+        "num_places": [len(at) for at in places],
+        "num_images": [len(next(iter(sample["images"].values()))) for sample in samples],
     }
 
 
 def num_samples(batch: Batch) -> int:
     """Samples of the data set in this batch; Composer's resume position is counted in them."""
-    return len(batch["ids"])
+    return len(batch["sample_ids"])
 
 
 def num_tokens(batch: Batch) -> dict[str, int]:
     """Tokens in this batch, image places included, and those that carry loss."""
-    return {"total": sum(map(len, batch["ids"])), "loss_generating": sum(map(len, batch["label_places"]))}
+    return {"total": len(batch["ids"]), "loss_generating": len(batch["labels"])}
 
 
 def split_batch(batch: Batch, size: int) -> list[Batch]:
     """Batches of `size` samples (the last may be smaller), each with its own samples' images."""
-    parts, first = [], 0
-    for start in range(0, num_samples(batch), size):
-        part = {key: rows[start : start + size] for key, rows in batch.items() if key != "images"}
-        last = first + sum(part["num_images"])
-        parts.append({**part, "images": {spec: pixels[first:last] for spec, pixels in batch["images"].items()}})
-        first = last
+    rows = [slice(start, start + size) for start in range(0, num_samples(batch), size)]
+
+    def cut(values: Tensor, counts: str) -> tuple[Tensor, ...]:
+        return values.split([sum(batch[counts][row]) for row in rows])
+
+    parts: list[Batch] = [
+        {key: values[row] for key, values in batch.items() if isinstance(values, list)} for row in rows
+    ]
+    pieces = {key: cut(batch[key], counts) for key, counts in COUNTS.items()}
+    images = {spec: cut(pixels, "num_images") for spec, pixels in batch["images"].items()}
+    first = 0
+    for at, part in enumerate(parts):
+        part |= {key: values[at] for key, values in pieces.items()}
+        part |= {key: part[key] - first for key in ("label_positions", "image_positions")}
+        part["images"] = {spec: values[at] for spec, values in images.items()}
+        first += len(part["ids"])
     return parts
 
 
 def pad(batch: Batch) -> dict[str, Any]:
     """One row per sample, padded on the right -> inputs of `VisionLanguageModel.forward`, with `lengths` (B,)."""
-    ids = pad_sequence(batch["ids"], batch_first=True)
-    lengths = [len(row) for row in batch["ids"]]
-    starts = [number * ids.shape[1] for number in range(len(lengths))]
-    return {"ids": ids, "lengths": torch.tensor(lengths, device=ids.device), **_flat(batch, starts)}
+    lengths = batch["num_tokens"]
+    ids = pad_sequence(batch["ids"].split(lengths), batch_first=True)
+    shifts = [row * ids.shape[1] - start for row, start in enumerate(_starts(lengths))]
+    return {
+        **_inputs(batch),
+        "ids": ids,
+        "lengths": torch.tensor(lengths, device=ids.device),
+        "label_positions": batch["label_positions"] + _repeated(shifts, batch["num_labels"], ids),
+        "image_positions": batch["image_positions"] + _repeated(shifts, batch["num_places"], ids),
+    }
 
 
 def pack(batch: Batch) -> dict[str, Any]:
-    """All samples in one row, without padding -> inputs of `VisionLanguageModel.forward`, with `segments` (1, T)."""
-    numbers = [torch.full_like(row, number, dtype=torch.int32) for number, row in enumerate(batch["ids"])]
-    starts = [0, *accumulate(len(row) for row in batch["ids"])][:-1]
-    return {"ids": torch.cat(batch["ids"])[None], "segments": torch.cat(numbers)[None], **_flat(batch, starts)}
+    """All samples in one row, without padding -> inputs of `VisionLanguageModel.forward`, with `segments` (1, N)."""
+    ids, lengths = batch["ids"], batch["num_tokens"]
+    segments = _repeated(range(len(lengths)), lengths, ids).int()
+    return {**_inputs(batch), "ids": ids[None], "segments": segments[None]}
 
 
-def _flat(batch: Batch, starts: list[int]) -> dict[str, Any]:
-    """Places within samples -> flat places, given where each sample starts. No value is read back from a device."""
-    places = {key: torch.cat([p + s for p, s in zip(batch[key], starts, strict=True)]) for key in PLACES}
-    taken = [row[place] for row, place in zip(batch["labels"], batch["label_places"], strict=True)]
-    return {
-        "image_positions": places["image_places"],
-        "label_positions": places["label_places"] - 1,  # the logits at t - 1 predict the token at t
-        "labels": torch.cat(taken),
-        "images": batch["images"],
-    }
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {key: batch[key] for key in ("labels", "label_positions", "image_positions", "images")}
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    return [0, *accumulate(lengths)][:-1]
 
 
 def _places(mask: Tensor) -> Tensor:
     return mask.nonzero().squeeze(1)
+
+
+def _repeated(values: Sequence[int], counts: Sequence[int], like: Tensor) -> Tensor:
+    """Each value as often as its count says, on the device of `like`; no value is read back from there."""
+    return torch.repeat_interleave(torch.tensor(values), torch.tensor(counts)).to(like.device)

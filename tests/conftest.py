@@ -16,30 +16,12 @@ from s3 import s3_server as s3_server
 
 from ssmvl.core_plugin import components
 
-# What reads shards takes the first free name in shared memory, which two processes at once may both find.
-STREAMING = ("training", "testing", "benchmarks", "test_docs.py")
-STREAMING_DATA = (
-    "test_bucket.py",
-    "test_mix.py",
-    "test_ranks.py",
-    "test_resume.py",
-    "test_shards.py",
-    "test_streams.py",
-)
-
 
 def pytest_configure(config: pytest.Config) -> None:
     """One thread for each of several workers, and for what they start: more would wait for each other."""
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests that read shards run on one worker."""
-    for item in items:
-        if item.path.relative_to(Path(__file__).parent).parts[0] in STREAMING or item.path.name in STREAMING_DATA:
-            item.add_marker(pytest.mark.xdist_group("streaming"))
 
 
 @pytest.fixture(autouse=True)

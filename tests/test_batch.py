@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssmvl.batch import Batch, collate, num_samples, num_tokens, pack, pad, split_batch
+from ssmvl.batch import collate, num_samples, num_tokens, pack, pad, split_batch
 from ssmvl.interfaces import ImageSpec
 
 SMALL, LARGE, PLACES = ImageSpec(2), ImageSpec(4), 2
@@ -55,11 +55,14 @@ def expected_predictions(samples: Sequence[dict[str, Any]]) -> list[tuple[int, i
 def test_collate_keeps_samples_apart_and_joins_images() -> None:
     samples = make_all(THREE)
     batch = collate(samples)
-    assert next(iter(batch)) == "ids"
-    assert equal(batch["ids"], [s["ids"] for s in samples])
-    assert [row.tolist() for row in batch["labels"]] == [[-100] * 3 + [101, 102], [-100, 201], [-100] * 7 + [303]]
-    assert batch["num_images"] == [1, 0, 2]
+    assert len(next(iter(batch.values()))) == 3  # what StreamingDataLoader counts
     assert batch["sample_ids"] == ["s1", "s2", "s3"]
+    assert equal(batch["ids"].split(batch["num_tokens"]), [s["ids"] for s in samples])
+    assert batch["labels"].tolist() == [101, 102, 201, 303]
+    assert batch["label_positions"].tolist() == [2, 3, 5, 13]
+    assert batch["image_positions"].tolist() == [0, 1, 7, 8, 9, 10]
+    counts = [batch[key] for key in ("num_tokens", "num_labels", "num_places", "num_images")]
+    assert counts == [[5, 2, 8], [2, 1, 1], [2, 0, 4], [1, 0, 2]]
     for spec in (SMALL, LARGE):
         assert batch["images"][spec].shape == (3, 3, spec.size, spec.size)
         assert batch["images"][spec][:, 0, 0, 0].tolist() == [1, 3, 3]
@@ -78,20 +81,6 @@ def test_counts() -> None:
     assert num_tokens(batch) == {"total": 5 + 2 + 8 + 3, "loss_generating": 2 + 1 + 1 + 2}
 
 
-def restored(parts: Sequence[Batch]) -> Batch:
-    return {
-        "ids": [ids for part in parts for ids in part["ids"]],
-        "labels": [labels for part in parts for labels in part["labels"]],
-        "images": {spec: torch.cat([part["images"][spec] for part in parts]) for spec in (SMALL, LARGE)},
-        "image_places": [places for part in parts for places in part["image_places"]],
-        "label_places": [places for part in parts for places in part["label_places"]],
-        "num_images": [count for part in parts for count in part["num_images"]],
-        "sample_ids": [name for part in parts for name in part["sample_ids"]],
-        "types": [type_ for part in parts for type_ in part["types"]],
-        "damaged": [damaged for part in parts for damaged in part["damaged"]],
-    }
-
-
 @settings(deadline=None)
 @given(shapes=SHAPES, size=st.integers(1, 7))
 def test_split_gives_every_sample_its_own_images(shapes: list[tuple[int, int, int]], size: int) -> None:
@@ -103,25 +92,23 @@ def test_split_gives_every_sample_its_own_images(shapes: list[tuple[int, int, in
         owners = [int(name[1:]) for name in part["sample_ids"]]
         images = [owner for owner, count in zip(owners, part["num_images"], strict=True) for _ in range(count)]
         assert all(pixels[:, 0, 0, 0].tolist() == images for pixels in part["images"].values())
-        assert [int(ids[-1]) // 100 for ids in part["ids"]] == owners
+        assert [int(ids[-1]) // 100 for ids in part["ids"].split(part["num_tokens"])] == owners
         assert [damaged[0] for damaged in part["damaged"]] == [f"bad{owner}" for owner in owners]
 
 
 @settings(deadline=None)
 @given(shapes=SHAPES, size=st.integers(1, 7))
-def test_parts_make_up_the_batch(shapes: list[tuple[int, int, int]], size: int) -> None:
-    batch = collate(make_all(shapes))
+def test_parts_are_batches_of_their_samples(shapes: list[tuple[int, int, int]], size: int) -> None:
+    samples = make_all(shapes)
+    batch = collate(samples)
     parts = split_batch(batch, size)
-    whole = restored(parts)
-    assert whole.keys() == batch.keys() == parts[0].keys()
-    assert equal(whole["ids"], batch["ids"])
-    assert equal(whole["labels"], batch["labels"])
-    assert equal(list(whole["images"].values()), list(batch["images"].values()))
-    assert whole["num_images"] == batch["num_images"]
-    assert whole["sample_ids"] == batch["sample_ids"]
-    assert whole["damaged"] == batch["damaged"]
-    for kind, count in num_tokens(batch).items():
-        assert sum(num_tokens(part)[kind] for part in parts) == count
+    for part, start in zip(parts, range(0, len(samples), size), strict=True):
+        expected = collate(samples[start : start + size])
+        assert part.keys() == expected.keys()
+        assert all(map(torch.equal, part.pop("images").values(), expected.pop("images").values()))
+        for key, values in expected.items():
+            assert torch.equal(part[key], values) if isinstance(values, Tensor) else part[key] == values
+    assert sum(num_samples(part) for part in parts) == num_samples(batch)
 
 
 @pytest.mark.parametrize("layout", [pad, pack])
@@ -177,8 +164,8 @@ def test_pack_leaves_the_batch_as_it_was() -> None:
     batch = collate(make_all([(0, 3, 3), (0, 2, 2)]))
     pack(batch)
     pad(batch)
-    assert [labels.tolist() for labels in batch["labels"]] == [[-100, 101, 102], [-100, 201]]
-    assert [places.tolist() for places in batch["label_places"]] == [[1, 2], [1]]
+    assert batch["ids"].tolist() == [100, 101, 102, 200, 201]
+    assert batch["label_positions"].tolist() == [0, 1, 3]
 
 
 @pytest.mark.parametrize("layout", [pad, pack])

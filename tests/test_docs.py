@@ -1,8 +1,9 @@
 """Every code block of the README and the docs, run as a reader would run it, each document in a folder of its own.
 
 A block whose first line is `# path/of/a.file` is that file. Shell and Python blocks are run in order. Three commands
-are not what a reader has: `composer` trains for a few steps only, `pip install -e` installs into a folder of the test,
-without a network, and `pytest` without arguments, these tests themselves, does nothing.
+are not what a reader has: `composer` trains for a few steps only, on one rank without the launcher's seconds,
+`pip install -e` installs into a folder of the test, without a network, and `pytest` without arguments, these tests
+themselves, does nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ CUTS = [
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 BIN = Path(sys.executable).parent
 SHIMS = {
-    "composer": f'exec "{BIN}/composer" "$@" {" ".join(CUTS)}',
+    "composer": f"""
+[ "$1" = -n ] && exec "{BIN}/composer" "$@" {" ".join(CUTS)}
+exec "{BIN}/python" "$@" {" ".join(CUTS)}
+""",
     "pytest": f'[ $# -eq 0 ] || exec "{BIN}/python" -m pytest -q -n 0 -p no:cacheprovider "$@"',
     "pip": f"""
 [ "$1 $2" = "install -e" ] || {{ echo "pip $*: not allowed here" >&2; exit 2; }}

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from ssmvl.batch import num_samples
 from ssmvl.benchmarks.cases import Row, compare
 from ssmvl.benchmarks.limits import seconds
 from ssmvl.errors import DataError, MissingDependencyError
@@ -39,6 +40,7 @@ class DataSize(NamedTuple):
     """What is generated, and with how many processes everything is done."""
 
     pictures: int = 4000  # JPEGs of 20 to 60 KB
+    times: int = 4  # so often each is converted
     conversations: int = 665_000  # about a gigabyte of JSON
     workers: int = 2
     side: int = 384  # pixels of an image as the model takes it
@@ -57,28 +59,37 @@ def data_cases(size: DataSize) -> Iterator[Row]:
 
 
 def _convert(folder: Path, pictures: list[Path], size: DataSize) -> Iterator[Row]:
-    """Megabytes of images a second, against reading, hashing and writing the same files."""
+    """Megabytes of images a second, against reading, hashing and writing the same files as often."""
     from ssmvl.data.convert import convert
 
-    source, out, copies = folder / "pictures.json", folder / "shards", folder / "copies"
-    megabytes = sum(path.stat().st_size for path in pictures) / 1e6
+    source, out, copies = folder / "pictures.json", folder / "converted", folder / "copies"
+    named = pictures * size.times
+    megabytes = sum(path.stat().st_size for path in named) / 1e6
+    _name_pictures(source, named)
 
     def rate(images: Path) -> float:
         run = partial(convert, [source], str(out), images=[str(images)], workers=size.workers)
         return megabytes / _written(out, run)
 
     def limit() -> float:
-        return megabytes / _written(copies, lambda: _in_processes(_copy, pictures, size, copies))
+        return megabytes / _written(copies, lambda: _in_processes(_copy, list(enumerate(named)), size, copies))
 
     for case, images in (("convert, folder", folder / "pictures"), ("convert, zip", folder / "pictures.zip")):
         rate(images)
         yield compare(case, "MB/s", limit, partial(rate, images))
     shutil.rmtree(copies)
+    shutil.rmtree(out)
 
 
 def _verify(folder: Path, pictures: list[Path], size: DataSize) -> Row:
     """Images a second, against decoding them."""
+    from ssmvl.data.convert import convert
     from ssmvl.data.verify import verify
+
+    source = folder / "once.json"
+    _name_pictures(source, pictures)
+    with contextlib.redirect_stderr(io.StringIO()):
+        convert([source], str(folder / "shards"), images=[str(folder / "pictures")], workers=size.workers)
 
     def rate() -> float:
         start = time.perf_counter()
@@ -124,11 +135,7 @@ def _load(folder: Path, pictures: list[Path], size: DataSize) -> Row:
         persistent_workers=True,
         drop_last=True,
     )
-    return compare("load", "images/s", partial(_rate, bare, len), partial(_rate, ours, _samples), rounds=3)
-
-
-def _samples(batch: dict[str, Any]) -> int:
-    return len(batch["ids"])
+    return compare("load", "images/s", partial(_rate, bare, len), partial(_rate, ours, num_samples), rounds=3)
 
 
 def _rate(loader: Iterable[Any], count: Callable[[Any], int]) -> float:
@@ -175,27 +182,31 @@ def _peak(command: list[str]) -> int:
 
 
 def _written(target: Path, run: Callable[[], object]) -> float:
-    """Seconds that `run` takes to write the folder anew; earlier writes have reached the disk."""
+    """Seconds until what `run` writes to the folder has reached the disk, as everything before has."""
     shutil.rmtree(target, ignore_errors=True)
     os.sync()
+    start = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):
-        return seconds(run, "cpu")
+        run()
+    os.sync()
+    return time.perf_counter() - start
 
 
-def _in_processes(work: Callable[..., None], paths: list[Path], size: DataSize, *more: Path) -> None:
+def _in_processes(work: Callable[..., None], items: Sequence[Any], size: DataSize, *more: Path) -> None:
     from ssmvl.data.workers import processes
 
     for folder in more:
         folder.mkdir()
     with processes(size.workers) as pool:
-        list(pool.map(partial(work, *more), paths, chunksize=64))
+        list(pool.map(partial(work, *more), items, chunksize=64))
 
 
-def _copy(folder: Path, path: Path) -> None:
+def _copy(folder: Path, numbered: tuple[int, Path]) -> None:
     from streaming.base.hashing import get_hash
 
+    number, path = numbered
     data = path.read_bytes()
-    (folder / f"{path.name}.{get_hash('xxh64', data)}").write_bytes(data)
+    (folder / f"{number}.{get_hash('xxh64', data)}").write_bytes(data)
 
 
 def _decode(path: Path) -> None:
@@ -204,16 +215,20 @@ def _decode(path: Path) -> None:
 
 
 def _write_pictures(folder: Path, size: DataSize) -> list[Path]:
-    """JPEGs in a folder and in a zip, and a JSON of LLaVA's layout that names them."""
+    """JPEGs in a folder and in a zip."""
     paths = [folder / "pictures" / f"{number:06}.jpg" for number in range(size.pictures)]
     paths[0].parent.mkdir()
     _in_processes(_draw, paths, size)
     with zipfile.ZipFile(folder / "pictures.zip", "w") as pack:
         for path in paths:
             pack.write(path, path.name)
-    texts = ["<image>\nWhat is this?", "Coloured patches without a name, larger ones and smaller ones."]
-    (folder / "pictures.json").write_text(json.dumps([_record(path.stem, path.name, texts) for path in paths]))
     return paths
+
+
+def _name_pictures(source: Path, pictures: list[Path]) -> None:
+    """A JSON of LLaVA's layout."""
+    texts = ["<image>\nWhat is this?", "Coloured patches without a name, larger ones and smaller ones."]
+    source.write_text(json.dumps([_record(path.stem, path.name, texts) for path in pictures]))
 
 
 def _draw(path: Path) -> None:

@@ -19,6 +19,7 @@ from ssmvl.batch import collate
 from ssmvl.data.cache import ShardError, fetch_shard
 from ssmvl.data.mix import Loader
 from ssmvl.data.shards import unpack
+from ssmvl.data.shared_memory import naming
 from ssmvl.data.workers import cores
 from ssmvl.errors import DataError
 from ssmvl.interfaces import Data, Shards, Stream
@@ -46,7 +47,8 @@ class SampleStream(StreamingDataset):
         self._processors = [replace(processor, prompt=s.prompt) if s.prompt else processor for s in streams]
         self._failure: BaseException | None = None
         try:
-            super().__init__(streams=[_checked(stream) for stream in streams], **options)
+            with naming():
+                super().__init__(streams=[_checked(stream) for stream in streams], **options)
         except (OSError, ValueError, RuntimeError) as error:
             if "Reused local directory" in str(error):
                 what = "another run on this machine, or another stream of this mix, reads the same folder"

@@ -25,7 +25,7 @@ class AnswerAccuracy(Callback):
     def after_loss(self, state: State, logger: Logger) -> None:
         """Count one micro-batch; nothing is read back from the device."""
         right = state.outputs["logits"].argmax(-1) == state.outputs["labels"]
-        answers = right.split([len(places) for places in state.batch["label_places"]])
+        answers = right.split(state.batch["num_labels"])
         self._right.append(torch.stack([answer.all() for answer in answers]))
         self._types += state.batch["types"]
 

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import published
 import pytest
@@ -16,9 +17,17 @@ from streaming import StreamingDataset
 from ssmvl.cli import main
 from ssmvl.data.convert import convert
 from ssmvl.data.shards import existing_shards, find_damage, unpack
+from ssmvl.data.shared_memory import naming
 from ssmvl.data.streams import read_records
 
 Capture = pytest.CaptureFixture[str]
+
+
+def streamed(**where: str) -> list[dict[str, Any]]:
+    """The records as mosaicml-streaming alone reads them."""
+    with naming():
+        dataset = StreamingDataset(**where, batch_size=1, shuffle=False)
+    return [unpack(record) for record in dataset]
 
 
 def test_shards_hold_what_the_files_hold(tmp_path: Path) -> None:
@@ -29,7 +38,7 @@ def test_shards_hold_what_the_files_hold(tmp_path: Path) -> None:
     assert parts(train) == [f"part-{number:05}" for number in range(5)]
     assert read_records(train) == wanted
     assert not find_damage(train, 130)
-    assert [unpack(record) for record in StreamingDataset(local=str(train), batch_size=1, shuffle=False)] == wanted
+    assert streamed(local=str(train)) == wanted
     assert (found.samples, found.shards, found.skipped.total()) == (130, 5, 0)
     assert found.bytes == sum(path.stat().st_size for path in train.rglob("*.mds"))
     assert (train / "skipped.jsonl").read_bytes() == b""
@@ -98,7 +107,7 @@ def test_a_part_of_which_nothing_is_left(tmp_path: Path) -> None:
     assert "warning: more than half" in str(found)
     train = existing_shards("train", folder=str(tmp_path / "out"))
     ids = [f"made.json-{number}" for number in range(20, 30)]
-    assert [record["id"] for record in StreamingDataset(local=str(train), batch_size=1, shuffle=False)] == ids
+    assert [record["id"] for record in streamed(local=str(train))] == ids
     assert parts(train) == ["part-00000", "part-00001", "part-00002"]
 
 
@@ -146,8 +155,7 @@ def test_a_bucket_gets_the_same_bytes(bucket: str, objects: Callable[[], dict[st
     local = {path.relative_to(tmp_path / "out"): path for path in (tmp_path / "out" / "train").rglob("*")}
     assert sent == {f"in/here/{name}": path.read_bytes() for name, path in local.items() if path.is_file()}
     remote, cache = f"{bucket}/in/here/train", str(tmp_path / "cache")
-    dataset = StreamingDataset(remote=remote, local=cache, batch_size=1, shuffle=False)
-    assert [unpack(record) for record in dataset] == expected(made)
+    assert streamed(remote=remote, local=cache) == expected(made)
 
 
 def test_a_finished_bucket_is_not_changed(

@@ -33,16 +33,11 @@ def write(folder: Path, size: int) -> Path:
 def run(folder: Path, out: Path, world: int, batch: int, workers: int) -> list[Any]:
     """What each rank saw: two epochs of (names of each batch, damaged ones)."""
     out.mkdir()
-    spec = json.dumps({"batch": batch, "workers": workers})
-    processes = []
-    for rank in range(world):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        environment = {**os.environ, **{key: str(value) for key, value in place.items()}, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(SCRIPT), str(folder), str(out), spec]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+    spec = json.dumps({"world": world, "batch": batch, "workers": workers})
+    command = [sys.executable, str(SCRIPT), str(folder), str(out), spec]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 

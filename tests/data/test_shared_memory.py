@@ -1,4 +1,4 @@
-"""Shared memory of killed runs is removed; that of living ones is not."""
+"""Runs that begin at once find names of their own; shared memory of killed ones is removed, of living ones not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLE
 
 from ssmvl.data import shared_memory
 from ssmvl.data.shards import ensure_shards
-from ssmvl.data.shared_memory import SEGMENT, SHM, clean_stale_segments, stale_segments
+from ssmvl.data.shared_memory import SEGMENT, SHM, clean_stale_segments, naming, stale_segments
 
 pytestmark = pytest.mark.skipif(not (SHM.is_dir() and Path("/proc/self/maps").exists()), reason="needs /dev/shm, /proc")
 
@@ -27,6 +27,17 @@ dataset = StreamingDataset(local=sys.argv[1], batch_size=1)
 print(f"{dataset._shm_prefix_int:06}", flush=True)
 sys.stdin.readline()
 print([sample["id"] for sample in dataset], flush=True)
+"""
+
+MANY = """
+import sys
+from pathlib import Path
+from ssmvl.data.streams import SampleStream
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(10):
+    streams = [SampleStream(Path(sys.argv[1]), None, batch_size=1) for _ in range(3)]
+    del streams
 """
 
 Start = Callable[[], tuple["subprocess.Popen[str]", str]]
@@ -60,7 +71,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         monkeypatch.setattr(shared_memory, "SEGMENT", re.compile(own))
         return process, prefixes[-1]
 
-    yield begin
+    with naming():  # other tests neither map these segments nor remove them
+        yield begin
     for process in processes:
         if process.returncode is None:
             kill(process)
@@ -77,6 +89,19 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 def segments(prefix: str) -> set[str]:
     return {path.name for path in SHM.glob(f"{prefix}_*")}
+
+
+def test_streams_that_begin_at_once_find_names_of_their_own(tmp_path: Path) -> None:
+    ensure_shards(tmp_path, lambda: [{"id": "a", "type": "", "conversation": [], "images": []}], 1)
+    command = [sys.executable, "-c", MANY, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 2
 
 
 def test_every_name_of_streaming_is_known() -> None:
@@ -124,6 +149,18 @@ def test_living_process_keeps_its_segments(start: Start) -> None:
     output, _ = living.communicate("\n", timeout=25)
     assert output == "['a']\n"
     assert living.returncode == 0
+
+
+def test_a_name_that_a_living_process_looked_at_in_a_run_that_ended(start: Start) -> None:
+    ended, prefix = start()
+    start()  # maps the segments of the first one, and keeps them when they are deleted
+    ended.terminate()
+    ended.communicate(timeout=25)
+    dead, again = start()
+    assert again == prefix
+    kill(dead)
+    assert {path.name for path in clean_stale_segments()} >= {f"{prefix}_locals"}
+    assert segments(prefix) == set()
 
 
 def test_nothing_is_touched_where_proc_does_not_tell(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
