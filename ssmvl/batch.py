@@ -39,19 +39,19 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
     """Samples of the processor, each with an optional "id", "type" and "damaged" -> one ragged batch."""
     starts = _starts([len(sample["ids"]) for sample in samples])
     # nothing stands before a sample's first token that could predict it
-    learned = [_places(sample["labels"][1:] != IGNORED) for sample in samples]
+    supervised = [_places(sample["labels"][1:] != IGNORED) for sample in samples]
     places = [_places(sample["ids"] == IMAGE_PLACE) for sample in samples]
     return {
         "sample_ids": [sample.get("id", "") for sample in samples],
         "types": [sample.get("type", "") for sample in samples],
         "damaged": [sample.get("damaged", []) for sample in samples],
         "ids": torch.cat([sample["ids"] for sample in samples]),
-        "labels": torch.cat([sample["labels"][1:][at] for sample, at in zip(samples, learned, strict=True)]),
-        "label_positions": torch.cat([at + start for at, start in zip(learned, starts, strict=True)]),
+        "labels": torch.cat([sample["labels"][1:][at] for sample, at in zip(samples, supervised, strict=True)]),
+        "label_positions": torch.cat([at + start for at, start in zip(supervised, starts, strict=True)]),
         "image_positions": torch.cat([at + start for at, start in zip(places, starts, strict=True)]),
         "images": {spec: torch.cat([sample["images"][spec] for sample in samples]) for spec in samples[0]["images"]},
         "num_tokens": [len(sample["ids"]) for sample in samples],
-        "num_labels": [len(at) for at in learned],
+        "num_labels": [len(at) for at in supervised],
         "num_places": [len(at) for at in places],
         "num_images": [len(next(iter(sample["images"].values()))) for sample in samples],
     }
@@ -75,7 +75,7 @@ def split_batch(batch: Batch, size: int) -> list[Batch]:
         return values.split([sum(batch[counts][row]) for row in rows])
 
     parts: list[Batch] = [
-        {key: values[row] for key, values in batch.items() if isinstance(values, list)} for row in rows
+        {key: values[row] for key, values in batch.items() if key not in (*COUNTS, "images")} for row in rows
     ]
     pieces = {key: cut(batch[key], counts) for key, counts in COUNTS.items()}
     images = {spec: cut(pixels, "num_images") for spec, pixels in batch["images"].items()}
@@ -96,7 +96,7 @@ def pad(batch: Batch) -> dict[str, Any]:
     return {
         **_inputs(batch),
         "ids": ids,
-        "lengths": torch.tensor(lengths, device=ids.device),
+        "lengths": torch.tensor(lengths).to(ids.device, non_blocking=True),
         "label_positions": batch["label_positions"] + _repeated(shifts, batch["num_labels"], ids),
         "image_positions": batch["image_positions"] + _repeated(shifts, batch["num_places"], ids),
     }
@@ -122,5 +122,5 @@ def _places(mask: Tensor) -> Tensor:
 
 
 def _repeated(values: Sequence[int], counts: Sequence[int], like: Tensor) -> Tensor:
-    """Each value as often as its count says, on the device of `like`; no value is read back from there."""
-    return torch.repeat_interleave(torch.tensor(values), torch.tensor(counts)).to(like.device)
+    """Each value as often as its count says, on the device of `like`, which is not waited for."""
+    return torch.repeat_interleave(torch.tensor(values), torch.tensor(counts)).to(like.device, non_blocking=True)

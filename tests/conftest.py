@@ -24,6 +24,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Trainings first: the worker that is done may take of the short tests that are left."""
+    items.sort(key=lambda item: item.path.name != "test_docs.py" and item.path.parent.name != "training")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

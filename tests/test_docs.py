@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     "README.md",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
-    "plugins/ssmvl-hilbert/README.md",
 ]
+PLUGIN = ["plugins/ssmvl-hilbert/README.md"]
 LANGUAGES = {"bash", "python", "toml", "yaml", ""}  # without a language: drawings, and what a command prints
 CUTS = [
     "stages.align.duration=2ba",
@@ -80,7 +80,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "SITE": str(site), "PYTHONPATH": str(site), "COLUMNS": "100"}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, pytest.param(*PLUGIN, marks=pytest.mark.slow)])
 def test_code_blocks_run(document: str, tmp_path: Path, environment: dict[str, str]) -> None:
     for block in blocks(document):
         where = f"{document}:{block.line}"
@@ -103,7 +103,7 @@ def test_blocks_are_found() -> None:
     assert any(block.file == "ssmvl-mine/pyproject.toml" for block in found)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", DOCUMENTS + PLUGIN)
 def test_links_and_pictures_exist(document: str) -> None:
     text = FENCE.sub("", (ROOT / document).read_text())
     targets = [t for t in re.findall(r'\]\(([^)#\s]+)|src="([^"]+)"', text) for t in t if t]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -22,14 +24,18 @@ def processor(model: VisionLanguageModel) -> Processor:
     return build_processor(ssmvl.load_recipe("quickstart"), model)
 
 
-def batch(processor: Processor, images: list[int]) -> Batch:
-    """One sample for each number: that many images, and texts of different lengths."""
-    samples = []
+def samples(processor: Processor, images: list[int]) -> list[dict[str, Any]]:
+    """One for each number: that many images, and texts of different lengths."""
+    made = []
     for i, count in enumerate(images):
         pictures = [Image.new("RGB", (48, 48), (40 * i, 90 * k, 200)) for k in range(count)]
         talk = [{"role": "user", "content": "q" * (3 * i)}, {"role": "assistant", "content": "a" * (i + 1)}]
-        samples.append(processor.encode(talk, pictures, train=True))
-    return collate(samples)
+        made.append(processor.encode(talk, pictures, train=True))
+    return made
+
+
+def batch(processor: Processor, images: list[int]) -> Batch:
+    return collate(samples(processor, images))
 
 
 def test_logits_are_given_at_supervised_positions_only(model: VisionLanguageModel, processor: Processor) -> None:
@@ -79,8 +85,8 @@ def test_images_and_places_that_differ_in_number_are_refused(model: VisionLangua
 
 
 def test_prefill_and_steps_equal_forward(model: VisionLanguageModel, processor: Processor) -> None:
-    ragged = batch(processor, [1, 0, 2])
-    inputs = pad(ragged)
+    whole_samples = samples(processor, [1, 0, 2])
+    inputs = pad(collate(whole_samples))
     with torch.no_grad():
         state = model.language.new_state(3)
         visual = model.encode(inputs["images"])
@@ -90,8 +96,8 @@ def test_prefill_and_steps_equal_forward(model: VisionLanguageModel, processor: 
         whole = model(**{**inputs, "label_positions": ends})
         torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-4)
         stepped = model.step(torch.tensor([1, 2, 3]), state)
-        longer = [torch.cat([ids, torch.tensor([i + 1])]) for i, ids in enumerate(ragged["ids"])]
-        again = pad({**ragged, "ids": longer, "labels": longer})
+        longer = [{**s, "ids": torch.cat([s["ids"], torch.tensor([i])])} for i, s in enumerate(whole_samples, 1)]
+        again = pad(collate(longer))
         ends = torch.arange(3) * again["ids"].shape[1] + again["lengths"] - 1
         torch.testing.assert_close(stepped, model(**{**again, "label_positions": ends}), atol=1e-5, rtol=1e-4)
 

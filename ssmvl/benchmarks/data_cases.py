@@ -40,7 +40,7 @@ class DataSize(NamedTuple):
     """What is generated, and with how many processes everything is done."""
 
     pictures: int = 4000  # JPEGs of 20 to 60 KB
-    times: int = 4  # so often each is converted
+    repeats: int = 4  # so often each is converted
     conversations: int = 665_000  # about a gigabyte of JSON
     workers: int = 2
     side: int = 384  # pixels of an image as the model takes it
@@ -63,9 +63,9 @@ def _convert(folder: Path, pictures: list[Path], size: DataSize) -> Iterator[Row
     from ssmvl.data.convert import convert
 
     source, out, copies = folder / "pictures.json", folder / "converted", folder / "copies"
-    named = pictures * size.times
+    named = pictures * size.repeats
     megabytes = sum(path.stat().st_size for path in named) / 1e6
-    _name_pictures(source, named)
+    _write_records(source, named)
 
     def rate(images: Path) -> float:
         run = partial(convert, [source], str(out), images=[str(images)], workers=size.workers)
@@ -87,7 +87,7 @@ def _verify(folder: Path, pictures: list[Path], size: DataSize) -> Row:
     from ssmvl.data.verify import verify
 
     source = folder / "once.json"
-    _name_pictures(source, pictures)
+    _write_records(source, pictures)
     with contextlib.redirect_stderr(io.StringIO()):
         convert([source], str(folder / "shards"), images=[str(folder / "pictures")], workers=size.workers)
 
@@ -225,7 +225,7 @@ def _write_pictures(folder: Path, size: DataSize) -> list[Path]:
     return paths
 
 
-def _name_pictures(source: Path, pictures: list[Path]) -> None:
+def _write_records(source: Path, pictures: list[Path]) -> None:
     """A JSON of LLaVA's layout."""
     texts = ["<image>\nWhat is this?", "Coloured patches without a name, larger ones and smaller ones."]
     source.write_text(json.dumps([_record(path.stem, path.name, texts) for path in pictures]))

@@ -6,36 +6,31 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import distributed
 
 SEGMENT = re.compile(
     r"(\d{6})_(?:locals|barrier|next_epoch|cache_usage|shard_states|shard_access_times|resume|epoch_shape|epoch_data|barrier_filelock|cache_filelock)$"
 )
 SHM = Path("/dev/shm")
-WAIT = 60.0  # seconds for another run of this machine to find its names; longer, and it hangs
+WAIT = 30.0  # seconds for another run to take its names; one that takes longer hangs, and is not waited for
 
 
 @contextmanager
-def naming() -> Iterator[None]:
-    """No other run of this user on this machine looks for free names meanwhile. Every rank enters it.
+def prefix_lock() -> Iterator[None]:
+    """No other run of this user looks for a free prefix on this machine meanwhile; every rank enters it.
 
-    Streaming takes the first name that is free, which two runs that look at once both find.
+    Streaming takes the first prefix that is free, which two runs that look at once both find. Without the lock after
+    `WAIT` seconds, or where it cannot be had.
     """
-    lock = _lock()
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        with suppress(Timeout):
-            lock.acquire()
-    try:
+    leader = int(os.environ.get("RANK", 0)) % int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 0  # as streaming's World
+    with _locked() if leader else nullcontext():
         if distributed.is_available() and distributed.is_initialized():
             distributed.barrier()
         yield
-    finally:
-        if lock.is_locked:
-            lock.release()
 
 
 def stale_segments() -> list[Path]:
@@ -59,21 +54,26 @@ def stale_segments() -> list[Path]:
 
 
 def clean_stale_segments() -> list[Path]:
-    """Remove what `stale_segments` finds, and return it; nothing while another run takes names."""
+    """Remove what `stale_segments` finds, and return it."""
+    with _locked():
+        found = stale_segments()
+        for path in found:
+            path.unlink(missing_ok=True)
+        return found
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """A process that holds the lock may take it again."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = SHM if SHM.is_dir() else Path(tempfile.gettempdir())
+    lock = FileLock(folder / f"ssmvl-{user}.lock", timeout=WAIT, is_singleton=True)
+    with suppress(OSError):  # a Timeout is one
+        lock.acquire()
     try:
-        with _lock():
-            found = stale_segments()
-            for path in found:
-                path.unlink(missing_ok=True)
-            return found
-    except Timeout:
-        return []
-
-
-def _lock() -> FileLock:
-    """This user's, on this machine; a process that holds it may take it again."""
-    path = SHM / f"ssmvl-{os.getuid()}.lock" if SHM.is_dir() else Path(tempfile.gettempdir(), "ssmvl.lock")
-    return FileLock(path, timeout=WAIT, is_singleton=True)
+        yield
+    finally:
+        lock.release()
 
 
 def _mapped_prefixes() -> set[str]:

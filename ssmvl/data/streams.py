@@ -19,7 +19,7 @@ from ssmvl.batch import collate
 from ssmvl.data.cache import ShardError, fetch_shard
 from ssmvl.data.mix import Loader
 from ssmvl.data.shards import unpack
-from ssmvl.data.shared_memory import naming
+from ssmvl.data.shared_memory import prefix_lock
 from ssmvl.data.workers import cores
 from ssmvl.errors import DataError
 from ssmvl.interfaces import Data, Shards, Stream
@@ -47,7 +47,7 @@ class SampleStream(StreamingDataset):
         self._processors = [replace(processor, prompt=s.prompt) if s.prompt else processor for s in streams]
         self._failure: BaseException | None = None
         try:
-            with naming():
+            with prefix_lock():
                 super().__init__(streams=[_checked(stream) for stream in streams], **options)
         except (OSError, ValueError, RuntimeError) as error:
             if "Reused local directory" in str(error):

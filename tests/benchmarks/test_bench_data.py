@@ -15,7 +15,7 @@ from ssmvl.benchmarks import data_cases as suite
 from ssmvl.cli import bench, main
 from ssmvl.errors import DataError
 
-TINY = suite.DataSize(pictures=40, times=2, conversations=300, side=32, batch=8)
+TINY = suite.DataSize(pictures=40, repeats=2, conversations=300, side=32, batch=8)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def run(rank: int) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ.update({key: str(value) for key, value in place.items()})
     store = torch.distributed.FileStore(str(out / "store"), world)
-    limit = timedelta(seconds=60)
+    limit = timedelta(seconds=120)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
     processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), places=2)
     loader = train_loader(folder, processor, batch=spec["batch"], seed=5, loader=Loader(workers=spec["workers"]))

@@ -17,7 +17,7 @@ from streaming import StreamingDataset
 from ssmvl.cli import main
 from ssmvl.data.convert import convert
 from ssmvl.data.shards import existing_shards, find_damage, unpack
-from ssmvl.data.shared_memory import naming
+from ssmvl.data.shared_memory import prefix_lock
 from ssmvl.data.streams import read_records
 
 Capture = pytest.CaptureFixture[str]
@@ -25,7 +25,7 @@ Capture = pytest.CaptureFixture[str]
 
 def streamed(**where: str) -> list[dict[str, Any]]:
     """The records as mosaicml-streaming alone reads them."""
-    with naming():
+    with prefix_lock():
         dataset = StreamingDataset(**where, batch_size=1, shuffle=False)
     return [unpack(record) for record in dataset]
 

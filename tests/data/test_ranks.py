@@ -36,7 +36,7 @@ def run(folder: Path, out: Path, world: int, batch: int, workers: int) -> list[A
     spec = json.dumps({"world": world, "batch": batch, "workers": workers})
     command = [sys.executable, str(SCRIPT), str(folder), str(out), spec]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
 

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN
 
 from ssmvl.data import shared_memory
 from ssmvl.data.shards import ensure_shards
-from ssmvl.data.shared_memory import SEGMENT, SHM, clean_stale_segments, naming, stale_segments
+from ssmvl.data.shared_memory import SEGMENT, SHM, clean_stale_segments, prefix_lock, stale_segments
 
 pytestmark = pytest.mark.skipif(not (SHM.is_dir() and Path("/proc/self/maps").exists()), reason="needs /dev/shm, /proc")
 
@@ -30,14 +31,24 @@ print([sample["id"] for sample in dataset], flush=True)
 """
 
 MANY = """
-import sys
+import multiprocessing, sys
 from pathlib import Path
 from ssmvl.data.streams import SampleStream
-print("ready", flush=True)
-sys.stdin.readline()
-for _ in range(10):
-    streams = [SampleStream(Path(sys.argv[1]), None, batch_size=1) for _ in range(3)]
-    del streams
+
+forked = multiprocessing.get_context("fork")
+together = forked.Barrier(6)
+
+def run():
+    for _ in range(3):
+        together.wait(60)
+        stream = SampleStream(Path(sys.argv[1]), None, batch_size=1)
+
+processes = [forked.Process(target=run, daemon=True) for _ in range(6)]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+print([process.exitcode for process in processes])
 """
 
 Start = Callable[[], tuple["subprocess.Popen[str]", str]]
@@ -71,14 +82,14 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         monkeypatch.setattr(shared_memory, "SEGMENT", re.compile(own))
         return process, prefixes[-1]
 
-    with naming():  # other tests neither map these segments nor remove them
+    with prefix_lock():  # other tests neither map these segments, nor remove them, nor take their names
         yield begin
-    for process in processes:
-        if process.returncode is None:
-            kill(process)
-    for prefix in prefixes:
-        for path in SHM.glob(f"{prefix}_*"):
-            path.unlink()
+        for process in processes:
+            if process.returncode is None:
+                kill(process)
+        for prefix in prefixes:
+            for path in SHM.glob(f"{prefix}_*"):
+                path.unlink()
 
 
 def kill(process: subprocess.Popen[str]) -> None:
@@ -94,14 +105,23 @@ def segments(prefix: str) -> set[str]:
 def test_streams_that_begin_at_once_find_names_of_their_own(tmp_path: Path) -> None:
     ensure_shards(tmp_path, lambda: [{"id": "a", "type": "", "conversation": [], "images": []}], 1)
     command = [sys.executable, "-c", MANY, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    processes = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]  # type: ignore[call-overload]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 2
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.stdout == f"{[0] * 6}\n", done.stderr
+
+
+def test_a_lock_that_cannot_be_had_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "SHM", tmp_path)
+    (tmp_path / f"ssmvl-{os.getuid()}.lock").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with prefix_lock():
+        assert clean_stale_segments() == []
+
+
+def test_a_run_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "SHM", tmp_path)
+    monkeypatch.setattr(shared_memory, "WAIT", 0.1)
+    with FileLock(tmp_path / f"ssmvl-{os.getuid()}.lock"), prefix_lock():
+        pass
 
 
 def test_every_name_of_streaming_is_known() -> None:

@@ -17,7 +17,7 @@ from ssmvl.data.cache import ShardError
 from ssmvl.data.mix import Loader
 from ssmvl.data.scenes import digit_scenes
 from ssmvl.data.shards import ensure_shards
-from ssmvl.data.shared_memory import naming
+from ssmvl.data.shared_memory import prefix_lock
 from ssmvl.data.streams import SampleStream, read_records, train_loader
 from ssmvl.errors import DataError
 from ssmvl.interfaces import ImageSpec, Shards, Stream
@@ -172,7 +172,7 @@ def test_a_shard_that_vanished_is_no_damage(tmp_path: Path, workers: int) -> Non
 
 def test_workers_and_canonical_nodes_keep_the_order_of_one_process(folder: Path) -> None:
     expected = names(epoch(folder, batch=3))
-    with naming():
+    with prefix_lock():
         plain = StreamingDataset(local=str(folder), batch_size=3, shuffle=True, shuffle_seed=0)
     assert [sample["id"] for sample in plain] == expected
     for loader in (Loader(workers=2), Loader(workers=0, num_canonical_nodes=1)):

@@ -75,8 +75,8 @@ def test_answers_do_not_depend_on_the_batch(assistant: Assistant, images: list[I
 
 
 def test_prefill_and_steps_equal_forward(assistant: Assistant, images: list[Image.Image | None]) -> None:
-    model, ragged = assistant.model, collate(samples(assistant.processor, images))
-    inputs = pad(ragged)
+    model, every = assistant.model, samples(assistant.processor, images)
+    inputs = pad(collate(every))
     rows, length = inputs["ids"].shape
     with torch.no_grad():
         state, visual = model.language.new_state(rows), model.encode(inputs["images"])
@@ -84,8 +84,8 @@ def test_prefill_and_steps_equal_forward(assistant: Assistant, images: list[Imag
         ends = torch.arange(rows) * length + inputs["lengths"] - 1
         torch.testing.assert_close(logits, model(**{**inputs, "label_positions": ends}), atol=1e-4, rtol=1e-4)
         stepped = model.step(torch.arange(rows), state)
-        longer = [torch.cat([ids, torch.tensor([row])]) for row, ids in enumerate(ragged["ids"])]
-        again = pad({**ragged, "ids": longer, "labels": longer})
+        longer = [{**s, "ids": torch.cat([s["ids"], torch.tensor([row])])} for row, s in enumerate(every)]
+        again = pad(collate(longer))
         ends = torch.arange(rows) * again["ids"].shape[1] + again["lengths"] - 1
         torch.testing.assert_close(stepped, model(**{**again, "label_positions": ends}), atol=1e-4, rtol=1e-4)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import two_ranks
 
 import ssmvl
 from ssmvl.data import shards
@@ -19,7 +20,7 @@ from ssmvl.data.scenes import digit_scenes
 from ssmvl.data.shards import ensure_shards
 from ssmvl.data.streams import read_records
 from ssmvl.errors import DataError
-from ssmvl.training import damaged
+from ssmvl.training import damaged, run
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
 Composer = Callable[..., subprocess.Popen[str]]
@@ -70,12 +71,12 @@ def flip(tiny: Path, bucket: str) -> None:
 def test_two_stages_train_from_one_bucket_what_they_train_from_a_folder(tiny: Path, remote: str) -> None:
     local = f"{{name: shards, folder: {tiny.parent / 'data'}}}"
     found = {}
-    for run, data in (("remote", remote), ("local", local)):
+    for name, data in (("remote", remote), ("local", local)):
         stages = [
             f"stages.{stage}.{key}" for stage in ("align", "finetune") for key in (f"data={data}", "duration=2ba")
         ]
-        folder = ssmvl.train(tiny, f"run={run}", "evaluation=null", *stages)
-        found[run] = (folder / "model" / "model.safetensors").read_bytes()
+        folder = ssmvl.train(tiny, f"run={name}", "evaluation=null", *stages)
+        found[name] = (folder / "model" / "model.safetensors").read_bytes()
     assert found["remote"] == found["local"]
     assert len(list(Path("cache").rglob("*.mds"))) > 3
 
@@ -100,12 +101,10 @@ def test_a_bucket_that_vanished_is_named(tiny: Path, remote: str, bucket: str) -
         ssmvl.train(tiny, *only(remote, "duration=1ep"))
 
 
-def test_damaged_samples_are_replaced_listed_and_summed_up(tiny: Path, composer: Composer) -> None:
+def test_damaged_samples_are_replaced_listed_and_summed_up(tiny: Path) -> None:
     scenes(Path("data/train"), 200, 5, 70)  # 1 %: no more than is allowed
     options = only("{name: shards, folder: data}", "duration=2ep", "loader.workers=1", "batch=20", "checkpoint=1ep")
-    process = composer("-n", "2", "tiny.yaml", *options)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
+    output, _ = two_ranks(lambda: ssmvl.train(tiny, *options), tiny.parent)
     assert sorted((line["epoch"], line["id"]) for line in listed("tiny")) == [
         (epoch, name) for epoch in (0, 1) for name in ("train-5", "train-70")
     ]
@@ -115,14 +114,16 @@ def test_damaged_samples_are_replaced_listed_and_summed_up(tiny: Path, composer:
     assert "damaged samples in the whole stage: 4" in output
 
 
-def test_too_many_damaged_samples_end_every_rank(tiny: Path, composer: Composer) -> None:
+def test_too_many_damaged_samples_end_every_rank(tiny: Path) -> None:
     scenes(Path("data/train"), 40, 5, 7)
-    process = composer("-n", "2", "tiny.yaml", *only("{name: shards, folder: data}", "duration=5ep"))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, output
-    assert "error: epoch 1: 2 of 40 samples were damaged (5.00%) and replaced: train-" in output
-    assert "at most 1% may be" in output
-    assert "Traceback" not in output
+
+    def train() -> None:
+        assert run.main(["tiny.yaml", *only("{name: shards, folder: data}", "duration=5ep")]) == 2
+
+    for output in two_ranks(train, tiny.parent):
+        assert "error: epoch 1: 2 of 40 samples were damaged (5.00%) and replaced: train-" in output
+        assert "at most 1% may be" in output
+        assert "Traceback" not in output
     assert {line["id"] for line in listed("tiny")} == {"train-5", "train-7"}
 
 

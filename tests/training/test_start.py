@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
 from hub import Hub
+from ranks import two_ranks
 
 import ssmvl
 from ssmvl.errors import ContractError, DataError, SsmvlError
@@ -49,20 +48,14 @@ def test_a_tokenizer_of_the_hub_is_fetched_and_compared_before_weights_are(tiny:
 
 
 def test_what_the_first_rank_misses_ends_both(tiny: Path) -> None:
-    torch.multiprocessing.start_processes(prepare, (tiny,), nprocs=2, start_method="fork")  # Composer is imported once
+    found = load_recipe(tiny, no_data("stages.align"))
+
+    def prepare() -> None:
+        with pytest.raises(SsmvlError) as caught:
+            Session(found, check(found)[0])._prepare()
+        print(f"{caught.type.__name__}: {caught.value}", flush=True)
+
     missing = "no_align/train/index.json: there is no such file"
-    said = [Path(f"rank{rank}").read_text() for rank in (0, 1)]
-    assert said[0].startswith(f"DataError: {missing}")
-    assert said[1].startswith(f"RunError: {missing}")
-
-
-def prepare(rank: int, recipe: Path) -> None:
-    """One of two ranks of a run, up to where they build; it leaves its error in a file."""
-    torch.set_num_threads(1)  # those of the first process are not in this one
-    store = torch.distributed.FileStore(str(recipe.with_name("store")), 2)
-    limit = timedelta(seconds=30)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
-    found = load_recipe(recipe, no_data("stages.align"))
-    with pytest.raises(SsmvlError) as caught:
-        Session(found, check(found)[0])._prepare()
-    Path(f"rank{rank}").write_text(f"{caught.type.__name__}: {caught.value}")
+    said = two_ranks(prepare, tiny.parent)
+    assert f"DataError: {missing}" in said[0]
+    assert f"RunError: {missing}" in said[1]
