@@ -16,7 +16,7 @@ from urllib.parse import urlparse
 from ssmvl.checkpoints import flush, written_whole
 from ssmvl.data.images import shrunk
 from ssmvl.data.remote import fetch, hint, is_remote, send
-from ssmvl.data.shards import COLUMNS, HASH, pack
+from ssmvl.data.shards import pack, shard_writer
 from ssmvl.data.sources import Chunk, Record, Skipped
 from ssmvl.errors import DataError
 
@@ -152,10 +152,7 @@ def put(folder: Path, place: str, names: Sequence[str]) -> None:
 
 def _write(chunk: Chunk, folder: Path, max_side: int | None) -> list[str]:
     """The names of the shards that were written."""
-    from streaming import MDSWriter
-
-    # an absolute path, as a colon in a relative one would make it a URL
-    writer = MDSWriter(out=str(folder.absolute()), columns=COLUMNS, hashes=[HASH], size_limit=SHARD_BYTES)
+    writer = shard_writer(folder, SHARD_BYTES)
     with (folder / REPORT).open("w") as report:
         for number, item in enumerate(chunk.read(), chunk.first):
             if max_side and not isinstance(item, Skipped):

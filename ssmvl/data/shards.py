@@ -10,12 +10,17 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ssmvl.data.cache import cached
 from ssmvl.data.remote import is_remote
 from ssmvl.errors import DataError, MissingDependencyError
 from ssmvl.interfaces import Shards
+
+if TYPE_CHECKING:
+    from streaming import MDSWriter
 
 COLUMNS = {"id": "str", "type": "str", "conversation": "json", "images": "bytes", "image_sizes": "json"}
 HASH = "xxh64"
@@ -102,6 +107,35 @@ def existing_shards(split: str, *, folder: str, cache: str | None = None) -> Pat
     return Shards(local, url)
 
 
+def shard_writer(folder: Path, size: int) -> MDSWriter:
+    """A writer of packed records to a folder, in shards of at most `size` bytes.
+
+    It writes what streaming's own writes, byte by byte, and takes 70 % of its time: that one copies each byte four
+    times before it is written, and sleeps for a second at the end if the thread that sends shards, which here go
+    nowhere, has not begun yet.
+    """
+    from streaming import MDSWriter
+    from streaming.base.format.mds.encodings import mds_encode
+
+    class Writer(MDSWriter):
+        def encode_sample(self, sample: dict[str, Any]) -> bytes:
+            values = [mds_encode(kind, sample[name]) for name, kind in sorted(COLUMNS.items())]  # all of any length
+            return b"".join([np.array([*map(len, values)], np.uint32).tobytes(), *values])
+
+        def encode_joint_shard(self) -> bytes:
+            ends = np.cumsum([0, *map(len, self.new_samples)])
+            first = 4 * (1 + len(ends)) + len(self.config_data)
+            head = np.array([len(self.new_samples), *(ends + first)], np.uint32)
+            return b"".join([head.tobytes(), self.config_data, *self.new_samples])
+
+        def _write_index(self) -> None:
+            self.executor.submit(int).result()
+            super()._write_index()
+
+    # an absolute path, as a colon in a relative one would make it a URL
+    return Writer(out=str(folder.absolute()), columns=COLUMNS, hashes=[HASH], size_limit=size)
+
+
 def pack(record: dict[str, Any]) -> dict[str, Any]:
     """A record with its images apart -> as it stands in a shard, one value for each of `COLUMNS`."""
     sizes = [len(image) for image in record["images"]]
@@ -169,10 +203,9 @@ def require_streaming() -> None:
 
 
 def _write(folder: Path, records: Iterable[dict[str, Any]], total: int, what: str) -> None:
-    from streaming import MDSWriter
     from tqdm import tqdm
 
     folder.mkdir(parents=True)
-    with MDSWriter(out=str(folder), columns=COLUMNS, hashes=[HASH], size_limit=SHARD_BYTES) as writer:
+    with shard_writer(folder, SHARD_BYTES) as writer:
         for record in tqdm(records, desc=what, total=total, unit=" samples"):
             writer.write(pack(record))

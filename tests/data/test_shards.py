@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from streaming import MDSWriter
 from streaming.base.hashing import get_hash
 
 from ssmvl.data import shards
-from ssmvl.data.shards import HASH, ensure_shards, existing_shards, find_damage, unpack
+from ssmvl.data.shards import COLUMNS, HASH, ensure_shards, existing_shards, find_damage, pack, shard_writer, unpack
 from ssmvl.data.streams import read_records
 from ssmvl.errors import DataError, MissingDependencyError
 from ssmvl.testing import check_dataset
@@ -54,6 +55,18 @@ def ensure(folder: Path) -> int:
 
     ensure_shards(folder, records, len(RECORDS))
     return len(calls)
+
+
+@pytest.mark.parametrize("size", [1 << 20, 200])
+def test_the_writer_writes_what_that_of_streaming_writes(tmp_path: Path, size: int) -> None:
+    theirs = MDSWriter(out=str(tmp_path / "theirs"), columns=COLUMNS, hashes=[HASH], size_limit=size)
+    for writer in (shard_writer(tmp_path / "ours", size), theirs):
+        with writer:
+            for record in RECORDS * 3:
+                writer.write(pack(record))
+    ours, others = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("ours", "theirs"))
+    assert ours == others
+    assert (len(ours) > 2) == (size == 200)
 
 
 def shard(folder: Path) -> Path:
