@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,22 +37,22 @@ COUNTS = {
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
     """Samples of the processor, each with an optional "id", "type" and "damaged" -> one ragged batch."""
-    starts = _starts([len(sample["ids"]) for sample in samples])
-    # nothing stands before a sample's first token that could predict it
-    supervised = [_places(sample["labels"][1:] != IGNORED) for sample in samples]
-    places = [_places(sample["ids"] == IMAGE_PLACE) for sample in samples]
+    lengths = [len(sample["ids"]) for sample in samples]
+    ids, labels = (torch.cat([sample[key] for sample in samples]) for key in ("ids", "labels"))
+    labels[_starts(lengths)] = IGNORED  # nothing stands before a sample's first token that could predict it
+    supervised, places = _places(labels != IGNORED), _places(ids == IMAGE_PLACE)
     return {
         "sample_ids": [sample.get("id", "") for sample in samples],
         "types": [sample.get("type", "") for sample in samples],
         "damaged": [sample.get("damaged", []) for sample in samples],
-        "ids": torch.cat([sample["ids"] for sample in samples]),
-        "labels": torch.cat([sample["labels"][1:][at] for sample, at in zip(samples, supervised, strict=True)]),
-        "label_positions": torch.cat([at + start for at, start in zip(supervised, starts, strict=True)]),
-        "image_positions": torch.cat([at + start for at, start in zip(places, starts, strict=True)]),
+        "ids": ids,
+        "labels": labels[supervised],
+        "label_positions": supervised - 1,
+        "image_positions": places,
         "images": {spec: torch.cat([sample["images"][spec] for sample in samples]) for spec in samples[0]["images"]},
-        "num_tokens": [len(sample["ids"]) for sample in samples],
-        "num_labels": [len(at) for at in supervised],
-        "num_places": [len(at) for at in places],
+        "num_tokens": lengths,
+        "num_labels": _counts(supervised, lengths),
+        "num_places": _counts(places, lengths),
         "num_images": [len(next(iter(sample["images"].values()))) for sample in samples],
     }
 
@@ -119,6 +119,12 @@ def _starts(lengths: Sequence[int]) -> list[int]:
 
 def _places(mask: Tensor) -> Tensor:
     return mask.nonzero().squeeze(1)
+
+
+def _counts(places: Tensor, lengths: Sequence[int]) -> list[int]:
+    """How many places lie in each stretch of these lengths."""
+    edges = torch.searchsorted(places, torch.tensor([0, *accumulate(lengths)]))
+    return cast(list[int], edges.diff().tolist())
 
 
 def _repeated(values: Sequence[int], counts: Sequence[int], like: Tensor) -> Tensor:

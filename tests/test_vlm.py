@@ -96,7 +96,10 @@ def test_prefill_and_steps_equal_forward(model: VisionLanguageModel, processor: 
         whole = model(**{**inputs, "label_positions": ends})
         torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-4)
         stepped = model.step(torch.tensor([1, 2, 3]), state)
-        longer = [{**s, "ids": torch.cat([s["ids"], torch.tensor([i])])} for i, s in enumerate(whole_samples, 1)]
+        longer = [
+            {**s, **{key: torch.cat([s[key], torch.tensor([i])]) for key in ("ids", "labels")}}
+            for i, s in enumerate(whole_samples, 1)
+        ]
         again = pad(collate(longer))
         ends = torch.arange(3) * again["ids"].shape[1] + again["lengths"] - 1
         torch.testing.assert_close(stepped, model(**{**again, "label_positions": ends}), atol=1e-5, rtol=1e-4)

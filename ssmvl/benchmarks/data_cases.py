@@ -135,7 +135,7 @@ def _load(folder: Path, pictures: list[Path], size: DataSize) -> Row:
         persistent_workers=True,
         drop_last=True,
     )
-    return compare("load", "images/s", partial(_rate, bare, len), partial(_rate, ours, num_samples), rounds=3)
+    return compare("load", "images/s", partial(_rate, bare, len), partial(_rate, ours, num_samples))
 
 
 def _rate(loader: Iterable[Any], count: Callable[[Any], int]) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, compress, groupby
 from operator import attrgetter
 from typing import TypedDict
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -88,12 +89,12 @@ class Processor:
             pieces = self.prompt.pieces([marked, *rest], self.end)
         elif marks and not in_place:
             pieces = self.prompt.pieces([_without_marks(message) for message in conversation], self.end)
-        ids = [] if in_place else [IMAGE_PLACE] * (self.places * len(images))
-        labels = [IGNORED] * len(ids)
+        ids = array("q", [IMAGE_PLACE]) * (0 if in_place else self.places * len(images))
+        labels = array("q", [IGNORED]) * len(ids)
         for supervised, together in groupby(pieces, key=attrgetter("supervised")):
             tokens = self._tokenise(together, marks=in_place and not supervised)
-            ids += tokens
-            labels += tokens if supervised else [IGNORED] * len(tokens)
+            ids.extend(tokens)
+            labels.extend(tokens if supervised else [IGNORED] * len(tokens))
         if not ids:
             raise DataError(f"nothing to read in this sample: neither text nor image from {_plain(conversation)}")
         if train and not _teaches(labels):
@@ -101,7 +102,7 @@ class Processor:
         if train and self.max_text_tokens is not None:
             ids, labels = _cut(ids, labels, self.max_text_tokens)
         pixels = self.pixels(images)
-        as_tensors = [torch.from_numpy(np.array(numbers, np.int64)) for numbers in (ids, labels)]
+        as_tensors = [torch.frombuffer(numbers, dtype=torch.int64) for numbers in (ids, labels)]
         return Sample(ids=as_tensors[0], labels=as_tensors[1], images=pixels)
 
     def pixels(self, images: Sequence[ImageLike]) -> dict[ImageSpec, Tensor]:
@@ -123,12 +124,10 @@ class Processor:
 
         Special tokens are found in template text only: a user's `<|endoftext|>` stays text.
         """
-        added = self.tokenizer.get_added_tokens_decoder()
-        special = {token.content: [id_] for id_, token in added.items() if token.special}
         image = {IMAGE: [IMAGE_PLACE] * self.places} if marks else {}
         ids, text = [], ""
         for piece in pieces:
-            known = special if piece.template else image
+            known = self._special if piece.template else image
             for stretch in re.split(f"({'|'.join(map(re.escape, known))})", piece.text) if known else [piece.text]:
                 if stretch in known:
                     ids += self._ids(text) + known[stretch]
@@ -137,28 +136,33 @@ class Processor:
                     text += stretch
         return ids + self._ids(text)
 
+    @cached_property
+    def _special(self) -> dict[str, list[int]]:
+        added = self.tokenizer.get_added_tokens_decoder()  # slow: it makes an object of each
+        return {token.content: [id_] for id_, token in added.items() if token.special}
+
     def _ids(self, text: str) -> list[int]:
         self.tokenizer.encode_special_tokens = True  # none is found
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids) if text else []
 
 
-def _cut(ids: list[int], labels: list[int], limit: int) -> tuple[list[int], list[int]]:
+def _cut(ids: array[int], labels: array[int], limit: int) -> tuple[array[int], array[int]]:
     """The first `limit` text tokens with their labels, and all image places."""
     read = list(accumulate(id_ != IMAGE_PLACE for id_ in ids))  # text tokens up to and with each
     if read[-1] <= limit:
         return ids, labels
     kept = [id_ == IMAGE_PLACE or count <= limit for id_, count in zip(ids, read, strict=True)]
-    left = list(compress(labels, kept))
+    left = array("q", compress(labels, kept))
     if not _teaches(left):
         before = read[next(t for t in range(1, len(ids)) if labels[t] != IGNORED)] - 1
         raise DataError(
             f"nothing to learn in this sample: the first answer begins after {before} text tokens, and only {limit} "
             f"are read; raise the stage's max_text_tokens"
         )
-    return list(compress(ids, kept)), left
+    return array("q", compress(ids, kept)), left
 
 
-def _teaches(labels: list[int]) -> bool:
+def _teaches(labels: array[int]) -> bool:
     return labels[1:].count(IGNORED) < len(labels) - 1  # nothing stands before the first that could predict it
 
 

@@ -84,7 +84,10 @@ def test_prefill_and_steps_equal_forward(assistant: Assistant, images: list[Imag
         ends = torch.arange(rows) * length + inputs["lengths"] - 1
         torch.testing.assert_close(logits, model(**{**inputs, "label_positions": ends}), atol=1e-4, rtol=1e-4)
         stepped = model.step(torch.arange(rows), state)
-        longer = [{**s, "ids": torch.cat([s["ids"], torch.tensor([row])])} for row, s in enumerate(every)]
+        longer = [
+            {**s, **{key: torch.cat([s[key], torch.tensor([row])]) for key in ("ids", "labels")}}
+            for row, s in enumerate(every)
+        ]
         again = pad(collate(longer))
         ends = torch.arange(rows) * again["ids"].shape[1] + again["lengths"] - 1
         torch.testing.assert_close(stepped, model(**{**again, "label_positions": ends}), atol=1e-4, rtol=1e-4)
