@@ -89,7 +89,7 @@ class RunFolder:
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     stages = {k: v for k, v in (recipe.data.get("stages") or {}).items() if isinstance(v, dict)}
-    kept = {name: {key: stage.get(key) for key in ("data", "train")} for name, stage in stages.items()}
+    kept = {name: {key: stage.get(key) for key in ("data", "init_from", "train")} for name, stage in stages.items()}
     # Mappings are equal in any order, but encoders in another order are another model.
     order = {"order of model.encoders": list(recipe.data["model"].get("encoders") or ())}
     order["order of stages"] = stage_order(recipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -27,6 +27,7 @@ from ssmvl.data.shared_memory import clean_stale_segments
 from ssmvl.data.streams import describe, read_records, train_loader
 from ssmvl.data.workers import cores
 from ssmvl.errors import Problem, RecipeError, RunError, SsmvlError
+from ssmvl.loading import open_weights
 from ssmvl.recipe import Recipe
 from ssmvl.saved import ABOUT_FILE, save_folder
 from ssmvl.training.accuracy import AnswerAccuracy
@@ -34,7 +35,8 @@ from ssmvl.training.composer_model import ComposerVLM, adamw
 from ssmvl.training.damaged import DamagedSamples
 from ssmvl.training.folder import RunFolder
 from ssmvl.training.report import report
-from ssmvl.training.stages import Plan, Stage, composer_class
+from ssmvl.training.resuming import choose_checkpoint
+from ssmvl.training.stages import Plan, composer_class
 
 Found = TypeVar("Found")
 WAIT = 3600.0  # seconds that ranks wait for each other: the first one may be fetching weights
@@ -54,7 +56,7 @@ class Session:
         self.rank, self.world = dist.get_global_rank(), dist.get_world_size()
 
     def run(self) -> Path:
-        """Every stage that is not finished, then the evaluation; returns the run folder."""
+        """Every stage that is asked for and not finished, then the evaluation; returns the run folder."""
         self._check_batches()
         if "OMP_NUM_THREADS" not in os.environ:  # the launcher sets none, and ranks would fight over the cores
             torch.set_num_threads(max(1, cores() // dist.get_local_world_size()))
@@ -63,17 +65,30 @@ class Session:
         if dist.get_local_rank() == 0:
             clean_stale_segments()
         finished = self._prepare()
-        start: Path | None = None
-        for name, stage in self.plan.stages.items():
-            left = self.folder.model(name)
+        for name in self._asked():
             if name in finished:
+                left = self.folder.model(name)
                 self._say(f"stage {name}: finished before, {left}; run=NAME trains it anew in another folder")
             else:
-                self._train(name, stage, start, left)
-            start = left
-        if self.plan.evaluation is not None and start is not None:
-            self._evaluate(self.plan.evaluation, start)
+                self._train(name)
+        if self._evaluation is not None:
+            self._evaluate(self._evaluation, self.folder.root / "model")
         return self.folder.root
+
+    def _asked(self) -> list[str]:
+        """The stages of this launch."""
+        return self.folder.stages if self.plan.stage is None else [self.plan.stage]
+
+    @property
+    def _evaluation(self) -> evaluation.Evaluation | None:
+        """What follows the last stage, where this launch comes to it."""
+        last = self.folder.stages[-1:]
+        return self.plan.evaluation if last and self._asked()[-1:] == last else None
+
+    def _start(self, name: str) -> str | Path:
+        """What `build_model` starts a stage from."""
+        before = self.folder.stages[: self.folder.stages.index(name)]
+        return self.plan.stages[name].init_from or (self.folder.model(before[-1]) if before else "recipe")
 
     def _prepare(self) -> list[str]:
         """The stages that are finished. Rank 0 finds them, and what the others will read; its error ends every rank."""
@@ -83,7 +98,7 @@ class Session:
             try:
                 self.folder.require_no_other(self.recipe)
                 finished = [name for name in self.plan.stages if (self.folder.model(name) / ABOUT_FILE).is_file()]
-                self._find_inputs(finished)
+                self._find_inputs([name for name in self._asked() if name not in finished])
                 self.folder.claim(self.recipe)  # last: a run that finds no data leaves its name free
             except SsmvlError as found:
                 error = found
@@ -93,19 +108,32 @@ class Session:
             raise error or RunError(said[0])
         return list(said[1])
 
-    def _find_inputs(self, finished: list[str]) -> None:
-        """Fetch the tokenizer and find or make all data, before a weight is fetched: a wrong path costs seconds."""
-        build_processor(self.recipe, build_model(self.recipe, device="meta"))
-        for name, stage in self.plan.stages.items():
-            if name not in finished:
-                stage.data(split="train")
-        if self.plan.evaluation is not None:
-            self.plan.evaluation.data(split="test")
+    def _find_inputs(self, names: Sequence[str]) -> None:
+        """Find or fetch what these stages read, before one is trained: a wrong path costs seconds."""
+        model = build_model(self.recipe, device="meta")
+        build_processor(self.recipe, model)
+        for name in names:
+            self.plan.stages[name].data(split="train")
+        for name in names:
+            start = self._start(name)
+            if isinstance(start, Path):
+                if name == self.plan.stage and not (start / ABOUT_FILE).is_file():
+                    advice = f"train that stage first, or give stages.{name}.init_from"
+                    raise RunError(f"stage {name} starts from what the one before left, {start} is not there; {advice}")
+            elif start != "recipe":
+                open_weights(start, "model").check(model)
+        if self._evaluation is not None:
+            self._evaluation.data(split="test")
 
-    def _train(self, name: str, stage: Stage, start: Path | None, left: Path) -> None:
-        trainer = self.trainer(name, stage, start)
+    def _train(self, name: str) -> None:
+        if self.rank == 0:
+            for passed in choose_checkpoint(self.folder.checkpoints(name)):
+                self._say(f"stage {name}: passes over a checkpoint: {passed}")
+        dist.barrier()
+        trainer = self.trainer(name)
         step = trainer.state.timestamp.batch.value
-        self._say(f"stage {name}: {f'resumed at step {step}' if step else 'started'}, trains {', '.join(stage.train)}")
+        how = f"resumed at step {step}" if step else "started"
+        self._say(f"stage {name}: {how}, trains {', '.join(self.plan.stages[name].train)}")
         if trainer.state.timestamp < trainer.state.max_duration:
             trainer.fit()
         vlm = trainer.state.model.module if hasattr(trainer.state.model, "module") else trainer.state.model
@@ -113,16 +141,17 @@ class Session:
             vlm.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
         if self.rank == 0:
-            save_folder(left, tensors, self.recipe, trainer.state.train_dataloader.dataset.processor)
+            save_folder(self.folder.model(name), tensors, self.recipe, trainer.state.train_dataloader.dataset.processor)
         trainer.close()
         dist.barrier()
 
-    def trainer(self, name: str, stage: Stage, start: Path | None) -> Trainer:
-        """The stage under Composer: model built or received, sharded, and resumed from its newest checkpoint if any."""
+    def trainer(self, name: str) -> Trainer:
+        """A stage under Composer: model built or received, sharded, and resumed from its newest checkpoint if any."""
+        stage, start = self.plan.stages[name], self._start(name)
         sharded = self.world > 1 and stage.sharding == "fsdp2"
         reproducibility.seed_all(self.plan.seed)
         if self.rank == 0 or not sharded:
-            model = build_model(self.recipe, weights="recipe" if start is None else start)
+            model = build_model(self.recipe, weights=start)
         else:  # Composer shards and sends what rank 0 built
             model = build_model(self.recipe, device="meta")
         processor = build_processor(self.recipe, model)

@@ -58,6 +58,9 @@ class Stage(Reading):
 
     Args:
         data: asked for its `train` split.
+        init_from: what the stage starts from, in place of what the one before left: a saved folder, an id in the hub, a
+            checkpoint of a whole model in a registered layout, or `recipe`, the weights that the recipe's parts name,
+            which is what a first stage does if None.
         train: prefixes of the parameters that are trained; everything else is frozen and in evaluation mode.
         optimizer: AdamW, with a cosine schedule to zero and gradients clipped at norm 1.
         warmup: Composer time, e.g. `0.03dur` or `100ba`.
@@ -74,6 +77,7 @@ class Stage(Reading):
     """
 
     data: DatasetPart
+    init_from: str | None = None
     train: Annotated[list[str], Check("at least one prefix", bool)]
     optimizer: Optimizer
     warmup: Annotated[str, Check("a number and a unit (ba, ep, sp, tok, dur), e.g. 0.03dur", TIME.fullmatch)] = (
@@ -99,6 +103,7 @@ class Plan:
         seed: of initial weights and of the order of samples.
         model: see `ModelParts`.
         stages: in their order; the key `order` of `stages:` may say another.
+        stage: the only one that is trained now; all that are not finished if None.
         evaluation: after the last stage; none if None.
     """
 
@@ -106,6 +111,7 @@ class Plan:
     seed: Seed
     model: ModelParts
     stages: dict[str, Stage]
+    stage: str | None = None
     evaluation: Evaluation | None = None
 
 
@@ -148,6 +154,11 @@ def check(recipe: Recipe) -> tuple[Plan, list[str]]:
     if problems:
         raise RecipeError(problems, recipe.source)
     plan: Plan = bound()
+    if plan.stage not in (None, *plan.stages):
+        near = nearest(str(plan.stage), plan.stages)
+        problems.append(
+            Problem("stage", f"{plan.stage!r} is no stage of this recipe, which has {list(plan.stages)}.{near}")
+        )
     for name, stage_ in plan.stages.items():
         if not NAME.fullmatch(str(name)) or name in RESERVED:
             what = f"{name!r} cannot name a stage; write letters, digits, _ and -, but not {' or '.join(RESERVED)}"

@@ -18,12 +18,11 @@ from ssmvl.recipe import load_recipe
 from ssmvl.training.session import Session
 from ssmvl.training.stages import check
 
-recipe = load_recipe(sys.argv[1])
+recipe = load_recipe(sys.argv[1], "stages.finetune.init_from=recipe")
 plan, _ = check(recipe)
 dist.initialize_dist(get_device(None))
 session = Session(recipe, plan)
-stage = plan.stages["finetune"]
-trainer = session.trainer("finetune", stage, None)
+trainer = session.trainer("finetune")
 model = trainer.state.model.model
 plain = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
 full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -19,9 +19,9 @@ from ssmvl.training.stages import check
 dist.initialize_dist(get_device(None))
 reports = {}
 for path in sys.argv[1:-1]:
-    recipe = load_recipe(path)
+    recipe = load_recipe(path, "stages.finetune.init_from=recipe")
     plan, _ = check(recipe)
-    trainer = Session(recipe, plan).trainer("finetune", plan.stages["finetune"], None)
+    trainer = Session(recipe, plan).trainer("finetune")
     model = trainer.state.model
     images: list[int] = []
     model.register_forward_pre_hook(lambda _, args, seen=images: seen.append(sum(args[0]["num_images"])))
