@@ -23,11 +23,14 @@ class ComposerVLM(ComposerModel):
         model: the model.
         train: prefixes of the parameters that are trained; everything else is frozen and in evaluation mode.
         packed: whether a recurrent language model reads a batch in one row.
+        summed: number of ranks whose gradients are summed where Composer expects their mean. FSDP2 asks for the mean,
+            but gloo gives the sum (pytorch#162338).
     """
 
-    def __init__(self, model: VisionLanguageModel, train: list[str], packed: bool = True) -> None:
+    def __init__(self, model: VisionLanguageModel, train: list[str], packed: bool = True, summed: int = 1) -> None:
         super().__init__()
         self.model = model
+        self.summed = summed
         self.packed = packed and cast(LanguageModel, model.language).recurrent
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(is_under(name, prefix) for prefix in train))
@@ -49,6 +52,8 @@ class ComposerVLM(ComposerModel):
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Mean over this micro-batch's supervised tokens; Composer weights micro-batches by their tokens."""
         total = F.cross_entropy(outputs["logits"].float(), outputs["labels"], reduction="sum")
+        if self.summed > 1 and total.requires_grad:
+            total.register_hook(lambda gradient: gradient / self.summed)
         return total / max(len(outputs["labels"]), 1)
 
 

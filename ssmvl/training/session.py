@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from composer import DataSpec, Trainer
 from composer.algorithms import GradientClipping
+from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator, SpeedMonitor
 from composer.loggers import TensorboardLogger
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from composer.utils import dist, get_device, reproducibility
@@ -30,13 +31,15 @@ from ssmvl.errors import Problem, RecipeError, RunError, SsmvlError
 from ssmvl.loading import open_weights
 from ssmvl.recipe import Recipe
 from ssmvl.saved import ABOUT_FILE, save_folder
-from ssmvl.training.accuracy import AnswerAccuracy
+from ssmvl.training.accuracy import WINDOW, AnswerAccuracy
 from ssmvl.training.composer_model import ComposerVLM, adamw
 from ssmvl.training.damaged import DamagedSamples
 from ssmvl.training.folder import RunFolder
 from ssmvl.training.report import report
 from ssmvl.training.resuming import choose_checkpoint
+from ssmvl.training.spikes import LossGuard
 from ssmvl.training.stages import Plan, composer_class
+from ssmvl.training.watching import Norms, Pace
 
 Found = TypeVar("Found")
 WAIT = 3600.0  # seconds that ranks wait for each other: the first one may be fetching weights
@@ -161,7 +164,8 @@ class Session:
         gc.collect()  # the stage before may have filled the same cache, which streaming lets one loader do at a time
         batch = stage.batch // self.world
         loader = train_loader(data, processor, batch=batch, seed=self.plan.seed, loader=stage.loader)
-        vlm = ComposerVLM(model, stage.train, stage.packed)
+        summed = self.world if sharded and not torch.cuda.is_available() else 1
+        vlm = ComposerVLM(model, stage.train, stage.packed, summed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Composer's own deprecations; nothing a user could act on
             return Trainer(
@@ -185,6 +189,13 @@ class Session:
                 callbacks=[
                     AnswerAccuracy(),
                     DamagedSamples(loader, self.folder.damaged(name)),
+                    LossGuard(stage.loss_jump),
+                    Pace(),
+                    Norms(),
+                    LRMonitor(),
+                    SpeedMonitor(window_size=WINDOW),
+                    RuntimeEstimator(),
+                    *([MemoryMonitor()] if torch.cuda.is_available() else []),
                     *[composer_class("callbacks", key)(**(o or {})) for key, o in stage.callbacks.items()],
                 ],
                 loggers=[

@@ -69,6 +69,8 @@ class Stage(Reading):
         duration: Composer time, e.g. `1ep` or `500ba`.
         checkpoint: interval between checkpoints, Composer time.
         loader: how the data are read.
+        loss_jump: nats by which the loss of a step may exceed the largest of the 50 before it; more stops training, as
+            does a loss that is no number. Any if None.
         packed: whether a recurrent language model reads a micro-batch in one row, without padding; else, and where
             samples are short and about equally long this is faster, one row per sample.
         sharding: over more than one rank.
@@ -88,6 +90,7 @@ class Stage(Reading):
     duration: Interval
     checkpoint: Interval = "500ba"
     loader: Loader = field(default_factory=Loader)
+    loss_jump: Annotated[float, Check("a number above 0", lambda jump: jump > 0)] | None = 2.0
     packed: bool = True
     sharding: Literal["fsdp2", "ddp"] = "fsdp2"
     callbacks: dict[str, Any] = field(default_factory=dict)

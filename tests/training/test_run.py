@@ -87,19 +87,21 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(tiny: Path, monkeypat
         torch.testing.assert_close(theirs[name], tensor, atol=2e-6, rtol=1e-5, msg=name)
 
 
-def test_two_ranks_sharded_train_what_two_ranks_with_ddp_train(tiny: Path) -> None:
+def test_two_ranks_sharded_or_not_train_what_one_rank_trains(tiny: Path) -> None:
     def train() -> None:
         for sharding in ("fsdp2", "ddp"):
             options = (f"stages.{stage}.sharding={sharding}" for stage in ("align", "finetune"))
             ssmvl.train(tiny, f"run={sharding}", *options)
 
     two_ranks(train, tiny.parent)
+    ssmvl.train(tiny, "run=one")
     for sharding in ("fsdp2", "ddp"):
         assert json.loads(Path(f"runs/{sharding}/results.json").read_text())["reading"]["n"] == 2
     for stage, steps in (("align", 2), ("finetune", 4)):
-        ours, theirs = (losses(Path(f"runs/{name}/tensorboard/{name}-{stage}")) for name in ("fsdp2", "ddp"))
-        assert len(ours) == steps
-        assert ours == pytest.approx(theirs, rel=1e-4)
+        one, ddp, fsdp2 = (losses(Path(f"runs/{run}/tensorboard/{run}-{stage}")) for run in ("one", "ddp", "fsdp2"))
+        assert len(one) == steps
+        assert ddp == pytest.approx(one, rel=1e-4)
+        assert fsdp2 == pytest.approx(one, rel=1e-4)
 
 
 def losses(folder: Path) -> list[float]:
