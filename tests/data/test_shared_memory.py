@@ -120,8 +120,8 @@ def test_a_lock_that_cannot_be_had_is_done_without(tmp_path: Path, monkeypatch: 
 def test_a_run_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "SHM", tmp_path)
     monkeypatch.setattr(shared_memory, "WAIT", 0.1)
-    with FileLock(tmp_path / f"ssmvl-{os.getuid()}.lock"), prefix_lock():
-        pass
+    with FileLock(tmp_path / f"ssmvl-{os.getuid()}.lock") as other, prefix_lock():
+        assert other.is_locked
 
 
 def test_every_name_of_streaming_is_known() -> None:
