@@ -70,9 +70,9 @@ def test_a_file_that_is_no_recipe_says_so(write: Write, content: bytes) -> None:
 
 
 def test_an_unknown_top_level_key_is_answered_with_the_nearest(write: Write) -> None:
-    text = message(write("model: {}\nstage: {}\nsede: 1\n"))
+    text = message(write("model: {}\nstagess: {}\nsede: 1\n"))
     assert "2 problems" in text
-    assert "stage: no such part of a recipe. Did you mean 'stages'?" in text
+    assert "stagess: no such part of a recipe. Did you mean 'stages'?" in text
     assert "sede: no such part of a recipe. Did you mean 'seed'?" in text
 
 

@@ -78,7 +78,7 @@ def test_a_wrong_command_line_leaves_with_2(argv: list[str], capsys: Capture) ->
         (["check", "quickstrat"], "Did you mean 'quickstart'?"),
         (["check", "nosuch.yaml"], "no such file: nosuch.yaml"),
         (["show", "quickstart", "seed"], "'seed' is no override"),
-        (["show", "quickstart", "stage.x=1"], "stage: no such part of a recipe"),
+        (["show", "quickstart", "stagess.x=1"], "stagess: no such part of a recipe"),
         (
             ["check", "quickstart", "model.connector.nosuch=1"],
             "model.connector.nosuch: connector 'msc_advanced' (ssmvl 0.1.0 (ssmvl_ml_mamba)) has no option",
