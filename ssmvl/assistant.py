@@ -119,7 +119,7 @@ class Assistant:
 
     def _answer(self, samples: Sequence[Mapping[str, Any]], max_new_tokens: int) -> list[str]:
         device = next(self.model.parameters()).device
-        inputs = pad(collate(samples))
+        inputs = self._padded(samples)
         visual = self.model.encode({spec: pixels.to(device) for spec, pixels in inputs["images"].items()})
         state = cast(LanguageModel, self.model.language).new_state(len(samples), device)
         moved = [inputs[key].to(device) for key in ("ids", "lengths", "image_positions")]
@@ -136,11 +136,17 @@ class Assistant:
             ids = logits[:, :num_tokens].argmax(-1)
             steps.append(ids)
             done |= ids == end
-            if number + 1 == limit or bool(done.all()):
+            if number + 1 == limit or self._ended(done):
                 break
             logits = self._step(ids, state)
         rows = torch.stack(steps, dim=1).tolist()
         return [row[: row.index(end)] if end in row else row for row in rows]
+
+    def _padded(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return pad(collate(samples))
+
+    def _ended(self, done: Tensor) -> bool:
+        return bool(done.all())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights (safetensors), recipe, tokenizer, model card and format version, whole or not at all.

@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from ssmvl.interfaces import IGNORED, IMAGE_PLACE
@@ -88,10 +89,14 @@ def split_batch(batch: Batch, size: int) -> list[Batch]:
     return parts
 
 
-def pad(batch: Batch) -> dict[str, Any]:
-    """One row per sample, padded on the right -> inputs of `VisionLanguageModel.forward`, with `lengths` (B,)."""
+def pad(batch: Batch, length: int = 0) -> dict[str, Any]:
+    """One row per sample, padded on the right -> inputs of `VisionLanguageModel.forward`, with `lengths` (B,).
+
+    Rows have the length of the longest, `length` at least.
+    """
     lengths = batch["num_tokens"]
     ids = pad_sequence(batch["ids"].split(lengths), batch_first=True)
+    ids = F.pad(ids, (0, max(0, length - ids.shape[1])))
     shifts = [row * ids.shape[1] - start for row, start in enumerate(_starts(lengths))]
     return {
         **_inputs(batch),

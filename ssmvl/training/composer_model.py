@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
 from composer.models import ComposerModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ssmvl.batch import Batch, pack, pad
 from ssmvl.interfaces import LanguageModel
@@ -25,15 +27,26 @@ class ComposerVLM(ComposerModel):
         packed: whether a recurrent language model reads a batch in one row.
         summed: number of ranks whose gradients are summed where Composer expects their mean. FSDP2 asks for the mean,
             but gloo gives the sum (pytorch#162338).
+        checkpointing: whether each shard unit keeps only its inputs and computes its activations again in backward.
     """
 
-    def __init__(self, model: VisionLanguageModel, train: list[str], packed: bool = True, summed: int = 1) -> None:
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        train: list[str],
+        packed: bool = True,
+        summed: int = 1,
+        checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.summed = summed
         self.packed = packed and cast(LanguageModel, model.language).recurrent
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(is_under(name, prefix) for prefix in train))
+        for unit in model.shard_units() if checkpointing else ():
+            # Inside the unit's own hooks, so that what FSDP2 gathers for backward serves the second forward too.
+            unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)
 
     def train(self, mode: bool = True) -> ComposerVLM:
         """Training mode for what is trained; a module whose parameters are all frozen stays in evaluation mode."""

@@ -6,8 +6,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-
+from ssmvl.checkpoints.run_files import read_index
 from ssmvl.errors import short
 
 LATEST = "latest-rank0.pt"  # the link that Composer resumes from
@@ -22,31 +21,38 @@ def choose_checkpoint(folder: Path) -> list[str]:
     Returns:
         What is wrong with the newer ones, to be said.
     """
-    found = sorted((int(match[1]), path) for path in folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name)))
-    passed: list[str] = []
+    newest, passed = newest_whole(folder)
     (folder / LATEST).unlink(missing_ok=True)
-    for _, path in reversed(found):
-        why = damage(path)
-        if not why:
-            (folder / LATEST).symlink_to(path.name)
-            break
-        passed.append(f"{path} {why}")
+    if newest is not None:
+        (folder / LATEST).symlink_to(newest.name)
     return passed
 
 
-def damage(path: Path) -> str:
+def newest_whole(folder: Path, trust_pickle: bool = False) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a folder that is whole, or None, and what is wrong with the newer ones."""
+    found = sorted((int(match[1]), path) for path in folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name)))
+    passed: list[str] = []
+    for _, path in reversed(found):
+        why = damage(path, trust_pickle)
+        if not why:
+            return path, passed
+        passed.append(f"{path} {why}")
+    return None, passed
+
+
+def damage(path: Path, trust_pickle: bool = False) -> str:
     """Why a checkpoint cannot be resumed from, as far as its index and the sizes of its files tell; empty if it can."""
     try:
         if path.is_dir():
-            return _shards_damage(path)
+            return _shards_damage(path, trust_pickle)
         with zipfile.ZipFile(path):  # its directory lies at the end
             return ""
     except Exception as error:  # a damaged index, which is a pickle, may raise anything
         return f"cannot be read ({type(error).__name__}: {short(str(error))})"
 
 
-def _shards_damage(folder: Path) -> str:
-    parts = FileSystemReader(folder).read_metadata().storage_data.values()
+def _shards_damage(folder: Path, trust_pickle: bool) -> str:
+    parts = read_index(folder, trust_pickle).storage_data.values()
     for name in sorted({part.relative_path for part in parts}):
         wanted = max(part.offset + part.length for part in parts if part.relative_path == name)
         if (size := (folder / name).stat().st_size) < wanted:

@@ -25,20 +25,22 @@ from ssmvl.assistant import load
 from ssmvl.batch import num_samples, num_tokens, split_batch
 from ssmvl.build import build_model, build_processor
 from ssmvl.data.shared_memory import clean_stale_segments
-from ssmvl.data.streams import describe, read_records, train_loader
+from ssmvl.data.streams import read_records, train_loader
 from ssmvl.data.workers import cores
 from ssmvl.errors import Problem, RecipeError, RunError, SsmvlError
 from ssmvl.loading import open_weights
 from ssmvl.recipe import Recipe
 from ssmvl.saved import ABOUT_FILE, save_folder
 from ssmvl.training.accuracy import WINDOW, AnswerAccuracy
+from ssmvl.training.composer_classes import composer_class
 from ssmvl.training.composer_model import ComposerVLM, adamw
 from ssmvl.training.damaged import DamagedSamples
+from ssmvl.training.evaluating import StageEvaluator
 from ssmvl.training.folder import RunFolder
 from ssmvl.training.report import report
 from ssmvl.training.resuming import choose_checkpoint
 from ssmvl.training.spikes import LossGuard
-from ssmvl.training.stages import Plan, composer_class
+from ssmvl.training.stages import Plan
 from ssmvl.training.watching import Norms, Pace
 
 Found = TypeVar("Found")
@@ -115,8 +117,10 @@ class Session:
         """Find or fetch what these stages read, before one is trained: a wrong path costs seconds."""
         model = build_model(self.recipe, device="meta")
         build_processor(self.recipe, model)
-        for name in names:
-            self.plan.stages[name].data(split="train")
+        for stage in (self.plan.stages[name] for name in names):
+            stage.data(split="train")
+            if stage.evaluation is not None:
+                stage.evaluation.data(split="test")
         for name in names:
             start = self._start(name)
             if isinstance(start, Path):
@@ -164,8 +168,12 @@ class Session:
         gc.collect()  # the stage before may have filled the same cache, which streaming lets one loader do at a time
         batch = stage.batch // self.world
         loader = train_loader(data, processor, batch=batch, seed=self.plan.seed, loader=stage.loader)
+        asked = []
+        if stage.evaluation is not None:
+            records = self._records(stage.evaluation)
+            asked.append(StageEvaluator(stage.evaluation, records, processor, self.recipe))
         summed = self.world if sharded and not torch.cuda.is_available() else 1
-        vlm = ComposerVLM(model, stage.train, stage.packed, summed)
+        vlm = ComposerVLM(model, stage.train, stage.packed, summed, stage.activation_checkpointing)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Composer's own deprecations; nothing a user could act on
             return Trainer(
@@ -192,6 +200,7 @@ class Session:
                     LossGuard(stage.loss_jump),
                     Pace(),
                     Norms(),
+                    *asked,
                     LRMonitor(),
                     SpeedMonitor(window_size=WINDOW),
                     RuntimeEstimator(),
@@ -210,14 +219,17 @@ class Session:
             )
 
     def _evaluate(self, options: evaluation.Evaluation, model: Path) -> None:
-        data = self._together(lambda: options.data(split="test"))
-        records = self._together(lambda: read_records(data))
-        self._say(f"asking the test questions of {describe(data)}")
+        records = self._records(options)
+        self._say(f"asking {len(records)} test questions")
         mine = evaluation.ask(load(model), records, range(self.rank, len(records), self.world), options)
         parts = dist.all_gather_object(mine)
         if self.rank == 0:
             answered = [parts[place % self.world][place // self.world] for place in range(len(records))]
             report(self.folder, records, answered)
+
+    def _records(self, options: evaluation.Evaluation) -> list[dict[str, Any]]:
+        data = self._together(lambda: options.data(split="test"))
+        return self._together(lambda: read_records(data))
 
     def _together(self, find: Callable[[], Found]) -> Found:
         """What each rank finds, the first rank of each node before its others; an error of one ends every rank."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
 import re
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from torch import nn
@@ -20,6 +17,7 @@ from ssmvl.evaluation import Evaluation
 from ssmvl.interfaces import Check, Count, DatasetPart, Prompt, Seed
 from ssmvl.recipe import Recipe
 from ssmvl.text.tokenizers import tokenizer_here
+from ssmvl.training.composer_classes import check_composer
 from ssmvl.vlm import VisionLanguageModel
 
 
@@ -53,6 +51,20 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageEvaluation(Evaluation):
+    """A set that is scored and asked while a stage trains.
+
+    Args:
+        data: asked for its `test` split.
+        batch: questions asked at once, on each rank.
+        max_new_tokens: length of an answer at the most.
+        interval: between evaluations, Composer time; one more follows the last step.
+    """
+
+    interval: Interval = "1ep"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage(Reading):
     """One stage of training: its fields, and those of `Reading`, are the schema.
 
@@ -71,9 +83,12 @@ class Stage(Reading):
         loader: how the data are read.
         loss_jump: nats by which the loss of a step may exceed the largest of the 50 before it; more stops training, as
             does a loss that is no number. Any if None.
+        evaluation: a set that is scored and asked while the stage trains; none if None.
         packed: whether a recurrent language model reads a micro-batch in one row, without padding; else, and where
             samples are short and about equally long this is faster, one row per sample.
         sharding: over more than one rank.
+        activation_checkpointing: whether the units that are sharded as one each, such as a block of the language model,
+            keep only their inputs and compute their activations again in backward: less memory, a third more work.
         callbacks: Composer callbacks by class name, with their options.
         loggers: Composer loggers by class name, with their options; TensorBoard is always there.
     """
@@ -91,8 +106,10 @@ class Stage(Reading):
     checkpoint: Interval = "500ba"
     loader: Loader = field(default_factory=Loader)
     loss_jump: Annotated[float, Check("a number above 0", lambda jump: jump > 0)] | None = 2.0
+    evaluation: StageEvaluation | None = None
     packed: bool = True
     sharding: Literal["fsdp2", "ddp"] = "fsdp2"
+    activation_checkpointing: bool = False
     callbacks: dict[str, Any] = field(default_factory=dict)
     loggers: dict[str, Any] = field(default_factory=dict)
 
@@ -150,7 +167,7 @@ def check(recipe: Recipe) -> tuple[Plan, list[str]]:
             problems.append(Problem("stages.order", f"must name each stage once: {received}"))
         for name, stage in stages.items():
             if isinstance(stage, dict):
-                problems += _check_composer(f"stages.{name}", stage, notes)
+                problems += check_composer(f"stages.{name}", stage, notes)
         data["stages"] = stages
     bound, found = bind(data, Plan, "")
     problems += found
@@ -172,8 +189,10 @@ def check(recipe: Recipe) -> tuple[Plan, list[str]]:
             problems.append(Problem(f"stages.{name}.warmup", what))
     model = build_model(recipe, device="meta")
     problems += _check_tokenizer(recipe, model, notes)
-    if plan.evaluation is not None:
-        problems += _check_questions("evaluation.data.streams", _streams(plan.evaluation.data))
+    asked = {"evaluation": plan.evaluation}
+    asked |= {f"stages.{name}.evaluation": stage_.evaluation for name, stage_ in plan.stages.items()}
+    for path, questions in asked.items():
+        problems += _check_questions(f"{path}.data.streams", _streams(questions.data) if questions else {})
     for name, stage_ in plan.stages.items():
         problems += _check_prompt(f"stages.{name}.prompt", stage_.prompt)
         for stream, share in _streams(stage_.data).items():
@@ -183,49 +202,6 @@ def check(recipe: Recipe) -> tuple[Plan, list[str]]:
     if problems:
         raise RecipeError(problems, recipe.source)
     return plan, notes
-
-
-def composer_class(kind: Literal["callbacks", "loggers"], name: str) -> Any:
-    """The class of that name in `composer.callbacks` or `composer.loggers`, or None."""
-    return getattr(importlib.import_module(f"composer.{kind}"), name, None)
-
-
-def _check_composer(path: str, stage: dict[str, Any], notes: list[str]) -> list[Problem]:
-    """Names and options of the stage's callbacks and loggers, where Composer is there to say which there are."""
-    problems = []
-    for kind in ("callbacks", "loggers"):
-        wanted = stage.get(kind)
-        if not isinstance(wanted, dict) or not wanted:
-            continue
-        if find_spec("composer") is None:
-            notes.append(f"{path}.{kind}: not checked, Composer is not installed")
-            continue
-        for name, options in wanted.items():
-            problems += _check_call(f"{path}.{kind}.{name}", kind, str(name), options or {})
-    return problems
-
-
-def _check_call(path: str, kind: Any, name: str, options: Any) -> list[Problem]:
-    found = composer_class(kind, name)
-    if not inspect.isclass(found):
-        names = [n for n, c in vars(importlib.import_module(f"composer.{kind}")).items() if inspect.isclass(c)]
-        return [Problem(path, f"composer.{kind} has no class {name!r}.{nearest(name, names)}")]
-    if not isinstance(options, dict):
-        return [Problem(path, f"expected a mapping of options, received {options!r}")]
-    signature = inspect.signature(found)
-    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
-    if inspect.Parameter.VAR_KEYWORD not in kinds.values():
-        allowed = [n for n, k in kinds.items() if k is not inspect.Parameter.VAR_POSITIONAL]
-        unknown = [key for key in options if key not in allowed]
-        if unknown:
-            return [
-                Problem(f"{path}.{key}", f"{name} has no option {key!r}.{nearest(key, allowed)}") for key in unknown
-            ]
-    try:
-        signature.bind(**options)
-    except TypeError as error:
-        return [Problem(path, f"{name}: {error}")]
-    return []
 
 
 def _check_tokenizer(recipe: Recipe, model: VisionLanguageModel, notes: list[str]) -> list[Problem]:

@@ -10,15 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import two_ranks
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 
 import ssmvl
 from ssmvl.checkpoints import read_tensors
 from ssmvl.errors import CheckpointError, DataError, MissingDependencyError, RecipeError, RunError
-from ssmvl.training import run, session
-from ssmvl.training.stages import Optimizer
+from ssmvl.training import run
 from ssmvl.vision.digit_vit import SHIPPED
 
 Composer = Callable[..., subprocess.Popen[str]]
@@ -71,43 +67,6 @@ def test_each_stage_starts_from_the_files_of_the_one_before_and_trains_its_parts
         name for name, tensor in align.items() if name.startswith("connector") and not torch.equal(tensor, fresh[name])
     }
     assert moved == {name for name in align if name.startswith("connector")}
-
-
-def test_microbatches_give_the_gradient_of_the_whole_batch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def sgd(model: nn.Module, options: Optimizer) -> torch.optim.SGD:
-        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-
-    monkeypatch.setattr(session, "adamw", sgd)  # Adam would magnify the rounding of near-zero gradients
-    whole = ssmvl.train(tiny, "run=whole")
-    split = ssmvl.train(tiny, "run=split", "stages.align.microbatch=1", "stages.finetune.microbatch=3")
-    ours, theirs = (read_tensors(folder / "model" / "model.safetensors")[0] for folder in (whole, split))
-    fresh = read_tensors(whole / "align" / "model" / "model.safetensors")[0]
-    assert any(not torch.equal(ours[name], fresh[name]) for name in ours if name.startswith("language"))
-    for name, tensor in ours.items():
-        torch.testing.assert_close(theirs[name], tensor, atol=2e-6, rtol=1e-5, msg=name)
-
-
-def test_two_ranks_sharded_or_not_train_what_one_rank_trains(tiny: Path) -> None:
-    def train() -> None:
-        for sharding in ("fsdp2", "ddp"):
-            options = (f"stages.{stage}.sharding={sharding}" for stage in ("align", "finetune"))
-            ssmvl.train(tiny, f"run={sharding}", *options)
-
-    two_ranks(train, tiny.parent)
-    ssmvl.train(tiny, "run=one")
-    for sharding in ("fsdp2", "ddp"):
-        assert json.loads(Path(f"runs/{sharding}/results.json").read_text())["reading"]["n"] == 2
-    for stage, steps in (("align", 2), ("finetune", 4)):
-        one, ddp, fsdp2 = (losses(Path(f"runs/{run}/tensorboard/{run}-{stage}")) for run in ("one", "ddp", "fsdp2"))
-        assert len(one) == steps
-        assert ddp == pytest.approx(one, rel=1e-4)
-        assert fsdp2 == pytest.approx(one, rel=1e-4)
-
-
-def losses(folder: Path) -> list[float]:
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return [event.value for event in events.Scalars("loss/train/total")]
 
 
 @pytest.mark.slow

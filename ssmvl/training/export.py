@@ -1,0 +1,91 @@
+"""A saved model out of a checkpoint that a run wrote: on one machine, without Composer and without its ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ssmvl.build import build_model, build_processor
+from ssmvl.checkpoints.layouts import SAME
+from ssmvl.checkpoints.run_files import INDEX_FILE, model_tensors
+from ssmvl.errors import CheckpointError
+from ssmvl.hub import user_path
+from ssmvl.recipe import Recipe, load_recipe
+from ssmvl.saved import save_folder
+from ssmvl.training.resuming import CHECKPOINT, LATEST, damage, newest_whole
+
+
+def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path, list[str]]:
+    """The checkpoint that a user means; nothing is changed.
+
+    Args:
+        name: a checkpoint, of one file or a folder of shards; or a stage's folder of checkpoints, or the link to the
+            latest of them, for the newest that is whole.
+        trust_pickle: see `ssmvl.checkpoints.run_files.read_index`.
+
+    Returns:
+        The checkpoint, and what is wrong with newer ones.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = user_path(name)
+    folder = path.parent if path.name == LATEST else path
+    if folder.is_dir() and not CHECKPOINT.fullmatch(folder.name) and not (folder / INDEX_FILE).is_file():
+        try:
+            newest, passed = newest_whole(folder, trust_pickle)
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be read ({error})") from error
+        if newest is None:
+            what = "no whole checkpoint:\n  " + "\n  ".join(passed) if passed else "no checkpoint of a run"
+            allowed = "name a stage's folder, such as runs/NAME/STAGE/checkpoints, or one in it, such as ep0-ba500"
+            raise CheckpointError(
+                f"{folder} holds {what}\n{allowed}" if passed else f"{folder} holds {what}; {allowed}"
+            )
+        return newest, passed
+    if not path.exists():
+        raise CheckpointError(f"{name}: no such file or folder on this machine")
+    if why := damage(path, trust_pickle):
+        raise CheckpointError(f"{path} {why}")
+    return path, []
+
+
+def export(
+    checkpoint: str | Path, out: str | Path, recipe: str | Path | Recipe | None = None, trust_pickle: bool = False
+) -> Path:
+    """Save the model of a checkpoint as a folder that `ssmvl.load` reads.
+
+    Args:
+        checkpoint: see `find_checkpoint`.
+        out: the folder; holds nothing but an older saved model, or does not exist.
+        recipe: of the run; by default the one in the run folder that the checkpoint lies in.
+        trust_pickle: whether the index of a sharded checkpoint, which is a pickle, is read whatever it holds: that may
+            run any code. Without it, what holds more than names, sizes and places of tensors is refused.
+
+    Returns:
+        The checkpoint that was read.
+
+    Raises:
+        CheckpointError: there is none, it is damaged or refused, no recipe was found, the model of the recipe has other
+            tensors, or `out` holds other files or cannot be written.
+        RecipeError: every mistake of the recipe.
+    """
+    path, _ = find_checkpoint(checkpoint, trust_pickle)
+    found = load_recipe(_recipe_of(path) if recipe is None else recipe)
+    model = build_model(found, device="meta")
+    processor = build_processor(found, model)
+    tensors = model_tensors(path, trust_pickle)
+    SAME.check(model, tensors, f"{path}, with the recipe {found.source},")
+    save_folder(out, {name: tensors[name] for name in SAME.sources(model)}, found, processor)
+    return path
+
+
+def _recipe_of(checkpoint: Path) -> Path:
+    """The recipe of the run, beside the folder of the stage whose `checkpoints` it lies in."""
+    places = checkpoint.absolute().parents
+    path = places[min(2, len(places) - 1)] / "recipe.yaml"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{checkpoint} does not lie in a run folder ({path} is not there), so its recipe is unknown; "
+            "give it with --recipe: the run folder, such as runs/NAME, or a recipe (in Python recipe=)"
+        )
+    return path

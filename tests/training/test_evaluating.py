@@ -1,0 +1,77 @@
+"""A stage's evaluation set: one rank and two sharded ones find the same, and what is trained after it is unharmed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from ranks import two_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ssmvl
+from ssmvl import evaluation
+from ssmvl.errors import RecipeError
+from ssmvl.evaluation import Answered
+from ssmvl.language import mamba_lm
+
+pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed warn on their own
+ONE_STAGE = (
+    "stages.align=null",
+    "stages.order=null",
+    "stages.finetune.checkpoint=4ba",
+    "stages.finetune.optimizer.lr=1e-4",
+    "evaluation=null",
+)
+ASKED = (
+    "stages.finetune.evaluation.data={name: digit_scenes, test_size: 15}",
+    "stages.finetune.evaluation.interval=2ba",
+    "stages.finetune.evaluation.batch=3",
+    "stages.finetune.evaluation.max_new_tokens=5",
+)
+
+
+def logged(run: str) -> dict[str, list[float]]:
+    events = EventAccumulator(f"runs/{run}/tensorboard/{run}-finetune")
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if name.startswith(("loss/train/total", "evaluation/"))]
+    return {name: [event.value for event in events.Scalars(name)] for name in names}
+
+
+def test_two_sharded_ranks_find_what_one_finds(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[list[Answered]] = []
+    results = evaluation.results
+
+    def kept(answered: Iterable[Answered]) -> dict[str, evaluation.Row]:
+        answers.append(list(answered))
+        return results(answers[-1])
+
+    def train(run: str, *options: str) -> None:
+        answers.clear()
+        ssmvl.train(tiny, f"run={run}", *ONE_STAGE, *options)
+        Path(f"{run}.json").write_text(json.dumps(answers))
+
+    monkeypatch.setattr(evaluation, "results", kept)
+    monkeypatch.setattr(mamba_lm, "STRETCH", 4)  # inputs of unequal lengths take unequal numbers of stretches
+    two_ranks(lambda: train("two", *ASKED), tiny.parent)
+    train("one", *ASKED)
+    train("none")
+    assert Path("one.json").read_text() == Path("two.json").read_text()
+    times = json.loads(Path("one.json").read_text())
+    assert [len(found) for found in times] == [15, 15]  # after steps 2 and 4, though the last is an epoch's end for none
+    assert len({len(answer[3]) for answer in times[-1]}) > 1
+    one, two, none = logged("one"), logged("two"), logged("none")
+    assert {"evaluation/loss", "evaluation/accuracy/counting", "evaluation/blind/reading"} <= one.keys() == two.keys()
+    assert one["evaluation/loss"][1] < one["evaluation/loss"][0]
+    for name, values in one.items():
+        assert two[name] == pytest.approx(values, rel=1e-5), name
+    assert one["loss/train/total"] == none["loss/train/total"]
+
+
+def test_what_an_evaluation_cannot_be_asked_is_said_before_training(tiny: Path) -> None:
+    data = "{name: mix, streams: {a: {data: {name: digit_scenes}, proportion: 1}}}"
+    with pytest.raises(RecipeError, match=r"stages\.finetune\.evaluation\.data\.streams\.a\.proportion"):
+        ssmvl.train(tiny, f"stages.finetune.evaluation.data={data}")
+    with pytest.raises(RecipeError, match=r"stages\.finetune\.evaluation\.interval.*'soon'"):
+        ssmvl.train(tiny, *ASKED, "stages.finetune.evaluation.interval=soon")
