@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 from unittest.mock import patch
@@ -18,6 +18,7 @@ from ssmvl.ops.splice import splice
 from ssmvl.vlm import VisionLanguageModel
 
 TEXT_POSITIONS = 64
+STRETCH = 128  # positions between two lengths that are compared: whole chunks of an SSD
 AUTOCAST = torch.autocast
 # torch's own formulas, by operation; it has none for products in place, as the SSD adds to its states.
 FORMULAS: Mapping[Any, Callable[..., int]] = {
@@ -48,7 +49,6 @@ class PartCost(NamedTuple):
     flops: int
 
 
-@torch.no_grad()
 def describe(model: VisionLanguageModel, text_positions: int = TEXT_POSITIONS) -> list[PartCost]:
     """Costs of each part in a forward of one image and then `text_positions` supervised text positions.
 
@@ -66,6 +66,75 @@ def describe(model: VisionLanguageModel, text_positions: int = TEXT_POSITIONS) -
     Raises:
         ContractError: the model is not on `meta`, or a part cannot run there.
     """
+    steps = _walk(model, text_positions)
+    taken = {name: step.taken for name, step in steps.items()}
+    ends = {name: taken[name] for name in ("language.embedding", "language.head")}
+    held = {f"encoders.{name}": {*encoder.parameters()} for name, encoder in model.encoders.items()}
+    held |= {"fusion": {*model.fusion.parameters()}, "connector": {*model.connector.parameters()}}
+    held |= {"language.layers": {*model.language.parameters()}.difference(*ends.values()), **ends}
+    return _costs(steps, held)
+
+
+class StepFlops:
+    """FLOPs that the model itself needs for a step of training, forward and backward: the numerator of MFU.
+
+    What is computed again in backward does not count, be it by activation checkpointing or in an op. A gradient of the
+    weights costs as much as forward, that of the inputs as much again: a part whose parameters are all trained costs
+    three times its forward; a frozen one twice behind a trained one, else once.
+
+    Args:
+        model: built on `meta`.
+        trained: names of the trained parameters.
+
+    Raises:
+        ContractError: the model is not on `meta`, or a part cannot run there.
+    """
+
+    def __init__(self, model: VisionLanguageModel, trained: Collection[str]) -> None:
+        learning = {parameter for name, parameter in model.named_parameters() if name in trained}
+        first = -(-(model.tokens_per_image + 1) // STRETCH) * STRETCH
+        totals = first, first + STRETCH
+        costs = [_with_backward(_walk(model, total - model.tokens_per_image), learning) for total in totals]
+        short, long = (cost["language.layers"] for cost in costs)
+        self._image = sum(flops for name, flops in costs[0].items() if not name.startswith("language."))
+        self._label = costs[0]["language.head"] / (first - model.tokens_per_image)
+        if cast(LanguageModel, model.language).recurrent:
+            self._pair, self._position = 0.0, (long - short) / STRETCH
+        else:  # f = position * T + pair * T²
+            self._pair = (long / totals[1] - short / totals[0]) / STRETCH
+            self._position = short / totals[0] - self._pair * totals[0]
+
+    def of(self, images: int, positions: int, labels: int) -> int:
+        """FLOPs of a step.
+
+        Args:
+            images: I.
+            positions: read by the language model, image places included and padding left out.
+            labels: supervised ones, which alone have logits.
+
+        Returns:
+            A multiply-add counts 2. With attention the positions are taken as I rows of equal length (at least one),
+            of which each position attends to its whole row, as is usual in MFU.
+        """
+        pairs = positions**2 / max(images, 1)
+        return round(images * self._image + positions * self._position + pairs * self._pair + labels * self._label)
+
+
+def _with_backward(steps: Mapping[str, _Step], learning: Set[nn.Parameter]) -> dict[str, float]:
+    """FLOPs of each part, forward and backward."""
+    costs, reached = {}, False
+    for name, step in steps.items():
+        learns = step.taken & learning
+        behind = reached and not name.startswith("encoders.")  # which stand side by side
+        share = _numel(learns) / max(_numel(step.taken), 1)
+        costs[name] = step.flops * (1 + (bool(learns) or behind) + share)
+        reached = reached or bool(learns)
+    return costs
+
+
+@torch.no_grad()
+def _walk(model: VisionLanguageModel, text_positions: int) -> dict[str, _Step]:
+    """A forward of one image and then `text_positions` supervised ones, part by part."""
     elsewhere = {p.device.type for p in model.parameters()} - {"meta"}
     if elsewhere:
         raise ContractError(f"costs are found on meta, the model is on {elsewhere.pop()}; build it with device='meta'")
@@ -84,13 +153,7 @@ def describe(model: VisionLanguageModel, text_positions: int = TEXT_POSITIONS) -
     embeds = walk("language.embedding", "(B, T, D)", language.embed, ids)
     hidden = walk("language.layers", "(B, T, D)", language.backbone, splice(embeds, visual, places))
     walk("language.head", "(n, V)", language.head, hidden[0, len(places) - 1 : -1])  # what t - 1 says of t
-
-    taken = {name: step.taken for name, step in walk.steps.items()}
-    ends = {name: taken[name] for name in ("language.embedding", "language.head")}
-    held = {f"encoders.{name}": {*encoder.parameters()} for name, encoder in model.encoders.items()}
-    held |= {"fusion": {*model.fusion.parameters()}, "connector": {*model.connector.parameters()}}
-    held |= {"language.layers": {*model.language.parameters()}.difference(*ends.values()), **ends}
-    return _costs(walk.steps, held)
+    return walk.steps
 
 
 class _Step(NamedTuple):

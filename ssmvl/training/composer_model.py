@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ssmvl.anatomy import StepFlops
 from ssmvl.batch import Batch, pack, pad
 from ssmvl.interfaces import LanguageModel
 from ssmvl.training.stages import Optimizer, is_under
@@ -61,6 +62,10 @@ class ComposerVLM(ComposerModel):
         """A ragged batch -> {"logits": (n, V), "labels": (n,)}."""
         inputs = pack(batch) if self.packed else pad(batch)
         return {"logits": self.model(**inputs), "labels": inputs["labels"]}
+
+    def log_flops(self, flops: StepFlops) -> None:
+        """Let Composer's SpeedMonitor, which looks for this attribute, log FLOP/s, and MFU where it knows the card."""
+        self.flops_per_batch = lambda batch: flops.of(sum(batch["num_images"]), len(batch["ids"]), len(batch["labels"]))
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Mean over this micro-batch's supervised tokens; Composer weights micro-batches by their tokens."""

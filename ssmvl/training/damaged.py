@@ -9,6 +9,7 @@ from typing import Any
 
 from composer import Callback, Logger, State
 from composer.utils import dist
+from tqdm.auto import tqdm
 
 from ssmvl.data.streams import TrainLoader
 from ssmvl.errors import DataError, RunError, short
@@ -109,4 +110,4 @@ class DamagedSamples(Callback):
 
     def _say(self, text: str) -> None:
         if dist.get_global_rank() == 0:
-            print(text, flush=True)
+            tqdm.write(text)  # above a bar

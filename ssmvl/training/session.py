@@ -6,28 +6,31 @@ import gc
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from composer import DataSpec, Trainer
+from composer import DataSpec, Time, Trainer
 from composer.algorithms import GradientClipping
 from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator, SpeedMonitor
 from composer.loggers import TensorboardLogger
-from composer.optim import CosineAnnealingWithWarmupScheduler
+from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
+from composer.profiler import Profiler, cyclic_schedule
 from composer.utils import dist, get_device, reproducibility
 from composer.utils.parallelism import FSDP2Config
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ssmvl import evaluation
+from ssmvl.anatomy import StepFlops
 from ssmvl.assistant import load
 from ssmvl.batch import num_samples, num_tokens, split_batch
 from ssmvl.build import build_model, build_processor
 from ssmvl.data.shared_memory import clean_stale_segments
 from ssmvl.data.streams import read_records, train_loader
 from ssmvl.data.workers import cores
-from ssmvl.errors import Problem, RecipeError, RunError, SsmvlError
+from ssmvl.errors import ContractError, Problem, RecipeError, RunError, SsmvlError
 from ssmvl.loading import open_weights
 from ssmvl.recipe import Recipe
 from ssmvl.saved import ABOUT_FILE, save_folder
@@ -37,6 +40,7 @@ from ssmvl.training.composer_model import ComposerVLM, adamw
 from ssmvl.training.damaged import DamagedSamples
 from ssmvl.training.evaluating import StageEvaluator
 from ssmvl.training.folder import RunFolder
+from ssmvl.training.progress import ProgressBar
 from ssmvl.training.report import report
 from ssmvl.training.resuming import choose_checkpoint
 from ssmvl.training.spikes import LossGuard
@@ -174,6 +178,9 @@ class Session:
             asked.append(StageEvaluator(stage.evaluation, records, processor, self.recipe))
         summed = self.world if sharded and not torch.cuda.is_available() else 1
         vlm = ComposerVLM(model, stage.train, stage.packed, summed, stage.activation_checkpointing)
+        with suppress(ContractError):  # a foreign part that cannot run on meta
+            trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+            vlm.log_flops(StepFlops(build_model(self.recipe, device="meta"), trained))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Composer's own deprecations; nothing a user could act on
             return Trainer(
@@ -185,7 +192,7 @@ class Session:
                     get_num_tokens_in_batch=num_tokens,
                 ),
                 optimizers=adamw(vlm, stage.optimizer),
-                schedulers=CosineAnnealingWithWarmupScheduler(t_warmup=stage.warmup),
+                schedulers=_cosine(stage.warmup),
                 algorithms=[GradientClipping("norm", 1.0)],
                 max_duration=stage.duration,
                 device_train_microbatch_size=stage.microbatch or batch,
@@ -194,6 +201,8 @@ class Session:
                 parallelism_config={"fsdp": FSDP2Config(mixed_precision="FULL")} if sharded else None,
                 seed=self.plan.seed,
                 run_name=f"{self.plan.run}-{name}",
+                progress_bar=False,
+                profiler=self._profiler(name) if stage.profile else None,
                 callbacks=[
                     AnswerAccuracy(),
                     DamagedSamples(loader, self.folder.damaged(name)),
@@ -208,6 +217,7 @@ class Session:
                     *[composer_class("callbacks", key)(**(o or {})) for key, o in stage.callbacks.items()],
                 ],
                 loggers=[
+                    ProgressBar(name),
                     TensorboardLogger(str(self.folder.root / "tensorboard"), flush_interval=10),
                     *[composer_class("loggers", key)(**(o or {})) for key, o in stage.loggers.items()],
                 ],
@@ -217,6 +227,17 @@ class Session:
                 save_overwrite=True,  # a killed run may have left half a checkpoint of a later step
                 autoresume=True,
             )
+
+    def _profiler(self, name: str) -> Profiler:
+        """Of a few steps of each epoch, as one trace of each rank for chrome://tracing or Perfetto."""
+        return Profiler(
+            schedule=cyclic_schedule(skip_first=2, wait=0, warmup=1, active=3),
+            trace_handlers=[],
+            sys_prof_cpu=False,
+            torch_prof_folder=str(self.folder.traces(name)),
+            torch_prof_remote_file_name=None,
+            torch_prof_overwrite=True,
+        )
 
     def _evaluate(self, options: evaluation.Evaluation, model: Path) -> None:
         records = self._records(options)
@@ -264,3 +285,8 @@ class Session:
     def _say(self, text: str) -> None:
         if self.rank == 0:
             print(text, flush=True)
+
+
+def _cosine(warmup: str) -> ComposerScheduler:
+    """To zero at the end of the stage. Composer warns of each step of a warm-up that is none."""
+    return CosineAnnealingWithWarmupScheduler(warmup) if Time.from_input(warmup).value else CosineAnnealingScheduler()

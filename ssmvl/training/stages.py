@@ -89,6 +89,7 @@ class Stage(Reading):
         sharding: over more than one rank.
         activation_checkpointing: whether the units that are sharded as one each, such as a block of the language model,
             keep only their inputs and compute their activations again in backward: less memory, a third more work.
+        profile: whether a few steps of each epoch are profiled, into `traces/`.
         callbacks: Composer callbacks by class name, with their options.
         loggers: Composer loggers by class name, with their options; TensorBoard is always there.
     """
@@ -110,6 +111,7 @@ class Stage(Reading):
     packed: bool = True
     sharding: Literal["fsdp2", "ddp"] = "fsdp2"
     activation_checkpointing: bool = False
+    profile: bool = False
     callbacks: dict[str, Any] = field(default_factory=dict)
     loggers: dict[str, Any] = field(default_factory=dict)
 

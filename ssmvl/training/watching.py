@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import psutil
 import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
@@ -15,9 +16,10 @@ from ssmvl.training.accuracy import WINDOW
 
 
 class Pace(Callback):
-    """Logs `throughput/supervised_tokens_per_sec`, over all ranks, and `time/waiting_for_data`.
+    """Logs `throughput/supervised_tokens_per_sec`, over all ranks, `time/waiting_for_data` and `memory/process`.
 
-    The latter is the share of the time, 0 to 1, that the rank which waits longest for its loader waits.
+    The second is the share of the time, 0 to 1, that the rank which waits longest for its loader waits; the third is
+    the memory, in GB, of the largest of the ranks' processes, without that of a GPU and of loaders.
     """
 
     def __init__(self) -> None:
@@ -41,13 +43,14 @@ class Pace(Callback):
             return
         now = time.perf_counter()
         if state.timestamp.batch.value > WINDOW:
-            parts = dist.all_gather_object((self._waited, self._supervised))
-            waited, supervised = (list(column) for column in zip(*parts, strict=True))
+            parts = dist.all_gather_object((self._waited, self._supervised, psutil.Process().memory_info().rss))
+            waited, supervised, memory = (list(column) for column in zip(*parts, strict=True))
             elapsed = now - self._since
             logger.log_metrics(
                 {
                     "time/waiting_for_data": max(waited) / elapsed,
                     "throughput/supervised_tokens_per_sec": sum(supervised) / elapsed,
+                    "memory/process": max(memory) / 1e9,
                 }
             )
         self._start(now)

@@ -83,11 +83,11 @@ def test_every_parameter_is_sharded(tiny: Path, composer: Composer) -> None:
 
 @pytest.mark.parametrize("ranks", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_killed_and_started_again_resumes_at_the_checkpoint(tiny: Path, composer: Composer, ranks: str) -> None:
-    arguments = ("-n", ranks, "tiny.yaml", "stages.finetune.duration=20ba", "stages.finetune.checkpoint=5ba")
+    arguments = ("-n", ranks, "tiny.yaml", "stages.finetune.duration=20ba", "stages.finetune.checkpoint=6ba")
     process = composer(*arguments)
     assert process.stdout is not None
-    for line in process.stdout:  # the bar says how far it is; a checkpoint is written every 5 steps
-        if " 7/20" in line:
+    for line in process.stdout:  # it says every ten steps how far it is
+        if " 10/20:" in line:
             os.killpg(process.pid, signal.SIGKILL)
             break
     process.communicate()
@@ -96,7 +96,7 @@ def test_killed_and_started_again_resumes_at_the_checkpoint(tiny: Path, composer
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert "stage align: finished before" in output
-    assert "stage finetune: resumed at step 5," in output
+    assert "stage finetune: resumed at step 6," in output
     assert "reading" in json.loads(Path("runs/tiny/results.json").read_text())
 
 

@@ -1,16 +1,23 @@
-"""What a run logs: the same norms sharded or not, whatever the micro-batch."""
+"""What a run logs, shows and profiles."""
 
 from __future__ import annotations
 
+import io
+import json
+import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
-from ranks import two_ranks
+from composer import Logger, State, Time
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ssmvl
-from ssmvl.training import watching
+from ssmvl import anatomy
+from ssmvl.training import progress, session, watching
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
 ONE_STAGE = ("stages.align=null", "stages.order=null", "evaluation=null", "stages.finetune.duration=4ba")
@@ -23,23 +30,60 @@ def logged(run: str) -> dict[str, list[float]]:
     return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_norms_are_the_same_sharded_or_in_micro_batches(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "WINDOW", 1)
-    ssmvl.train(tiny, *ONE_STAGE, "run=whole")
-    ssmvl.train(tiny, *ONE_STAGE, "run=split", "stages.finetune.microbatch=3")
-    two_ranks(lambda: ssmvl.train(tiny, *ONE_STAGE, "run=sharded"), tiny.parent)
-    whole, split, sharded = (logged(run) for run in ("whole", "split", "sharded"))
-    norms = [f"norm/{what}/{part}" for what in ("weight", "gradient") for part in PARTS]
-    assert {tag for tag in whole if tag.startswith("norm/")} == set(norms)
-    for tag in norms:
-        assert len(whole[tag]) == 4
-        assert split[tag] == pytest.approx(whole[tag], rel=1e-3)
-        assert sharded[tag] == pytest.approx(whole[tag], rel=1e-3)
-    for found in (whole, sharded):
-        assert all(0 < share < 1 for share in found["time/waiting_for_data"])
-        assert min(found["throughput/supervised_tokens_per_sec"]) > 0
-        assert "time/remaining_estimate" in found
-        assert any(tag.startswith("lr-") for tag in found)
+def test_what_is_logged_shown_and_profiled(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for module in (watching, progress):
+        monkeypatch.setattr(module, "WINDOW", 1)
+    monkeypatch.setattr(session, "WINDOW", 1)
+    ssmvl.train(tiny, *ONE_STAGE, "stages.finetune.duration=6ba", "stages.finetune.profile=true")
+    found = logged("tiny")
+    assert all(0 < share < 1 for share in found["time/waiting_for_data"])
+    assert min(found["throughput/supervised_tokens_per_sec"]) > 0
+    assert 0.1 < found["memory/process"][-1] < 10
+    assert {"norm/weight/connector", "norm/gradient/language", "time/remaining_estimate"} <= found.keys()
+    assert any(tag.startswith("lr-") for tag in found)
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("finetune ")]
+    assert [line.partition(":")[0] for line in lines] == [f"finetune {step}/6" for step in range(1, 7)]
+    pace = r"[\d,]+ tokens/s, [\d,]+ supervised, \d\.\d\d GB, \d+% waiting for data, 00:00 left"
+    shown = rf"finetune 6/6: loss \d\.\d{{4}}, {pace}"
+    assert re.fullmatch(shown, lines[-1])
+    (trace,) = Path("runs/tiny/finetune/traces").iterdir()
+    assert any(event.get("name") == "aten::mm" for event in json.loads(trace.read_text())["traceEvents"])
+
+
+def test_flops_are_those_of_the_batch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(anatomy.StepFlops, "of", lambda self, *counts: asked.append(counts) or 10**9)
+    ssmvl.train(
+        tiny, *ONE_STAGE, "stages.finetune.duration=2ba", "stages.finetune.callbacks={SpeedMonitor: {window_size: 1}}"
+    )
+    assert len(asked) == 2 * len(set(asked))
+    assert all(images == 8 and positions > 8 * 9 and 8 <= labels < positions for images, positions, labels in asked)
+    found = logged("tiny")
+    per_second = [flops * pace for flops, pace in zip([10**9], found["throughput/batches_per_sec"], strict=True)]
+    assert found["throughput/flops_per_sec"] == pytest.approx(per_second, rel=1e-3)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    state = SimpleNamespace(
+        timestamp=SimpleNamespace(batch=Time.from_batch(0)), max_duration=Time.from_epoch(2), dataloader_len=5
+    )
+    bar = progress.ProgressBar("align")
+    bar.fit_start(cast(State, state), cast(Logger, None))
+    for step in range(1, 4):
+        state.timestamp.batch = Time.from_batch(step)
+        bar.log_metrics({"loss/train/total": 1 / step, "throughput/device/mfu": 0.41, "other": 3.0})
+        bar.batch_end(cast(State, state), cast(Logger, None))
+    bar.fit_end(cast(State, state), cast(Logger, None))
+    assert terminal.getvalue().endswith("|######              | align 3/10: loss 0.3333, MFU 41.0%\n")
+    assert capsys.readouterr().out == ""
 
 
 def test_the_gradient_is_that_before_clipping(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
