@@ -18,7 +18,7 @@ from ssmvl.core_plugin import components
 from ssmvl.errors import Problem, RecipeError, UnknownComponentError, nearest
 from ssmvl.recipe_files import read_yaml, shipped_folders
 
-TOP_LEVEL = ("run", "seed", "model", "stages", "stage", "evaluation")
+TOP_LEVEL = ("run", "seed", "model", "stages", "stage", "checkpoints", "evaluation")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ VERBS = {
     "show": "print a recipe with its overrides merged, or draw a scan order",
     "list": "list recipes and components, and plugins that failed",
     "data": "convert published data sets to shards, verify and inspect them",
+    "export": "save the model of a checkpoint that a run wrote",
     "generate": "ask a trained model about an image",
     "bench": "measure speed and memory, as shares of what the machine allows",
     "doctor": "report versions, backends, plugins and stale shared memory",

@@ -7,6 +7,7 @@ from pathlib import Path
 from ssmvl.build import build_model, build_processor
 from ssmvl.checkpoints.layouts import SAME
 from ssmvl.checkpoints.run_files import INDEX_FILE, model_tensors
+from ssmvl.data.remote import is_remote
 from ssmvl.errors import CheckpointError
 from ssmvl.hub import user_path
 from ssmvl.recipe import Recipe, load_recipe
@@ -29,7 +30,7 @@ def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path,
         CheckpointError: there is none, or it is damaged.
     """
     path = user_path(name)
-    folder = path.parent if path.name == LATEST else path
+    folder = path.parent if path.name == LATEST and path.is_symlink() else path
     if folder.is_dir() and not CHECKPOINT.fullmatch(folder.name) and not (folder / INDEX_FILE).is_file():
         try:
             newest, passed = newest_whole(folder, trust_pickle)
@@ -43,7 +44,8 @@ def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path,
             )
         return newest, passed
     if not path.exists():
-        raise CheckpointError(f"{name}: no such file or folder on this machine")
+        advice = "; copy it here first" if is_remote(str(name)) else ""
+        raise CheckpointError(f"{name}: no such file or folder on this machine{advice}")
     if why := damage(path, trust_pickle):
         raise CheckpointError(f"{path} {why}")
     return path, []
@@ -51,7 +53,7 @@ def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path,
 
 def export(
     checkpoint: str | Path, out: str | Path, recipe: str | Path | Recipe | None = None, trust_pickle: bool = False
-) -> Path:
+) -> tuple[Path, list[str]]:
     """Save the model of a checkpoint as a folder that `ssmvl.load` reads.
 
     Args:
@@ -62,21 +64,21 @@ def export(
             run any code. Without it, what holds more than names, sizes and places of tensors is refused.
 
     Returns:
-        The checkpoint that was read.
+        The checkpoint that was read, and what is wrong with newer ones.
 
     Raises:
         CheckpointError: there is none, it is damaged or refused, no recipe was found, the model of the recipe has other
             tensors, or `out` holds other files or cannot be written.
         RecipeError: every mistake of the recipe.
     """
-    path, _ = find_checkpoint(checkpoint, trust_pickle)
+    path, passed = find_checkpoint(checkpoint, trust_pickle)
     found = load_recipe(_recipe_of(path) if recipe is None else recipe)
     model = build_model(found, device="meta")
     processor = build_processor(found, model)
     tensors = model_tensors(path, trust_pickle)
     SAME.check(model, tensors, f"{path}, with the recipe {found.source},")
     save_folder(out, {name: tensors[name] for name in SAME.sources(model)}, found, processor)
-    return path
+    return path, passed
 
 
 def _recipe_of(checkpoint: Path) -> Path:

@@ -2,20 +2,26 @@
 
 runs/<run>/recipe.yaml        the resolved recipe, the folder's identity
 runs/<run>/<stage>/           checkpoints, for resuming only; and `model/`, what the stage leaves for the next
-                              damaged.jsonl: samples that others stood in for
+                              damaged.jsonl: samples that others stood in for; traces/: profiles
 runs/<run>/model/             what the last stage leaves: `ssmvl.load("runs/<run>")`
 runs/<run>/tensorboard/       logs
+runs/<run>/.lock              held by the launch that is at work; says which
 runs/<run>/results.json, answers.png, curves.png
 runs/<run>/example.png           a picture it has never seen
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ssmvl.checkpoints import written_whole
+from ssmvl.data.remote import is_remote
 from ssmvl.errors import RunError
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.training.stages import stage_order
@@ -27,22 +33,31 @@ class RunFolder:
     Args:
         root: the folder.
         stages: names of the stages, in their order.
+        checkpoints: a folder or URL under which `<run>/<stage>` has checkpoints; the run folder if None.
     """
 
-    def __init__(self, root: Path, stages: list[str]) -> None:
-        self.root, self.stages = root, stages
+    def __init__(self, root: Path, stages: list[str], checkpoints: str | None = None) -> None:
+        self.root, self.stages, self._elsewhere = root, stages, checkpoints
+        self._lock: IO[str] | None = None
 
     def model(self, stage: str) -> Path:
         """Where a stage leaves its model."""
         return self.root / "model" if stage == self.stages[-1] else self.root / stage / "model"
 
-    def checkpoints(self, stage: str) -> Path:
-        """Where a stage's checkpoints lie."""
-        return self.root / stage / "checkpoints"
+    def checkpoints(self, stage: str) -> Path | str:
+        """Where a stage's checkpoints lie: a folder, or the URL of one."""
+        if self._elsewhere is None:
+            return self.root / stage / "checkpoints"
+        place = f"{self._elsewhere.rstrip('/')}/{self.root.name}/{stage}"
+        return place if is_remote(place) else Path(place)
 
     def damaged(self, stage: str) -> Path:
         """Where a stage lists samples that could not be used."""
         return self.root / stage / "damaged.jsonl"
+
+    def traces(self, stage: str) -> Path:
+        """Where a stage's profiles lie."""
+        return self.root / stage / "traces"
 
     def logs(self, stage: str) -> Path:
         """Where a stage's TensorBoard logs lie."""
@@ -63,19 +78,47 @@ class RunFolder:
             raise RunError(f"{self.root} holds another run; give this one a name with run=NAME:\n  {listed}")
 
     def claim(self, recipe: Recipe) -> None:
-        """Make the folder this recipe's, or find that it is.
+        """Make the folder this recipe's, or find that it is; no other launch may work in it until `release`.
 
         Raises:
-            RunError: it belongs to another run, or cannot be written.
+            RunError: it belongs to another run, another launch works in it, or a place in it cannot be written.
         """
         self.require_no_other(recipe)
-        if not (self.root / "recipe.yaml").is_file():
-            self.write("recipe.yaml", recipe.to_yaml().encode())
-        for stage in self.stages:
-            try:
-                self.checkpoints(stage).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise RunError(f"{self.checkpoints(stage)} cannot be made ({error})") from error
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._take()
+            if not (self.root / "recipe.yaml").is_file():
+                self.write("recipe.yaml", recipe.to_yaml().encode())
+            folders = [place for place in map(self.checkpoints, self.stages) if isinstance(place, Path)]
+            for place in (*(self.root / stage for stage in self.stages), *folders, self.root / "tensorboard"):
+                place.mkdir(parents=True, exist_ok=True)
+                if not os.access(place, os.W_OK):
+                    raise PermissionError(errno.EACCES, "this user may not write into it, or nobody may", str(place))
+        except OSError as error:
+            raise RunError(f"{self.root} cannot be written ({error})") from error
+
+    def _take(self) -> None:
+        # Locks of this kind are not inherited by workers that outlive a killed rank, and hold between machines.
+        self._lock = (self.root / ".lock").open("a+")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return  # a file system that has none
+            self._lock.seek(0)
+            owner = self._lock.read().strip()
+            self.release()
+            advice = "wait for it, end it, or give this one a name with run=NAME"
+            raise RunError(f"{self.root} is in use by another launch ({owner}); {advice}") from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+
+    def release(self) -> None:
+        """Let other launches work in the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file whole or not at all."""

@@ -1,9 +1,10 @@
-"""Which checkpoint a stage goes on from: the newest that is whole."""
+"""Which checkpoints of a folder are whole, which of them is the newest, and which are old. Imports no Composer."""
 
 from __future__ import annotations
 
 import re
 import zipfile
+from itertools import islice
 from pathlib import Path
 
 from ssmvl.checkpoints.run_files import read_index
@@ -13,31 +14,28 @@ LATEST = "latest-rank0.pt"  # the link that Composer resumes from
 CHECKPOINT = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # of one device or DDP a file, sharded a folder
 
 
-def choose_checkpoint(folder: Path) -> list[str]:
-    """Make Composer resume from the newest checkpoint of a folder that is whole, or begin where there is none.
-
-    Nothing is removed: a damaged checkpoint is written over when training comes to its step again.
-
-    Returns:
-        What is wrong with the newer ones, to be said.
-    """
-    newest, passed = newest_whole(folder)
-    (folder / LATEST).unlink(missing_ok=True)
-    if newest is not None:
-        (folder / LATEST).symlink_to(newest.name)
-    return passed
-
-
 def newest_whole(folder: Path, trust_pickle: bool = False) -> tuple[Path | None, list[str]]:
     """The newest checkpoint of a folder that is whole, or None, and what is wrong with the newer ones."""
-    found = sorted((int(match[1]), path) for path in folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name)))
     passed: list[str] = []
-    for _, path in reversed(found):
+    for path in _newest_first(folder):
         why = damage(path, trust_pickle)
         if not why:
             return path, passed
         passed.append(f"{path} {why}")
     return None, passed
+
+
+def surplus(folder: Path, kept: int) -> list[Path]:
+    """The checkpoints of a folder, damaged ones too, that are older than the newest `kept` whole ones."""
+    found = _newest_first(folder)
+    whole = (place for place, path in enumerate(found) if not damage(path))
+    last = next(islice(whole, kept - 1, None), len(found))
+    return found[last + 1 :]
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def damage(path: Path, trust_pickle: bool = False) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from composer import DataSpec, Time, Trainer
@@ -27,14 +27,17 @@ from ssmvl.anatomy import StepFlops
 from ssmvl.assistant import load
 from ssmvl.batch import num_samples, num_tokens, split_batch
 from ssmvl.build import build_model, build_processor
+from ssmvl.checkpoints.layouts import SAME
 from ssmvl.data.shared_memory import clean_stale_segments
 from ssmvl.data.streams import read_records, train_loader
 from ssmvl.data.workers import cores
-from ssmvl.errors import ContractError, Problem, RecipeError, RunError, SsmvlError
+from ssmvl.errors import ContractError, Problem, RecipeError, RunError
 from ssmvl.loading import open_weights
 from ssmvl.recipe import Recipe
 from ssmvl.saved import ABOUT_FILE, save_folder
 from ssmvl.training.accuracy import WINDOW, AnswerAccuracy
+from ssmvl.training.agreement import every_rank, first_rank
+from ssmvl.training.checkpoints import BucketStore, FolderStore, OldCheckpoints, Store
 from ssmvl.training.composer_classes import composer_class
 from ssmvl.training.composer_model import ComposerVLM, adamw
 from ssmvl.training.damaged import DamagedSamples
@@ -42,12 +45,10 @@ from ssmvl.training.evaluating import StageEvaluator
 from ssmvl.training.folder import RunFolder
 from ssmvl.training.progress import ProgressBar
 from ssmvl.training.report import report
-from ssmvl.training.resuming import choose_checkpoint
 from ssmvl.training.spikes import LossGuard
 from ssmvl.training.stages import Plan
 from ssmvl.training.watching import Norms, Pace
 
-Found = TypeVar("Found")
 WAIT = 3600.0  # seconds that ranks wait for each other: the first one may be fetching weights
 
 
@@ -61,7 +62,7 @@ class Session:
 
     def __init__(self, recipe: Recipe, plan: Plan) -> None:
         self.recipe, self.plan = recipe, plan
-        self.folder = RunFolder(Path("runs") / plan.run, list(plan.stages))
+        self.folder = RunFolder(Path("runs") / plan.run, list(plan.stages), plan.checkpoints)
         self.rank, self.world = dist.get_global_rank(), dist.get_world_size()
 
     def run(self) -> Path:
@@ -73,7 +74,7 @@ class Session:
             dist.initialize_dist(get_device(None), timeout=WAIT)
         if dist.get_local_rank() == 0:
             clean_stale_segments()
-        finished = self._prepare()
+        finished = first_rank(self._prepare)
         for name in self._asked():
             if name in finished:
                 left = self.folder.model(name)
@@ -100,22 +101,12 @@ class Session:
         return self.plan.stages[name].init_from or (self.folder.model(before[-1]) if before else "recipe")
 
     def _prepare(self) -> list[str]:
-        """The stages that are finished. Rank 0 finds them, and what the others will read; its error ends every rank."""
-        error: SsmvlError | None = None
-        finished: list[str] = []
-        if self.rank == 0:
-            try:
-                self.folder.require_no_other(self.recipe)
-                finished = [name for name in self.plan.stages if (self.folder.model(name) / ABOUT_FILE).is_file()]
-                self._find_inputs([name for name in self._asked() if name not in finished])
-                self.folder.claim(self.recipe)  # last: a run that finds no data leaves its name free
-            except SsmvlError as found:
-                error = found
-        said: list[Any] = [str(error or ""), finished]
-        dist.broadcast_object_list(said)
-        if said[0]:
-            raise error or RunError(said[0])
-        return list(said[1])
+        """The stages that are finished; finds what the others will read, and makes the run folder this run's."""
+        self.folder.require_no_other(self.recipe)
+        finished = [name for name in self.plan.stages if (self.folder.model(name) / ABOUT_FILE).is_file()]
+        self._find_inputs([name for name in self._asked() if name not in finished])
+        self.folder.claim(self.recipe)  # last: a run that finds no data leaves its name free
+        return finished
 
     def _find_inputs(self, names: Sequence[str]) -> None:
         """Find or fetch what these stages read, before one is trained: a wrong path costs seconds."""
@@ -137,11 +128,10 @@ class Session:
             self._evaluation.data(split="test")
 
     def _train(self, name: str) -> None:
-        if self.rank == 0:
-            for passed in choose_checkpoint(self.folder.checkpoints(name)):
-                self._say(f"stage {name}: passes over a checkpoint: {passed}")
-        dist.barrier()
-        trainer = self.trainer(name)
+        found, passed = first_rank(lambda: self._store(name).newest())
+        for text in passed:
+            self._say(f"stage {name}: passes over a checkpoint: {text}")
+        trainer = self.trainer(name, found)
         step = trainer.state.timestamp.batch.value
         how = f"resumed at step {step}" if step else "started"
         self._say(f"stage {name}: {how}, trains {', '.join(self.plan.stages[name].train)}")
@@ -152,14 +142,27 @@ class Session:
             vlm.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
         if self.rank == 0:
+            tensors = {key: tensors[key] for key in SAME.sources(vlm.model)}  # FSDP2 gives tied ones twice
             save_folder(self.folder.model(name), tensors, self.recipe, trainer.state.train_dataloader.dataset.processor)
+            self._store(name).remove_old(self.plan.stages[name].keep)
         trainer.close()
         dist.barrier()
 
-    def trainer(self, name: str) -> Trainer:
-        """A stage under Composer: model built or received, sharded, and resumed from its newest checkpoint if any."""
+    def _store(self, name: str) -> Store:
+        """Where a stage's checkpoints are."""
+        place = self.folder.checkpoints(name)
+        return FolderStore(place) if isinstance(place, Path) else BucketStore(place)
+
+    def trainer(self, name: str, checkpoint: str | None = None) -> Trainer:
+        """A stage under Composer: model built or received, sharded, and resumed from a checkpoint if there is one.
+
+        A checkpoint is read as it was written: one of shards by sharded ranks, were it one alone, one file by others.
+        """
         stage, start = self.plan.stages[name], self._start(name)
         sharded = self.world > 1 and stage.sharding == "fsdp2"
+        if checkpoint is not None:
+            sharded = not checkpoint.endswith(".pt")
+        store = self._store(name)
         reproducibility.seed_all(self.plan.seed)
         if self.rank == 0 or not sharded:
             model = build_model(self.recipe, weights=start)
@@ -168,7 +171,7 @@ class Session:
         processor = build_processor(self.recipe, model)
         prompt = stage.prompt() if stage.prompt is not None else processor.prompt
         processor = replace(processor, prompt=prompt, max_text_tokens=stage.max_text_tokens)
-        data = self._together(lambda: stage.data(split="train"))
+        data = every_rank(lambda: stage.data(split="train"))
         gc.collect()  # the stage before may have filled the same cache, which streaming lets one loader do at a time
         batch = stage.batch // self.world
         loader = train_loader(data, processor, batch=batch, seed=self.plan.seed, loader=stage.loader)
@@ -210,6 +213,7 @@ class Session:
                     Pace(),
                     Norms(),
                     *asked,
+                    OldCheckpoints(store, stage.keep),
                     LRMonitor(),
                     SpeedMonitor(window_size=WINDOW),
                     RuntimeEstimator(),
@@ -221,11 +225,12 @@ class Session:
                     TensorboardLogger(str(self.folder.root / "tensorboard"), flush_interval=10),
                     *[composer_class("loggers", key)(**(o or {})) for key, o in stage.loggers.items()],
                 ],
-                save_folder=str(self.folder.checkpoints(name)),
+                save_folder=store.place,
                 save_interval=stage.checkpoint,
-                save_num_checkpoints_to_keep=2,
+                save_num_checkpoints_to_keep=store.local_copies,
+                save_latest_filename=None,
                 save_overwrite=True,  # a killed run may have left half a checkpoint of a later step
-                autoresume=True,
+                load_path=checkpoint,
             )
 
     def _profiler(self, name: str) -> Profiler:
@@ -249,23 +254,8 @@ class Session:
             report(self.folder, records, answered)
 
     def _records(self, options: evaluation.Evaluation) -> list[dict[str, Any]]:
-        data = self._together(lambda: options.data(split="test"))
-        return self._together(lambda: read_records(data))
-
-    def _together(self, find: Callable[[], Found]) -> Found:
-        """What each rank finds, the first rank of each node before its others; an error of one ends every rank."""
-        found: Found | None = None
-        error: SsmvlError | None = None
-        for first in (True, False):
-            if (dist.get_local_rank() == 0) is first:
-                try:
-                    found = find()
-                except SsmvlError as raised:
-                    error = raised
-            said = [text for text in dist.all_gather_object(str(error or "")) if text]
-            if said:
-                raise error or RunError(said[0])
-        return cast(Found, found)
+        data = every_rank(lambda: options.data(split="test"))
+        return every_rank(lambda: read_records(data))
 
     def _check_batches(self) -> None:
         problems = []

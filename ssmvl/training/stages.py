@@ -12,6 +12,7 @@ from torch import nn
 from ssmvl.binding import bind
 from ssmvl.build import ModelParts, build_model, build_processor, lacks_nothing
 from ssmvl.data.mix import Loader, Reading, Share, mix, weights
+from ssmvl.data.remote import is_remote
 from ssmvl.errors import CheckpointError, ContractError, Problem, RecipeError, nearest
 from ssmvl.evaluation import Evaluation
 from ssmvl.interfaces import Check, Count, DatasetPart, Prompt, Seed
@@ -23,6 +24,10 @@ from ssmvl.vlm import VisionLanguageModel
 
 def _fractions(numbers: tuple[float, ...]) -> bool:
     return all(0 <= number < 1 for number in numbers)
+
+
+def _is_place(place: str) -> bool:
+    return bool(place) and (place.startswith("s3://") or not is_remote(place))
 
 
 Rate = Annotated[float, Check("a finite number, at least 0", lambda rate: 0 <= rate < math.inf)]
@@ -80,6 +85,7 @@ class Stage(Reading):
         microbatch: samples of one forward on one rank; all of the rank's if None.
         duration: Composer time, e.g. `1ep` or `500ba`.
         checkpoint: interval between checkpoints, Composer time.
+        keep: how many of the newest checkpoints stay.
         loader: how the data are read.
         loss_jump: nats by which the loss of a step may exceed the largest of the 50 before it; more stops training, as
             does a loss that is no number. Any if None.
@@ -105,6 +111,7 @@ class Stage(Reading):
     microbatch: Count | None = None
     duration: Interval
     checkpoint: Interval = "500ba"
+    keep: Count = 2
     loader: Loader = field(default_factory=Loader)
     loss_jump: Annotated[float, Check("a number above 0", lambda jump: jump > 0)] | None = 2.0
     evaluation: StageEvaluation | None = None
@@ -126,6 +133,7 @@ class Plan:
         model: see `ModelParts`.
         stages: in their order; the key `order` of `stages:` may say another.
         stage: the only one that is trained now; all that are not finished if None.
+        checkpoints: a folder, or one of a bucket, `s3://…`, where `<run>/<stage>` has them; in the run folder if None.
         evaluation: after the last stage; none if None.
     """
 
@@ -134,6 +142,7 @@ class Plan:
     model: ModelParts
     stages: dict[str, Stage]
     stage: str | None = None
+    checkpoints: Annotated[str, Check("a folder or an s3:// URL", _is_place)] | None = None
     evaluation: Evaluation | None = None
 
 

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from composer.utils import checkpoint
 
 
 def two_ranks(work: Callable[[], object], folder: Path) -> list[str]:
@@ -21,6 +22,7 @@ def _rank(rank: int, work: Callable[[], object], folder: Path) -> None:
     torch.set_num_threads(1)  # those of the first process are not in this one
     place = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update({key: str(value) for key, value in place.items()})
+    checkpoint._TORCH_DISTRIBUTED_CHECKPOINTS_FILENAME = f"__{rank}_0.distcp"  # as it was when Composer was imported
     store, limit = torch.distributed.FileStore(str(folder / "store"), 2), timedelta(seconds=120)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
     with (folder / f"rank{rank}.txt").open("w") as said, redirect_stdout(said), redirect_stderr(said):

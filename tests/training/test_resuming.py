@@ -13,7 +13,9 @@ from ranks import two_ranks
 
 import ssmvl
 from ssmvl.checkpoints import read_tensors
-from ssmvl.training.resuming import LATEST, choose_checkpoint
+from ssmvl.errors import RecipeError, RunError
+from ssmvl.training.checkpoints import BucketStore
+from ssmvl.training.resuming import newest_whole, surplus
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
 ONE_STAGE = (
@@ -45,14 +47,14 @@ def newest(folder: Path) -> Path:
     return found / "__1_0.distcp" if found.is_dir() else found
 
 
-def train(tiny: Path, ranks: int, capfd: pytest.CaptureFixture[str]) -> str:
+def train(tiny: Path, ranks: int, capfd: pytest.CaptureFixture[str], *options: str) -> str:
     if ranks == 1:
         capfd.readouterr()
-        ssmvl.train(tiny, *ONE_STAGE)
+        ssmvl.train(tiny, *ONE_STAGE, *options)
         return capfd.readouterr().out
     for name in ("store", "rank0.txt", "rank1.txt"):
         (tiny.parent / name).unlink(missing_ok=True)
-    return two_ranks(lambda: ssmvl.train(tiny, *ONE_STAGE), tiny.parent)[0]
+    return two_ranks(lambda: ssmvl.train(tiny, *ONE_STAGE, *options), tiny.parent)[0]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -67,8 +69,9 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
         folder = tmp_path / name
         shutil.copytree(kept, folder, symlinks=True)
         damage(newest(folder))
-        passed = choose_checkpoint(folder)
-        assert (folder / LATEST).resolve().name.startswith("ep0-ba4"), name
+        found, passed = newest_whole(folder)
+        assert found is not None
+        assert found.name.startswith("ep0-ba4"), name
         assert len(passed) == (0 if ranks == 1 and name == "gone" else 1)
         assert all(f"{folder}/ep0-ba6" in text for text in passed)
     cut(newest(CHECKPOINTS))
@@ -80,14 +83,88 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
-def test_whole_ones_are_kept_as_they_are_and_without_any_a_stage_begins(tmp_path: Path) -> None:
-    assert choose_checkpoint(tmp_path) == []
-    torch.save({}, tmp_path / "ep0-ba9-rank0.pt")
-    torch.save({}, tmp_path / "ep1-ba10-rank0.pt")
-    (tmp_path / LATEST).symlink_to("ep0-ba11-rank0.pt")
-    assert choose_checkpoint(tmp_path) == []
-    assert (tmp_path / LATEST).resolve().name == "ep1-ba10-rank0.pt"
-    for path in tmp_path.glob("ep*"):
+def test_the_newest_whole_ones_are_kept(tmp_path: Path) -> None:
+    assert newest_whole(tmp_path) == (None, [])
+    names = [f"ep0-ba{step}-rank0.pt" for step in (9, 10, 100, 101)]
+    for name in names:
+        torch.save({}, tmp_path / name)
+    (tmp_path / "ep0-ba1000-rank0.pt.partial").touch()
+    assert newest_whole(tmp_path) == (tmp_path / names[3], [])
+    assert [path.name for path in surplus(tmp_path, 1)] == [names[2], names[1], names[0]]
+    cut(tmp_path / names[3])
+    assert [path.name for path in surplus(tmp_path, 1)] == [names[1], names[0]]
+    cut(tmp_path / names[1])
+    assert [path.name for path in surplus(tmp_path, 2)] == []
+    assert [path.name for path in surplus(tmp_path, 3)] == []
+    for path in tmp_path.glob("*.pt"):
         cut(path)
-    assert len(choose_checkpoint(tmp_path)) == 2
-    assert not os.path.lexists(tmp_path / LATEST)
+    found, passed = newest_whole(tmp_path)
+    assert found is None
+    assert len(passed) == 4
+
+
+def test_checkpoints_of_earlier_launches_are_removed_too(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    elsewhere = "checkpoints=elsewhere"
+    folder = Path("elsewhere/tiny/finetune")
+    ssmvl.train(tiny, *ONE_STAGE, elsewhere, "stages.finetune.keep=3")
+    assert {path.name for path in folder.iterdir()} == {f"ep0-ba{step}-rank0.pt" for step in (2, 4, 6)}
+    assert not CHECKPOINTS.exists()
+    shutil.rmtree(MODEL)
+    (folder / "ep0-ba6-rank0.pt").unlink()
+    assert "resumed at step 4," in train(tiny, 1, capfd, elsewhere, "stages.finetune.keep=1")
+    assert {path.name for path in folder.iterdir()} == {"ep0-ba6-rank0.pt"}
+
+
+def test_a_bucket_is_looked_at_like_a_folder(
+    tmp_path: Path, bucket: str, objects: Callable[[], dict[str, bytes]]
+) -> None:
+    """Of large files the ends alone are fetched."""
+    store, name = BucketStore(f"{bucket}/run/stage"), bucket.removeprefix("s3://")
+    assert store.newest() == (None, [])
+    torch.save({"x": torch.zeros(10**6)}, path := tmp_path / "file.pt")
+    whole = path.read_bytes()
+    for step in (8, 9, 10, 11):
+        content = whole if step != 11 else whole[:-1]
+        store._client.put_object(Bucket=name, Key=f"run/stage/ep0-ba{step}-rank0.pt", Body=content)
+    for other in ("run/stage/notes.txt", "run/stage/ep0-ba1/../../x", "run/stage2/ep0-ba12-rank0.pt"):
+        store._client.put_object(Bucket=name, Key=other, Body=b"")
+    newest, (passed,) = store.newest()
+    assert newest == f"{bucket}/run/stage/ep0-ba10-rank0.pt"
+    assert passed.startswith(f"{bucket}/run/stage/ep0-ba11-rank0.pt cannot be read")
+    before = set(objects())
+    store.remove_old(2)
+    assert before - set(objects()) == {"run/stage/ep0-ba8-rank0.pt"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_checkpoints_in_a_bucket(
+    tiny: Path, ranks: int, bucket: str, objects: Callable[[], dict[str, bytes]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = f"checkpoints={bucket}/all"
+
+    def checkpoints() -> set[str]:
+        return {name.split("/")[3] for name in objects() if name.startswith("all/tiny/finetune/")}
+
+    assert "stage finetune: started" in train(tiny, ranks, capfd, place)
+    wanted, _ = read_tensors(MODEL / "model.safetensors")
+    end = "-rank0.pt" if ranks == 1 else ""
+    assert checkpoints() == {f"ep0-ba4{end}", f"ep0-ba6{end}"}
+    shutil.rmtree(MODEL)
+    store = BucketStore(f"{bucket}/all/tiny/finetune")
+    newest, passed = store.newest()
+    assert (newest, passed) == (f"{bucket}/all/tiny/finetune/ep0-ba6{end}", [])
+    name = f"all/tiny/finetune/ep0-ba6{end}" + ("" if ranks == 1 else "/__1_0.distcp")
+    store._client.put_object(Bucket=bucket.removeprefix("s3://"), Key=name, Body=objects()[name][:1000])
+    said = train(tiny, ranks, capfd, place)
+    assert f"stage finetune: passes over a checkpoint: {bucket}/all/tiny/finetune/ep0-ba6" in said
+    assert "stage finetune: resumed at step 4," in said
+    found, _ = read_tensors(MODEL / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_bucket_that_is_not_there_is_named_before_training(tiny: Path, bucket: str) -> None:
+    with pytest.raises(RunError, match=r"s3://no-such-bucket/tiny/finetune cannot be used .*NoSuchBucket"):
+        ssmvl.train(tiny, *ONE_STAGE, "checkpoints=s3://no-such-bucket")
+    with pytest.raises(RecipeError, match=r"checkpoints: .*a folder or an s3:// URL"):
+        ssmvl.train(tiny, *ONE_STAGE, "checkpoints=gs://bucket")
