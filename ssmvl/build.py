@@ -98,7 +98,7 @@ def build_model(
     files = None if named == "none" else open_weights(named, "language" if part else "model")
     if files is not None:
         if files.layout is SAME:  # written by us
-            _same_modules(Path(files.found.source).with_name("recipe.yaml"), model, found, dtype)
+            same_modules(Path(files.found.source).with_name("recipe.yaml"), model, found, dtype)
         files.check(model.get_submodule(part))  # before anything is allocated
     everything = files is not None and files.layout.part == "model" and not files.layout.absent
     with torch.device(device or "cpu"), _default_dtype(dtype), _NoInitialValues() if everything else nullcontext():
@@ -140,8 +140,12 @@ def _bind(recipe: Recipe) -> ModelParts:
     return parts
 
 
-def _same_modules(path: Path, model: VisionLanguageModel, recipe: Recipe, dtype: torch.dtype | None) -> None:
-    """Compare with the recipe that weights of ours were saved with, if it is there: shapes do not show everything."""
+def same_modules(path: Path, model: VisionLanguageModel, recipe: Recipe, dtype: torch.dtype | None = None) -> None:
+    """Compare with the recipe that weights of ours were saved with, if it is there: shapes do not show everything.
+
+    Raises:
+        CheckpointError: that recipe is of another model, or cannot be built.
+    """
     if not path.is_file():
         return
     text = {name: recipe.data["model"][name] for name in ("prompt", "tokenizer")}  # no weight depends on them

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssmvl.build import build_model, build_processor
+from ssmvl.build import build_model, build_processor, same_modules
 from ssmvl.checkpoints.layouts import SAME
 from ssmvl.checkpoints.run_files import INDEX_FILE, model_tensors
 from ssmvl.data.remote import is_remote
@@ -77,14 +77,19 @@ def export(
     processor = build_processor(found, model)
     tensors = model_tensors(path, trust_pickle)
     SAME.check(model, tensors, f"{path}, with the recipe {found.source},")
+    same_modules(_run_recipe(path), model, found)
     save_folder(out, {name: tensors[name] for name in SAME.sources(model)}, found, processor)
     return path, passed
 
 
-def _recipe_of(checkpoint: Path) -> Path:
-    """The recipe of the run, beside the folder of the stage whose `checkpoints` it lies in."""
+def _run_recipe(checkpoint: Path) -> Path:
+    """Where a run folder has its recipe: beside the folder of the stage whose `checkpoints` it lies in."""
     places = checkpoint.absolute().parents
-    path = places[min(2, len(places) - 1)] / "recipe.yaml"
+    return places[min(2, len(places) - 1)] / "recipe.yaml"
+
+
+def _recipe_of(checkpoint: Path) -> Path:
+    path = _run_recipe(checkpoint)
     if not path.is_file():
         raise CheckpointError(
             f"{checkpoint} does not lie in a run folder ({path} is not there), so its recipe is unknown; "

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 import ssmvl
 from ssmvl.checkpoints import read_tensors
 from ssmvl.errors import CheckpointError, RecipeError
+from ssmvl.recipe import load_recipe
 from ssmvl.training.export import export, find_checkpoint
 
 # Composer and streaming warn on their own account; torch where it saves shards of one rank.
@@ -212,6 +213,13 @@ def test_the_checkpoint_of_another_recipe(kind: str, tensors: dict[str, Tensor])
         export(path, OUT, recipe=recipe)
     with pytest.raises(RecipeError, match="no recipe named 'nothing'"):
         export(path, OUT, recipe="nothing")
+    assert not OUT.exists()
+
+
+def test_another_model_of_the_same_shapes(tensors: dict[str, Tensor]) -> None:
+    write_file(FILE, state(tensors))
+    with pytest.raises(CheckpointError, match=r"(?s)weights of another model.*language\.layers\.0\.mixer.*groups"):
+        export(FILE, OUT, recipe=load_recipe("quickstart", "model.language.mixer.norm_groups=2"))
     assert not OUT.exists()
 
 
