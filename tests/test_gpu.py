@@ -13,6 +13,7 @@ from ssmvl.assistant import Assistant
 from ssmvl.batch import collate, pack
 from ssmvl.build import build_processor
 from ssmvl.language.mamba_lm import Mamba1LM, MambaLM
+from ssmvl.ops.backends import report
 from ssmvl.ops.selective_scan import selective_scan
 from ssmvl.ops.ssd import ssd
 
@@ -58,6 +59,37 @@ def test_a_language_model_decodes_as_on_the_cpu(build: type[MambaLM]) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("build", [MambaLM, Mamba1LM])
+@pytest.mark.parametrize("backend", ["torch", "mamba_ssm"])
+def test_bf16_autocast_reads_trains_and_writes_as_fp32_does(
+    build: type[MambaLM], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = [why for why in report("cuda")[backend].values() if why]
+    if missing:
+        pytest.skip(missing[0])
+    lm = build(width=256, num_layers=4, num_tokens=500).cuda()
+    ids, lengths = torch.randint(500, (4, 300), device="cuda"), torch.tensor([299, 299, 299, 299], device="cuda")
+    losses, gradients, logits = [], [], []
+    for name, autocast in (("torch", False), (backend, True)):
+        monkeypatch.setenv("SSMVL_BACKEND", name)
+        lm.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            said = lm.head(lm.backbone(lm.embed(ids)))
+            loss = F.cross_entropy(said[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            loss.backward()
+            with torch.no_grad():
+                state = lm.new_state(4)
+                lm.prefill(lm.embed(ids[:, :-1]), lengths, state)
+                written = lm.head(lm.step(lm.embed(ids[:, -1]), state))
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in lm.parameters() if p.grad is not None]))
+        logits += [said[:, -1].float(), written.float()]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert F.cosine_similarity(*gradients, dim=0) > 0.99
+    for other in logits[1:]:
+        assert F.cosine_similarity(logits[0], other).min() > 0.99
+
+
 def test_the_model_trains_in_bf16_autocast_and_answers() -> None:
     recipe = ssmvl.load_recipe("quickstart")
     model = ssmvl.build_model(recipe, weights="recipe")
@@ -81,3 +113,5 @@ def test_the_model_trains_in_bf16_autocast_and_answers() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 4
+    with torch.autocast("cuda", torch.bfloat16):
+        assert Assistant(model, processor, recipe).generate(["Which row?"] * 2, max_new_tokens=4)[0]

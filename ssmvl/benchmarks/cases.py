@@ -50,7 +50,7 @@ def compare(
     return Row(case, found, unit, allowed, found / allowed, **more)
 
 
-def _operations(model: MambaLM, shape: Shape) -> float:
+def operations(model: MambaLM, shape: Shape) -> float:
     """Operations of one token's forward, the head's excepted."""
     inside = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
     return 2 * inside + ssd_operations(shape)
@@ -67,7 +67,7 @@ def _prefill(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
     yield compare(
         "prefill",
         "tok/s",
-        lambda: product_rate(shape, shape.prompt, device) / _operations(model, shape),
+        lambda: product_rate(shape, shape.prompt, device) / operations(model, shape),
         lambda: shape.prompt / seconds(run, device),
         peer=_peer(shape) if device == "cpu" else None,
     )
@@ -114,7 +114,7 @@ def _train_step(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
     yield compare(
         "train_step",
         "tok/s",
-        lambda: product_rate(shape, tokens, device) / (3 * _operations(model, shape)),
+        lambda: product_rate(shape, tokens, device) / (3 * operations(model, shape)),
         lambda: tokens / seconds(run, device),
         rounds=3,
     )

@@ -1,9 +1,10 @@
-"""`ssmvl bench [--suite cpu|cuda|data] [--json FILE]`."""
+"""`ssmvl bench [--suite cpu|cuda|data|training] [--json FILE]`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from itertools import chain
 from pathlib import Path
 
 from ssmvl.errors import BackendError
@@ -13,9 +14,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What is measured, and where the figures go."""
     parser.add_argument(
         "--suite",
-        choices=("cpu", "cuda", "data"),
+        choices=("cpu", "cuda", "data", "training"),
         default="cpu",
-        help="the model on a device, or converting and loading data (default: cpu)",
+        help="the model on a device, converting and loading data, or what training adds to it (default: cpu)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the machine and the rows there")
 
@@ -24,9 +25,11 @@ def run(options: argparse.Namespace) -> int:
     """Print the machine, then each row as soon as it is measured."""
     import torch
 
+    from ssmvl.benchmarks.bare_loop import loop_cases
     from ssmvl.benchmarks.cases import cases
     from ssmvl.benchmarks.data_cases import DataSize, data_cases
     from ssmvl.benchmarks.limits import Shape, machine
+    from ssmvl.benchmarks.training_cases import TrainingSize, training_cases
 
     if options.suite == "cuda" and not torch.cuda.is_available():
         raise BackendError("torch finds no CUDA device here; run the suite cpu")
@@ -37,7 +40,13 @@ def run(options: argparse.Namespace) -> int:
     print(LINE.format("case", "value", "unit", "limit", "share", "bar", "peer"))
     bars = BARS | CUDA_BARS if options.suite == "cuda" else BARS
     rows = []
-    for row in data_cases(DataSize()) if options.suite == "data" else cases(Shape(), options.suite):
+    suites = {
+        "cpu": lambda: cases(Shape(), "cpu"),
+        "cuda": lambda: chain(cases(Shape(), "cuda"), loop_cases("cuda")),
+        "data": lambda: data_cases(DataSize()),
+        "training": lambda: training_cases(TrainingSize()),
+    }
+    for row in suites[options.suite]():
         limit, share = ("", "") if row.limit is None else (f"{row.limit:.1f}", f"{row.of_limit:.0%}")
         line = LINE.format(row.case, f"{row.value:.1f}", row.unit, limit, share, bars.get(row.case, ""), row.peer or "")
         print(line.rstrip(), flush=True)
@@ -63,5 +72,7 @@ BARS = {
     "load": "≥ 85 %",
     "memory, texts": "≤ 100 %",
     "memory, images in a zip": "≤ 100 %",
+    "run / bare loop": "≥ 95 %",
+    "start": "≤ 100 %",
 }
 CUDA_BARS = {"scan, K = 4": "≥ 143 %"}

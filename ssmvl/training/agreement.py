@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar, cast
 
+import torch
 from composer.utils import dist
 
 from ssmvl.errors import RunError, SsmvlError
 
 Found = TypeVar("Found")
+PATIENCE = timedelta(hours=1)  # for which ranks wait where one of them may be fetching or writing
+
+
+@cache
+def patient() -> torch.distributed.ProcessGroup | None:
+    """All ranks, which wait for each other for `PATIENCE`; every rank asks for it at the same moment. None of one rank.
+
+    While they train they wait as long as `session.WAIT` says: a machine that is lost without a word is missed then.
+    """
+    if dist.get_world_size() == 1:
+        return None
+    return torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
 
 
 def first_rank(find: Callable[[], Found]) -> Found:
@@ -26,7 +41,7 @@ def first_rank(find: Callable[[], Found]) -> Found:
         except SsmvlError as raised:
             error = raised
     said: list[Any] = [str(error or ""), found]
-    dist.broadcast_object_list(said)
+    dist.broadcast_object_list(said, group=patient())
     if said[0]:
         raise error or RunError(said[0])
     return cast(Found, said[1])
@@ -46,7 +61,7 @@ def every_rank(find: Callable[[], Found]) -> Found:
                 found = find()
             except SsmvlError as raised:
                 error = raised
-        said = [text for text in dist.all_gather_object(str(error or "")) if text]
+        said = [text for text in dist.all_gather_object(str(error or ""), patient()) if text]
         if said:
             raise error or RunError(said[0])
     return cast(Found, found)

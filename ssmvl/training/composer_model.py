@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from composer import Algorithm, Event, Logger, State
 from composer.models import ComposerModel
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -73,6 +74,22 @@ class ComposerVLM(ComposerModel):
         if self.summed > 1 and total.requires_grad:
             total.register_hook(lambda gradient: gradient / self.summed)
         return total / max(len(outputs["labels"]), 1)
+
+
+class UnusedParameters(Algorithm):
+    """Does nothing but tell DDP that trained parameters may lack a gradient: of a ViT, the layers behind its features.
+
+    Composer asks algorithms alone.
+    """
+
+    find_unused_parameters = True
+
+    def match(self, event: Event, state: State) -> bool:
+        """Never."""
+        return False
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Nothing."""
 
 
 def adamw(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:

@@ -36,20 +36,20 @@ from ssmvl.loading import open_weights
 from ssmvl.recipe import Recipe
 from ssmvl.saved import ABOUT_FILE, save_folder
 from ssmvl.training.accuracy import WINDOW, AnswerAccuracy
-from ssmvl.training.agreement import every_rank, first_rank
+from ssmvl.training.agreement import every_rank, first_rank, patient
 from ssmvl.training.checkpoints import BucketStore, FolderStore, OldCheckpoints, Store
 from ssmvl.training.composer_classes import composer_class
-from ssmvl.training.composer_model import ComposerVLM, adamw
+from ssmvl.training.composer_model import ComposerVLM, UnusedParameters, adamw
 from ssmvl.training.damaged import DamagedSamples
 from ssmvl.training.evaluating import StageEvaluator
 from ssmvl.training.folder import RunFolder
 from ssmvl.training.progress import ProgressBar
 from ssmvl.training.report import report
 from ssmvl.training.spikes import LossGuard
-from ssmvl.training.stages import Plan
+from ssmvl.training.stages import Plan, is_under
 from ssmvl.training.watching import Norms, Pace
 
-WAIT = 3600.0  # seconds that ranks wait for each other: the first one may be fetching weights
+WAIT = 600.0  # seconds that ranks wait for each other while they train, as torch has it for GPUs
 
 
 class Session:
@@ -146,7 +146,7 @@ class Session:
             save_folder(self.folder.model(name), tensors, self.recipe, trainer.state.train_dataloader.dataset.processor)
             self._store(name).remove_old(self.plan.stages[name].keep)
         trainer.close()
-        dist.barrier()
+        dist.barrier(patient())
 
     def _store(self, name: str) -> Store:
         """Where a stage's checkpoints are."""
@@ -168,6 +168,7 @@ class Session:
             model = build_model(self.recipe, weights=start)
         else:  # Composer shards and sends what rank 0 built
             model = build_model(self.recipe, device="meta")
+        dist.barrier(patient())  # the first rank may be fetching weights
         processor = build_processor(self.recipe, model)
         prompt = stage.prompt() if stage.prompt is not None else processor.prompt
         processor = replace(processor, prompt=prompt, max_text_tokens=stage.max_text_tokens)
@@ -181,8 +182,9 @@ class Session:
             asked.append(StageEvaluator(stage.evaluation, records, processor, self.recipe))
         summed = self.world if sharded and not torch.cuda.is_available() else 1
         vlm = ComposerVLM(model, stage.train, stage.packed, summed, stage.activation_checkpointing)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        encoders = any(is_under(name, "encoders") for name in trained)
         with suppress(ContractError):  # a foreign part that cannot run on meta
-            trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
             vlm.log_flops(StepFlops(build_model(self.recipe, device="meta"), trained))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Composer's own deprecations; nothing a user could act on
@@ -196,7 +198,7 @@ class Session:
                 ),
                 optimizers=adamw(vlm, stage.optimizer),
                 schedulers=_cosine(stage.warmup),
-                algorithms=[GradientClipping("norm", 1.0)],
+                algorithms=[GradientClipping("norm", 1.0), *([UnusedParameters()] if encoders else [])],
                 max_duration=stage.duration,
                 device_train_microbatch_size=stage.microbatch or batch,
                 accumulate_train_batch_on_tokens=True,
@@ -248,7 +250,7 @@ class Session:
         records = self._records(options)
         self._say(f"asking {len(records)} test questions")
         mine = evaluation.ask(load(model), records, range(self.rank, len(records), self.world), options)
-        parts = dist.all_gather_object(mine)
+        parts = dist.all_gather_object(mine, patient())
         if self.rank == 0:
             answered = [parts[place % self.world][place // self.world] for place in range(len(records))]
             report(self.folder, records, answered)

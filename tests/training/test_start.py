@@ -12,6 +12,7 @@ import ssmvl
 from ssmvl.errors import ContractError, DataError, SsmvlError
 from ssmvl.recipe import load_recipe
 from ssmvl.text.tokenizers import byte_tokenizer
+from ssmvl.training.agreement import first_rank
 from ssmvl.training.session import Session
 from ssmvl.training.stages import check
 
@@ -52,7 +53,7 @@ def test_what_the_first_rank_misses_ends_both(tiny: Path) -> None:
 
     def prepare() -> None:
         with pytest.raises(SsmvlError) as caught:
-            Session(found, check(found)[0])._prepare()
+            first_rank(Session(found, check(found)[0])._prepare)
         print(f"{caught.type.__name__}: {caught.value}", flush=True)
 
     missing = "no_align/train/index.json: there is no such file"

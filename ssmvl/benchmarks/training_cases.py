@@ -1,0 +1,113 @@
+"""The cases of the suite `training`: what Composer, callbacks and data add to a bare loop, and how soon it begins."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import chdir, redirect_stdout
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+
+from ssmvl.benchmarks.cases import Row, compare
+from ssmvl.errors import RunError
+from ssmvl.recipe import Recipe, load_recipe
+
+START = 15.0  # seconds that a run may take from its command to its first step
+LEFT_OUT = 2  # first steps after a start
+ONE_STAGE = ("stages.align=null", "stages.order=null", "evaluation=null", "stages.finetune.checkpoint=1000000ba")
+
+
+class TrainingSize(NamedTuple):
+    """What is trained, and how long at a time."""
+
+    recipe: str = "quickstart"
+    samples: int = 6400
+    steps: int = 25
+
+
+def training_cases(size: TrainingSize) -> Iterator[Row]:
+    """Every row, one after the other; on one rank, in a folder for temporary files."""
+    with TemporaryDirectory(prefix="ssmvl-bench-") as name, chdir(name):
+        data = f"stages.finetune.data.train_size={size.samples}"
+        recipe = load_recipe(size.recipe, *ONE_STAGE, data)
+        yield _overhead(recipe, size)
+        yield _start(recipe)
+
+
+def _overhead(recipe: Recipe, size: TrainingSize) -> Row:
+    """Steps a second of a run, against a loop over batches that are there: forward, backward, clipping, AdamW."""
+    from composer import Callback, State
+
+    from ssmvl.training.composer_model import ComposerVLM, adamw
+    from ssmvl.training.session import Session
+    from ssmvl.training.stages import check
+
+    class Clock(Callback):
+        """When each step ended."""
+
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def batch_end(self, state: State, logger: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+    plan, _ = check(recipe)
+    trainer = Session(recipe, plan).trainer("finetune")
+    trainer.state.callbacks.append(clock := Clock())
+    stage = plan.stages["finetune"]
+    batches = list(islice(iter(trainer.state.train_dataloader), size.steps))
+    torch.manual_seed(plan.seed)
+    vlm = ComposerVLM(_model(recipe), stage.train, stage.packed).train()
+    optimizer = adamw(vlm, stage.optimizer)
+
+    def run() -> float:
+        clock.ends.clear()
+        trainer.fit(duration=f"{size.steps}ba")
+        return _rate(clock.ends)
+
+    def bare() -> float:
+        ends = []
+        for batch in batches:
+            vlm.loss(vlm(batch), batch).backward()
+            torch.nn.utils.clip_grad_norm_(vlm.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ends.append(time.perf_counter())
+        return _rate(ends)
+
+    with redirect_stdout(io.StringIO()):  # its progress
+        row = compare("run / bare loop", "steps/s", bare, run, rounds=3)
+    trainer.close()
+    return row
+
+
+def _start(recipe: Recipe) -> Row:
+    """Seconds from the command to the end of the first step; the data are there."""
+    Path("recipe.yaml").write_text(recipe.to_yaml())
+    command = [sys.executable, "recipe.yaml", "run=start", "stages.finetune.duration=1ba", "stages.finetune.warmup=0ba"]
+    begin = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("finetune 1/1"):
+                taken = time.perf_counter() - begin
+                process.kill()
+                return Row("start", taken, "s", START, taken / START)
+    raise RunError(f"{' '.join(command)} ended with {process.returncode} before its first step")
+
+
+def _model(recipe: Recipe) -> Any:
+    from ssmvl.build import build_model
+
+    return build_model(recipe, weights="recipe")
+
+
+def _rate(ends: list[float]) -> float:
+    return (len(ends) - 1 - LEFT_OUT) / (ends[-1] - ends[LEFT_OUT])

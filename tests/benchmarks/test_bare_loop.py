@@ -1,0 +1,79 @@
+"""The bare training loop at a size for a test; what it measures is not judged here, but what it counts and trains."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssmvl.benchmarks import bare_loop
+from ssmvl.benchmarks.bare_loop import LOOPS, PEAKS, Loop, loop_cases, token_operations
+from ssmvl.benchmarks.cases import Row
+from ssmvl.benchmarks.memory import build
+
+TOY = (Loop("toy", width=64, num_layers=2, rows=2, length=40, num_tokens=500),)
+
+
+def rows() -> dict[str, Row]:
+    return {row.case: row for row in loop_cases("cpu", TOY)}
+
+
+def test_a_loop_learns_and_of_an_unknown_card_gives_no_share() -> None:
+    found = rows()
+    assert list(found) == [f"{what} toy, torch" for what in ("train", "loss", "read", "write")]
+    assert all(math.isfinite(row.value) and row.value > 0 for row in found.values())
+    loss = found.pop("loss toy, torch")
+    assert loss.limit == pytest.approx(math.log(500), rel=0.1)
+    assert loss.value < 0.8 * loss.limit
+    assert all((row.limit, row.of_limit) == (None, None) for row in found.values())
+
+
+def test_what_does_not_fit_is_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, cross_entropy = [], F.cross_entropy
+
+    def kept(*args: Any, **options: Any) -> Any:
+        blocks.append(args)
+        return checkpoint(*args, **options)
+
+    def loss(*args: Any) -> torch.Tensor:
+        if not blocks:
+            raise torch.OutOfMemoryError
+        return cross_entropy(*args)
+
+    monkeypatch.setattr(bare_loop, "checkpoint", kept)
+    monkeypatch.setattr(bare_loop.F, "cross_entropy", loss)
+    assert all(name.endswith(" toy, torch, checkpointed") for name in rows())
+    assert blocks
+
+
+def test_the_share_of_a_known_card_is_the_flops_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = bare_loop._measure(TOY[0], "toy", "cpu", peak=2.0)[0]
+    flops = 3 * token_operations(build(TOY[0].shape, "meta"), TOY[0].shape)
+    assert row.limit == pytest.approx(2e12 / flops)
+    assert row.of_limit == pytest.approx(row.value * flops / 2e12)
+
+
+def products(total: Any, left: tuple[int, ...], right: tuple[int, ...], **_: Any) -> int:
+    """Of shapes; torch has no formula for the operation in place."""
+    return 2 * math.prod(left) * right[-1]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_flops_are_those_that_torch_counts(loop: Loop) -> None:
+    loop = loop._replace(num_layers=2)
+    model = build(loop.shape, "meta")
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: products}) as counter:
+        model.head(model.backbone(model.embed(torch.zeros(1, 2048, dtype=torch.long, device="meta"))))
+    assert counter.get_total_flops() / 2048 == pytest.approx(token_operations(model, loop.shape), rel=0.05)
+
+
+def test_the_sizes_are_those_of_their_names() -> None:
+    for loop in LOOPS:
+        model = build(loop.shape, "meta")
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(float(loop.name[:-1]) * 1e6, rel=0.02)
+    assert PEAKS["NVIDIA A100-SXM4-80GB"] == 312

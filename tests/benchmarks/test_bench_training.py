@@ -1,0 +1,35 @@
+"""`ssmvl bench --suite training` with a few steps; what it measures is not judged here, but that it measures them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ssmvl.benchmarks import training_cases as suite
+from ssmvl.benchmarks.cases import compare
+from ssmvl.cli import bench, main
+
+pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
+
+
+def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    asked: list[str] = []
+
+    def once(case: str, unit: str, *sides: object, rounds: int) -> object:
+        asked.append(case)
+        return compare(case, unit, *sides, rounds=1)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(suite.TrainingSize, "__new__", lambda cls: TINY)
+    monkeypatch.setattr(suite, "compare", once)
+    assert main(["bench", "--suite", "training", "--json", str(tmp_path / "rows.json")]) == 0
+    rows = {row["case"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert list(rows) == ["run / bare loop", "start"]
+    assert asked == ["run / bare loop"]
+    assert all(row["value"] > 0 and row["case"] in bench.BARS for row in rows.values())
+    assert rows["start"]["limit"] == suite.START
+    assert "finetune 1/" not in capfd.readouterr().out
+
+
+TINY = suite.TrainingSize(samples=256, steps=4)
