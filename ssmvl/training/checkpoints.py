@@ -36,9 +36,15 @@ class FolderStore:
         self._folder = place
 
     def newest(self) -> tuple[str | None, list[str]]:
-        """The newest checkpoint that is whole, or None, and what is wrong with newer ones."""
+        """The newest checkpoint that is whole, or None, and what is wrong with newer ones, which lose their index.
+
+        What is written over them is not whole before its own index is there.
+        """
         found, passed = newest_whole(self._folder)
-        return str(found) if found else None, passed
+        for path in passed:
+            if path.is_dir():
+                (path / INDEX_FILE).unlink(missing_ok=True)
+        return str(found) if found else None, list(passed.values())
 
     def remove_old(self, kept: int) -> None:
         """Remove those older than the newest `kept` whole ones."""
@@ -67,15 +73,18 @@ class BucketStore:
         self._client: Any = boto3.client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
 
     def newest(self) -> tuple[str | None, list[str]]:
-        """The newest checkpoint that is whole, or None, and what is wrong with newer ones.
+        """The newest checkpoint that is whole, or None, and what is wrong with newer ones, which lose their index.
 
         Raises:
             RunError: the bucket cannot be reached.
         """
         with self._outline() as outline:
             found, passed = newest_whole(outline)
+            for path in passed:
+                if path.is_dir():
+                    self._remove(outline, path / INDEX_FILE)
             url = f"{self.place}/{found.name}" if found else None
-            return url, [text.replace(str(outline), self.place) for text in passed]
+            return url, [text.replace(str(outline), self.place) for text in passed.values()]
 
     def remove_old(self, kept: int) -> None:
         """Remove those older than the newest `kept` whole ones.
@@ -86,7 +95,10 @@ class BucketStore:
         with self._outline() as outline:
             for path in surplus(outline, kept):
                 for name in path.iterdir() if path.is_dir() else [path]:
-                    self._client.delete_object(Bucket=self._bucket, Key=self._prefix + str(name.relative_to(outline)))
+                    self._remove(outline, name)
+
+    def _remove(self, outline: Path, path: Path) -> None:
+        self._client.delete_object(Bucket=self._bucket, Key=self._prefix + str(path.relative_to(outline)))
 
     @contextmanager
     def _outline(self) -> Iterator[Path]:

@@ -37,12 +37,12 @@ def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path,
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be read ({error})") from error
         if newest is None:
-            what = "no whole checkpoint:\n  " + "\n  ".join(passed) if passed else "no checkpoint of a run"
+            what = "no whole checkpoint:\n  " + "\n  ".join(passed.values()) if passed else "no checkpoint of a run"
             allowed = "name a stage's folder, such as runs/NAME/STAGE/checkpoints, or one in it, such as ep0-ba500"
             raise CheckpointError(
                 f"{folder} holds {what}\n{allowed}" if passed else f"{folder} holds {what}; {allowed}"
             )
-        return newest, passed
+        return newest, list(passed.values())
     if not path.exists():
         advice = "; copy it here first" if is_remote(str(name)) else ""
         raise CheckpointError(f"{name}: no such file or folder on this machine{advice}")

@@ -72,9 +72,9 @@ class RunFolder:
         path = self.root / "recipe.yaml"
         if not path.is_file():
             return
-        differences = _differences("", _identity(load_recipe(path)), _identity(recipe))
-        if differences:
-            listed = "\n  ".join(differences)
+        found = differences(identity(load_recipe(path)), identity(recipe))
+        if found:
+            listed = "\n  ".join(found)
             raise RunError(f"{self.root} holds another run; give this one a name with run=NAME:\n  {listed}")
 
     def claim(self, recipe: Recipe) -> None:
@@ -130,7 +130,8 @@ class RunFolder:
             raise RunError(f"{self.root / name} cannot be written ({error})") from error
 
 
-def _identity(recipe: Recipe) -> dict[str, Any]:
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """What makes a run this one, as plain data: its model, seed and stages, of these the data and trained parts."""
     stages = {k: v for k, v in (recipe.data.get("stages") or {}).items() if isinstance(v, dict)}
     kept = {name: {key: stage.get(key) for key in ("data", "init_from", "train")} for name, stage in stages.items()}
     # Mappings are equal in any order, but encoders in another order are another model.
@@ -139,10 +140,11 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     return {"model": recipe.data["model"], "seed": recipe.data["seed"], "stages": kept, **order}
 
 
-def _differences(path: str, there: Any, here: Any) -> list[str]:
+def differences(there: Any, here: Any, path: str = "") -> list[str]:
+    """One line for each value that is another in two identities."""
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         keys = [*there, *(key for key in here if key not in there)]
         return [
-            line for key in keys for line in _differences(f"{path}.{key}".lstrip("."), there.get(key), here.get(key))
+            line for key in keys for line in differences(there.get(key), here.get(key), f"{path}.{key}".lstrip("."))
         ]
     return [] if there == here else [f"{path}: {there!r} there, {here!r} here"]

@@ -14,14 +14,14 @@ LATEST = "latest-rank0.pt"  # the link that Composer resumes from
 CHECKPOINT = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # of one device or DDP a file, sharded a folder
 
 
-def newest_whole(folder: Path, trust_pickle: bool = False) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a folder that is whole, or None, and what is wrong with the newer ones."""
-    passed: list[str] = []
+def newest_whole(folder: Path, trust_pickle: bool = False) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint of a folder that is whole, or None, and what is wrong with each newer one."""
+    passed: dict[Path, str] = {}
     for path in _newest_first(folder):
         why = damage(path, trust_pickle)
         if not why:
             return path, passed
-        passed.append(f"{path} {why}")
+        passed[path] = f"{path} {why}"
     return None, passed
 
 

@@ -5,16 +5,29 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from ssmvl.errors import MissingDependencyError, SsmvlError
+from safetensors import SafetensorError
+from torch.distributed import DistBackendError, DistNetworkError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ssmvl.errors import MissingDependencyError, RunError, SsmvlError, short
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.training.stages import check
+
+DISK = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOENT ENOTDIR ESTALE".split()}
+SAVED = "What was saved stays, and the same command goes on at the newest checkpoint that is whole"
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_print = threading.excepthook
 
 
 def train(recipe: str | Path | Recipe, *overrides: str) -> Path:
@@ -26,7 +39,7 @@ def train(recipe: str | Path | Recipe, *overrides: str) -> Path:
 
     Raises:
         RecipeError: every mistake of the recipe.
-        RunError: the run folder belongs to another recipe.
+        RunError: the run folder belongs to another recipe or cannot be written, or another rank is lost.
         MissingDependencyError: Composer or streaming is not installed.
     """
     for module in ("composer", "streaming"):
@@ -36,21 +49,56 @@ def train(recipe: str | Path | Recipe, *overrides: str) -> Path:
     plan, _ = check(found)
     from ssmvl.training.session import Session
 
-    return Session(found, plan).run()
+    session = Session(found, plan)
+    try:
+        return session.run()
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if why := outside(error):
+            raise RunError(f"{why}. {SAVED}") from error
+        raise
+    finally:
+        session.folder.release()
+
+
+def outside(error: BaseException) -> str | None:
+    """What ended a run, if that is no mistake in its code: a disk, or another rank; None if it may be one."""
+    if isinstance(error, CheckpointException):
+        return next(filter(None, (outside(found) for found, _ in error.failures.values())), None)
+    text = short(str(error).partition("\n")[0])
+    if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in DISK):
+        return f"a file cannot be written or read: {text}"
+    if isinstance(error, DistNetworkError) and "EADDRINUSE" in str(error):
+        port = os.environ.get("MASTER_PORT")
+        return f"the ranks cannot meet: another process uses port {port}; leave --master_port out or give another"
+    if isinstance(error, (DistBackendError, DistNetworkError)) or "gloo/transport" in text:
+        return f"the connection to another rank is lost, whose message, if it left one, says why ({text})"
+    if isinstance(error, RuntimeError) and "inline_container" in text:  # torch's name for what writes its files
+        return f"a checkpoint cannot be written, which is so where a disk is full (torch: {text})"
+    return None
 
 
 def main(argv: Sequence[str]) -> int:
     """`argv` is the recipe and its overrides; a mistake is printed without a traceback and gives exit code 2."""
+    _end_with_launcher()
+    # TensorBoard writes in a thread, which prints what its next call raises.
+    threading.excepthook = lambda said: None if said.exc_value and outside(said.exc_value) else _print(said)
     try:
         if not argv:
             raise SsmvlError("which recipe? composer recipes/quickstart.yaml")
         train(argv[0], *argv[1:])
     except SsmvlError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        logging.getLogger("composer").setLevel(logging.CRITICAL)  # what is closed at exit fails for the same reason
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the launcher ends those that leave last: they leave with 2 too
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return 2
     return 0
+
+
+def _end_with_launcher() -> None:
+    """Have this rank end when its launcher is killed, which can pass nothing on then."""
+    if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

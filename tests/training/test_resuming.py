@@ -73,7 +73,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
         assert found is not None
         assert found.name.startswith("ep0-ba4"), name
         assert len(passed) == (0 if ranks == 1 and name == "gone" else 1)
-        assert all(f"{folder}/ep0-ba6" in text for text in passed)
+        assert all(f"{folder}/ep0-ba6" in text for text in passed.values())
     cut(newest(CHECKPOINTS))
     shutil.rmtree(MODEL)
     said = train(tiny, ranks, capfd)
@@ -84,12 +84,12 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
 
 
 def test_the_newest_whole_ones_are_kept(tmp_path: Path) -> None:
-    assert newest_whole(tmp_path) == (None, [])
+    assert newest_whole(tmp_path) == (None, {})
     names = [f"ep0-ba{step}-rank0.pt" for step in (9, 10, 100, 101)]
     for name in names:
         torch.save({}, tmp_path / name)
     (tmp_path / "ep0-ba1000-rank0.pt.partial").touch()
-    assert newest_whole(tmp_path) == (tmp_path / names[3], [])
+    assert newest_whole(tmp_path) == (tmp_path / names[3], {})
     assert [path.name for path in surplus(tmp_path, 1)] == [names[2], names[1], names[0]]
     cut(tmp_path / names[3])
     assert [path.name for path in surplus(tmp_path, 1)] == [names[1], names[0]]

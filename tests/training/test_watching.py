@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ssmvl
 from ssmvl import anatomy
-from ssmvl.training import progress, session, watching
+from ssmvl.training import progress, trainer, watching
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
 ONE_STAGE = ("stages.align=null", "stages.order=null", "evaluation=null", "stages.finetune.duration=4ba")
@@ -35,7 +35,7 @@ def test_what_is_logged_shown_and_profiled(
 ) -> None:
     for module in (watching, progress):
         monkeypatch.setattr(module, "WINDOW", 1)
-    monkeypatch.setattr(session, "WINDOW", 1)
+    monkeypatch.setattr(trainer, "WINDOW", 1)
     ssmvl.train(tiny, *ONE_STAGE, "stages.finetune.duration=6ba", "stages.finetune.profile=true")
     found = logged("tiny")
     assert all(0 < share < 1 for share in found["time/waiting_for_data"])

@@ -1,0 +1,181 @@
+"""A stage under Composer: its model, built or received and sharded, its data, and all that watches it."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Callback, DataSpec, Time, Trainer
+from composer.algorithms import GradientClipping
+from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator, SpeedMonitor
+from composer.loggers import TensorboardLogger
+from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
+from composer.profiler import Profiler, cyclic_schedule
+from composer.utils import dist, reproducibility
+from composer.utils.parallelism import FSDP2Config
+
+from ssmvl.anatomy import StepFlops
+from ssmvl.batch import num_samples, num_tokens, split_batch
+from ssmvl.build import build_model, build_processor
+from ssmvl.data.streams import TrainLoader, read_records, train_loader
+from ssmvl.errors import ContractError
+from ssmvl.evaluation import Evaluation
+from ssmvl.recipe import Recipe
+from ssmvl.text.processor import Processor
+from ssmvl.training.accuracy import WINDOW, AnswerAccuracy
+from ssmvl.training.agreement import every_rank, patient
+from ssmvl.training.belonging import Identity, resuming
+from ssmvl.training.checkpoints import BucketStore, FolderStore, OldCheckpoints, Store
+from ssmvl.training.composer_classes import composer_class
+from ssmvl.training.composer_model import ComposerVLM, UnusedParameters, adamw
+from ssmvl.training.damaged import DamagedSamples
+from ssmvl.training.evaluating import StageEvaluator
+from ssmvl.training.folder import RunFolder
+from ssmvl.training.progress import ProgressBar
+from ssmvl.training.spikes import LossGuard
+from ssmvl.training.stages import Plan, Stage, is_under
+from ssmvl.training.watching import Norms, Pace
+
+
+def stage_trainer(
+    recipe: Recipe, plan: Plan, folder: RunFolder, name: str, start: str | Path, checkpoint: str | None = None
+) -> Trainer:
+    """What trains a stage, on this rank; every rank calls it.
+
+    Shards are read by sharded ranks only, were it one alone; one file by any: sharded ranks write shards then.
+
+    Args:
+        recipe: of the run.
+        plan: the same, bound.
+        folder: of the run.
+        name: of the stage.
+        start: what `build_model` takes as weights.
+        checkpoint: what to go on from; the stage begins if None.
+
+    Raises:
+        SsmvlError: weights, data or the checkpoint cannot be used. On every rank.
+    """
+    stage, world = plan.stages[name], dist.get_world_size()
+    joined = checkpoint is not None and checkpoint.endswith(".pt")
+    sharded = (world > 1 and stage.sharding == "fsdp2") or (checkpoint is not None and not joined)
+    fsdp = FSDP2Config(
+        mixed_precision="FULL", state_dict_type="full" if joined else "sharded", load_monolith_rank0_only=joined
+    )
+    reproducibility.seed_all(plan.seed)
+    vlm = _model(recipe, stage, start, sharded)
+    processor = build_processor(recipe, vlm.model)
+    prompt = stage.prompt() if stage.prompt is not None else processor.prompt
+    processor = replace(processor, prompt=prompt, max_text_tokens=stage.max_text_tokens)
+    data = every_rank(lambda: stage.data(split="train"))
+    gc.collect()  # the stage before may have filled the same cache, which streaming lets one loader do at a time
+    batch = stage.batch // world
+    loader = train_loader(data, processor, batch=batch, seed=plan.seed, loader=stage.loader)
+    encoders = any(is_under(name, "encoders") for name in _trained(vlm))
+    store = stage_store(folder, name)
+    callbacks = [Identity(recipe), *_watchers(recipe, folder, name, stage, loader), OldCheckpoints(store, stage.keep)]
+    callbacks += [composer_class("callbacks", key)(**(options or {})) for key, options in stage.callbacks.items()]
+    with warnings.catch_warnings(), resuming(checkpoint):
+        warnings.simplefilter("ignore")  # Composer's own deprecations; nothing a user could act on
+        trainer = Trainer(
+            model=vlm,
+            train_dataloader=DataSpec(
+                loader,
+                split_batch=split_batch,
+                get_num_samples_in_batch=num_samples,
+                get_num_tokens_in_batch=num_tokens,
+            ),
+            optimizers=adamw(vlm, stage.optimizer),
+            schedulers=_cosine(stage.warmup),
+            algorithms=[GradientClipping("norm", 1.0), *([UnusedParameters()] if encoders else [])],
+            max_duration=stage.duration,
+            device_train_microbatch_size=stage.microbatch or batch,
+            accumulate_train_batch_on_tokens=True,
+            precision="amp_bf16" if torch.cuda.is_available() else "fp32",
+            parallelism_config={"fsdp": fsdp} if sharded else None,
+            seed=plan.seed,
+            run_name=f"{plan.run}-{name}",
+            progress_bar=False,
+            profiler=_profiler(folder.traces(name)) if stage.profile else None,
+            callbacks=callbacks,
+            loggers=[
+                ProgressBar(name),
+                TensorboardLogger(str(folder.root / "tensorboard"), flush_interval=10),
+                *[composer_class("loggers", key)(**(options or {})) for key, options in stage.loggers.items()],
+            ],
+            save_folder=store.place,
+            save_interval=stage.checkpoint,
+            save_num_checkpoints_to_keep=store.local_copies,
+            save_latest_filename=None,
+            save_overwrite=True,  # a killed run may have left half a checkpoint of a later step
+            load_path=checkpoint,
+        )
+    fsdp.state_dict_type = "sharded"
+    return trainer
+
+
+def stage_store(folder: RunFolder, name: str) -> Store:
+    """Where a stage's checkpoints are."""
+    place = folder.checkpoints(name)
+    return FolderStore(place) if isinstance(place, Path) else BucketStore(place)
+
+
+def read_questions(options: Evaluation) -> list[dict[str, Any]]:
+    """The records of an evaluation set, the same on every rank."""
+    data = every_rank(lambda: options.data(split="test"))
+    return every_rank(lambda: read_records(data))
+
+
+def _model(recipe: Recipe, stage: Stage, start: str | Path, sharded: bool) -> ComposerVLM:
+    if sharded and dist.get_global_rank() > 0:  # Composer shards and sends what the first rank built
+        model = build_model(recipe, device="meta")
+    else:
+        model = build_model(recipe, weights=start)
+    dist.barrier(patient())  # the first rank may be fetching weights
+    summed = dist.get_world_size() if sharded and not torch.cuda.is_available() else 1
+    vlm = ComposerVLM(model, stage.train, stage.packed, summed, stage.activation_checkpointing)
+    with suppress(ContractError):  # a foreign part that cannot run on meta
+        vlm.log_flops(StepFlops(build_model(recipe, device="meta"), _trained(vlm)))
+    return vlm
+
+
+def _trained(vlm: ComposerVLM) -> list[str]:
+    return [name for name, parameter in vlm.model.named_parameters() if parameter.requires_grad]
+
+
+def _watchers(recipe: Recipe, folder: RunFolder, name: str, stage: Stage, loader: TrainLoader) -> list[Callback]:
+    processor: Processor = loader.dataset.processor
+    asked = stage.evaluation
+    return [
+        AnswerAccuracy(),
+        DamagedSamples(loader, folder.damaged(name)),
+        LossGuard(stage.loss_jump),
+        Pace(),
+        Norms(),
+        *([StageEvaluator(asked, read_questions(asked), processor, recipe)] if asked is not None else []),
+        LRMonitor(),
+        SpeedMonitor(window_size=WINDOW),
+        RuntimeEstimator(),
+        *([MemoryMonitor()] if torch.cuda.is_available() else []),
+    ]
+
+
+def _profiler(folder: Path) -> Profiler:
+    """Of a few steps of each epoch, as one trace of each rank for chrome://tracing or Perfetto."""
+    return Profiler(
+        schedule=cyclic_schedule(skip_first=2, wait=0, warmup=1, active=3),
+        trace_handlers=[],
+        sys_prof_cpu=False,
+        torch_prof_folder=str(folder),
+        torch_prof_remote_file_name=None,
+        torch_prof_overwrite=True,
+    )
+
+
+def _cosine(warmup: str) -> ComposerScheduler:
+    """To zero at the end of the stage. Composer warns of each step of a warm-up that is none."""
+    return CosineAnnealingWithWarmupScheduler(warmup) if Time.from_input(warmup).value else CosineAnnealingScheduler()
