@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
@@ -91,18 +92,34 @@ class StepFlops:
     """
 
     def __init__(self, model: VisionLanguageModel, trained: Collection[str]) -> None:
-        learning = {parameter for name, parameter in model.named_parameters() if name in trained}
-        first = -(-(model.tokens_per_image + 1) // STRETCH) * STRETCH
-        totals = first, first + STRETCH
-        costs = [_with_backward(_walk(model, total - model.tokens_per_image), learning) for total in totals]
-        short, long = (cost["language.layers"] for cost in costs)
-        self._image = sum(flops for name, flops in costs[0].items() if not name.startswith("language."))
-        self._label = costs[0]["language.head"] / (first - model.tokens_per_image)
-        if cast(LanguageModel, model.language).recurrent:
-            self._pair, self._position = 0.0, (long - short) / STRETCH
+        self._recurrent = cast(LanguageModel, model.language).recurrent
+        self._places = model.tokens_per_image
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._totals = [(self._places // STRETCH + more) * STRETCH for more in (1, 2)]  # T of each walk
+        self._walks = [_walk(model, total - self._places) for total in self._totals]
+        self._count(trained)
+
+    def where(self, trained: Collection[str]) -> StepFlops:
+        """Those of the same model with other trained parameters; nothing is run again."""
+        other = copy.copy(self)
+        other._count(trained)
+        return other
+
+    def _count(self, trained: Collection[str]) -> None:
+        learning = {parameter for parameter, name in self._names.items() if name in trained}
+        forward = self._walks[0]
+        factors = _backward_factors(forward, learning)
+        costs = {name: step.flops * factors[name].products for name, step in forward.items()}
+        self._image = sum(flops for name, flops in costs.items() if not name.startswith("language."))
+        (first, second), (short, long) = self._totals, (walk["language.layers"].flops for walk in self._walks)
+        self._label = costs["language.head"] / (first - self._places)
+        if self._recurrent:
+            pair, position = 0.0, (long - short) / STRETCH
         else:  # f = position * T + pair * T²
-            self._pair = (long / totals[1] - short / totals[0]) / STRETCH
-            self._position = short / totals[0] - self._pair * totals[0]
+            pair = (long / second - short / first) / STRETCH
+            position = short / first - pair * first
+        layers = factors["language.layers"]
+        self._position, self._pair = position * layers.products, pair * layers.attention
 
     def of(self, images: int, positions: int, labels: int) -> int:
         """FLOPs of a step.
@@ -120,16 +137,23 @@ class StepFlops:
         return round(images * self._image + positions * self._position + pairs * self._pair + labels * self._label)
 
 
-def _with_backward(steps: Mapping[str, _Step], learning: Set[nn.Parameter]) -> dict[str, float]:
-    """FLOPs of each part, forward and backward."""
-    costs, reached = {}, False
+class _Factors(NamedTuple):
+    """What forward and backward of a part cost together, its forward being 1: products with weights, and attention."""
+
+    products: float
+    attention: int
+
+
+def _backward_factors(steps: Mapping[str, _Step], learning: Set[nn.Parameter]) -> dict[str, _Factors]:
+    factors, reached = {}, False
     for name, step in steps.items():
         learns = step.taken & learning
         behind = reached and not name.startswith("encoders.")  # which stand side by side
+        passes = bool(learns) or behind
         share = _numel(learns) / max(_numel(step.taken), 1)
-        costs[name] = step.flops * (1 + (bool(learns) or behind) + share)
+        factors[name] = _Factors(1 + passes + share, 1 + 2 * passes)  # attention multiplies two inputs
         reached = reached or bool(learns)
-    return costs
+    return factors
 
 
 @torch.no_grad()
@@ -172,7 +196,7 @@ class _Walk:
     def __call__(self, name: str, letters: str, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
         meter = _Meter()
         try:
-            with meter, patch.object(torch, "autocast", _autocast):
+            with meter, patch.object(torch, "autocast", autocast_on_meta):
                 output = part(*inputs)
         except SsmvlError:
             raise
@@ -182,7 +206,7 @@ class _Walk:
         return output
 
 
-def _autocast(device_type: str, *args: Any, **kwargs: Any) -> AbstractContextManager[object]:
+def autocast_on_meta(device_type: str, *args: Any, **kwargs: Any) -> AbstractContextManager[object]:
     """torch.autocast, which torch lacks for `meta`: models that switch it off, as those of transformers, would fail."""
     return nullcontext() if device_type == "meta" else AUTOCAST(device_type, *args, **kwargs)
 

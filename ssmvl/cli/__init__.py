@@ -16,6 +16,7 @@ VERBS = {
     "check": "find every mistake in a recipe without allocating a weight",
     "show": "print a recipe with its overrides merged, or draw a scan order",
     "list": "list recipes and components, and plugins that failed",
+    "plan": "estimate memory and time of each stage on given GPUs",
     "data": "convert published data sets to shards, verify and inspect them",
     "export": "save the model of a checkpoint that a run wrote",
     "generate": "ask a trained model about an image",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,11 +10,11 @@ from composer import Algorithm, Event, Logger, State
 from composer.models import ComposerModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ssmvl.anatomy import StepFlops
 from ssmvl.batch import Batch, pack, pad
 from ssmvl.interfaces import LanguageModel
+from ssmvl.training.preparing import checkpoint_activations, freeze_others
 from ssmvl.training.stages import Optimizer, is_under
 from ssmvl.vlm import VisionLanguageModel
 
@@ -44,11 +43,9 @@ class ComposerVLM(ComposerModel):
         self.model = model
         self.summed = summed
         self.packed = packed and cast(LanguageModel, model.language).recurrent
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(is_under(name, prefix) for prefix in train))
-        for unit in model.shard_units() if checkpointing else ():
-            # Inside the unit's own hooks, so that what FSDP2 gathers for backward serves the second forward too.
-            unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)
+        freeze_others(model, train)
+        if checkpointing:
+            checkpoint_activations(model)
 
     def train(self, mode: bool = True) -> ComposerVLM:
         """Training mode for what is trained; a module whose parameters are all frozen stays in evaluation mode."""

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 from data.published import LAYOUTS, make
 
+from ssmvl.cli import main
+
+pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
+
 TINY_ML_MAMBA = [
     "quickstart",
     "stages.order=null",
@@ -57,8 +61,15 @@ def journey(layout: str, samples: int, bucket: str, folder: Path, ssmvl: Callabl
 
 
 @pytest.mark.parametrize("layout", ["llava_mix665k"])
-def test_from_published_files_to_training(layout: str, bucket: str, tmp_path: Path, ssmvl: Callable[..., str]) -> None:
-    journey(layout, 60, bucket, tmp_path, ssmvl)
+def test_from_published_files_to_training(
+    layout: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def here(*arguments: str) -> str:
+        assert main(arguments) == 0
+        return capfd.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    journey(layout, 60, bucket, tmp_path, here)
     assert (tmp_path / "runs" / layout / "model" / "model.safetensors").is_file()
 
 

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -79,25 +77,6 @@ def test_every_parameter_is_sharded(tiny: Path, composer: Composer) -> None:
     assert report["sharded"] > 50
     assert report["equal_to_one_rank"]
     assert report["gradient_of_the_rank_with_images"] > 0
-
-
-@pytest.mark.parametrize("ranks", [pytest.param("1", marks=pytest.mark.slow), "2"])
-def test_killed_and_started_again_resumes_at_the_checkpoint(tiny: Path, composer: Composer, ranks: str) -> None:
-    arguments = ("-n", ranks, "tiny.yaml", "stages.finetune.duration=20ba", "stages.finetune.checkpoint=6ba")
-    process = composer(*arguments)
-    assert process.stdout is not None
-    for line in process.stdout:  # it says every ten steps how far it is
-        if " 10/20:" in line:
-            os.killpg(process.pid, signal.SIGKILL)
-            break
-    process.communicate()
-    assert not Path("runs/tiny/model").exists()
-    process = composer(*arguments)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    assert "stage align: finished before" in output
-    assert "stage finetune: resumed at step 6," in output
-    assert "reading" in json.loads(Path("runs/tiny/results.json").read_text())
 
 
 def test_a_file_in_the_way_of_the_folder_is_named(tiny: Path) -> None:

@@ -1,0 +1,146 @@
+"""`ssmvl plan RECIPE [a.b=c …] --gpus 8 --memory 80`: memory of a GPU and time of a step, of each stage."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING
+
+from ssmvl.cli.common import recipe_arguments
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ssmvl.training.planning import Setting, StagePlan
+
+GB, MINUTE, HOUR = 1e9, 60, 3600
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """A recipe, its overrides, and the machine."""
+    recipe_arguments(parser)
+    parser.add_argument("--gpus", type=_count, required=True, metavar="N", help="one rank on each")
+    parser.add_argument("--memory", type=_amount, required=True, metavar="GB", help="of one GPU, in 10^9 bytes")
+    parser.add_argument("--text-tokens", type=_count, default=256, metavar="N", help="of a sample, for the time; 256")
+    parser.add_argument("--mfu", type=_share, default=0.4, help="model FLOPs utilisation, for the time; 0.4")
+    parser.add_argument("--tflops", type=_amount, default=312.0, help="peak of one GPU in bf16; 312, an A100's")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan of each stage; 1 if one of them does not fit."""
+    from rich.console import Console
+
+    from ssmvl.recipe import load_recipe
+    from ssmvl.training.planning import MARGIN, stage_plans
+
+    plans = stage_plans(load_recipe(options.recipe, *options.overrides), options.gpus)
+    console = Console(highlight=False, soft_wrap=True)
+    limit = options.memory * GB * (1 - MARGIN)
+    fits = True
+    for name, plan in plans.items():
+        memory = plan.memory()
+        fits = fits and memory.total() <= limit
+        console.print(_heading(name, plan))
+        console.print(_table(memory, options.memory, limit), "")
+        console.print(_verdict(name, plan, memory.total(), limit))
+        console.print(_time(plan, options), "")
+    console.print(
+        "Memory: fp32 weights under bf16 autocast, the torch backend (the kernels of mamba_ssm keep less); in the worst"
+        f" case, where each sample has one image and max_text_tokens, all supervised. {MARGIN:.0%} of a GPU is left for"
+        " the CUDA context and for holes between blocks.\nTime: at the stated MFU, which does not count what activation"
+        " checkpointing computes again."
+    )
+    return 0 if fits else 1
+
+
+def _heading(name: str, plan: StagePlan) -> str:
+    setting = plan.setting
+    where = f"{setting.gpus} GPUs, {setting.sharding}" if setting.gpus > 1 else "1 GPU"
+    again = "with" if setting.activation_checkpointing else "without"
+    return (
+        f"{name}: trains {', '.join(plan.stage.train)}; {plan.stage.batch} samples a step over {where},"
+        f" in micro-batches of {setting.microbatch}, {again} activation checkpointing\n"
+    )
+
+
+def _table(memory: dict[str, int], gpu: float, limit: float) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("one GPU at the peak of a step")
+    table.add_column("GB", justify="right")
+    for kind, size in memory.items():
+        table.add_row(kind, f"{size / GB:.2f}")
+    table.add_row("total", f"{sum(memory.values()) / GB:.2f}")
+    table.add_row(f"may be used of {gpu:g}", f"{limit / GB:.2f}")
+    return table
+
+
+def _verdict(name: str, plan: StagePlan, total: int, limit: float) -> str:
+    from ssmvl.training.planning import Setting
+
+    if total <= limit:
+        best = plan.largest(limit)
+        if best == plan.setting.microbatch:
+            return "fits; the largest power of two"
+        return f"fits, as does stages.{name}.microbatch={best}"
+    lines = [f"does not fit: {(total - limit) / GB:.2f} GB too many. What fits:"]
+    for setting in plan.remedies(limit):
+        lines.append("  " + _switches(name, plan.setting, setting))
+    if len(lines) == 1:
+        least = plan.memory(Setting(plan.setting.gpus, 1, True, "fsdp2")).total()
+        return f"does not fit, nor with any switch: one sample with activation checkpointing needs {least / GB:.2f} GB"
+    return "\n".join(lines)
+
+
+def _switches(name: str, old: Setting, new: Setting) -> str:
+    """What to write to come from one setting to another."""
+    changes = [f"--gpus {new.gpus}"] if new.gpus != old.gpus else []
+    for key in ("sharding", "activation_checkpointing", "microbatch"):
+        value = getattr(new, key)
+        if value != getattr(old, key):
+            changes.append(f"stages.{name}.{key}={str(value).lower()}")
+    return " ".join(changes)
+
+
+def _time(plan: StagePlan, options: argparse.Namespace) -> str:
+    text = min(options.text_tokens, plan.stage.max_text_tokens)
+    flops, positions, steps = plan.flops(text), plan.positions(text), plan.steps()
+    seconds = flops / (options.gpus * options.tflops * 1e12 * options.mfu)
+    what = f"{positions:,} tokens and {flops / 1e15:.3g} PFLOP a step (one image and {text} text tokens a sample)"
+    if steps is None:
+        long = f"{_duration(1000 / plan.stage.batch * seconds)} for 1,000 samples (duration {plan.stage.duration})"
+    else:
+        long = f"{_duration(steps * seconds)} for {steps:,} steps"
+    rate = f"{options.mfu:.0%} of {options.gpus} × {options.tflops:g} TFLOP/s"
+    return f"{what}; at {rate} {_duration(seconds)} a step, {long}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 2 * MINUTE:
+        return f"{seconds:.3g} s"
+    return f"{seconds / MINUTE:.1f} min" if seconds < 2 * HOUR else f"{seconds / HOUR:.1f} h"
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"received {text!r}, allowed is a whole number from 1")
+    return int(text)
+
+
+def _amount(text: str) -> float:
+    return _number(text, "a number above 0", math.inf)
+
+
+def _share(text: str) -> float:
+    return _number(text, "a number above 0 and at most 1", 1.0)
+
+
+def _number(text: str, allowed: str, most: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (0 < number <= most and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"received {text!r}, allowed is {allowed}")
+    return number

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from ssmvl.cli import main
+
+Capture = pytest.CaptureFixture[str]
+SHORT = ["stages.align.max_text_tokens=32", "stages.finetune.max_text_tokens=32"]
+MACHINE = ["--gpus", "1", "--memory", "1"]
+
+
+def table(shown: str) -> dict[str, float]:
+    """Rows of the first stage's table, in GB."""
+    lines = shown.partition("at the peak of a step")[2].partition("\n\n")[0].splitlines()[1:]
+    return {name: float(size) for name, size in (re.split(r" {2,}", line.strip()) for line in lines)}
+
+
+def test_a_plan_that_fits(capsys: Capture) -> None:
+    assert main(["plan", "quickstart", *SHORT, *MACHINE, "--text-tokens", "16"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "align: trains connector, language; 64 samples a step over 1 GPU, in micro-batches of 64, without act" in shown
+    )
+    assert shown.count("fits; the largest power of two") == 2
+    sizes = table(shown)
+    assert sizes.pop("may be used of 1") == 0.92
+    total = sizes.pop("total")
+    assert sum(sizes.values()) == pytest.approx(total, abs=0.05)
+    assert "1,600 tokens and" in shown  # 64 x (9 + 16)
+    assert "at 40% of 1 × 312 TFLOP/s" in shown
+    assert "for 250 steps" in shown
+    assert "for 1,000 steps" in shown
+    assert "the torch backend" in shown
+    assert "\x1b" not in shown
+
+
+def test_what_makes_it_fit_is_said_and_does(capsys: Capture) -> None:
+    words = ["plan", "quickstart", "stages.align=null", "stages.order=null", "stages.finetune.max_text_tokens=64"]
+    machine = ["--gpus", "2", "--memory", "0.05"]
+    assert main([*words, *machine]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"does not fit: \d\.\d\d GB too many\. What fits:\n  stages\.finetune\.microbatch=\d+\n", shown)
+    for line in re.findall(r"^  (stages\..*)$", shown, re.MULTILINE):
+        assert main([*words, *line.split(), *machine]) == 0
+        assert "fits; the largest power of two" in capsys.readouterr().out
+
+
+def test_a_smaller_microbatch_than_fits_is_told_the_largest(capsys: Capture) -> None:
+    small = ["stages.align.microbatch=2", "stages.finetune.microbatch=2"]
+    assert main(["plan", "quickstart", *SHORT, *small, *MACHINE]) == 0
+    assert "fits, as does stages.align.microbatch=64" in capsys.readouterr().out
+
+
+def test_nothing_makes_it_fit(capsys: Capture) -> None:
+    assert main(["plan", "quickstart", *SHORT, "--gpus", "1", "--memory", "0.001"]) == 1
+    shown = capsys.readouterr().out
+    assert "does not fit, nor with any switch: one sample with activation checkpointing needs 0." in shown
+
+
+def test_an_epoch_is_told_by_a_thousand_samples(capsys: Capture) -> None:
+    epochs = [f"stages.{stage}.{key}" for stage in ("align", "finetune") for key in ("duration=2ep", "warmup=0.1dur")]
+    assert main(["plan", "quickstart", *SHORT, *epochs, *MACHINE, "--mfu", "0.5", "--tflops", "1e-3"]) == 0
+    assert re.search(
+        r"at 50% of 1 × 0\.001 TFLOP/s .* a step, .* for 1,000 samples \(duration 2ep\)", capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--gpus", "0", "--memory", "80"], "argument --gpus: received '0', allowed is a whole number from 1"),
+        (["--gpus", "1.5", "--memory", "80"], "argument --gpus: received '1.5'"),
+        (["--gpus", "1", "--memory=-80"], "argument --memory: received '-80', allowed is a number above 0"),
+        (["--gpus", "1", "--memory", "inf"], "argument --memory: received 'inf'"),
+        (["--gpus", "1", "--memory", "eighty"], "argument --memory: received 'eighty'"),
+        (["--memory", "80"], "the following arguments are required: --gpus"),
+        ([*MACHINE, "--mfu", "40"], "argument --mfu: received '40', allowed is a number above 0 and at most 1"),
+        ([*MACHINE, "--tflops", "nan"], "argument --tflops: received 'nan'"),
+        ([*MACHINE, "--text-tokens", "0"], "argument --text-tokens: received '0'"),
+    ],
+)
+def test_a_machine_that_is_none(argv: list[str], expected: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["plan", "quickstart", *argv])
+    assert left.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["quickstrat", *MACHINE], "quickstrat"),
+        (
+            ["quickstart", "stages.align=null", "stages.finetune=null", "stages.order=null", *MACHINE],
+            "stages: expected",
+        ),
+        (["quickstart", "--gpus", "3", "--memory", "1"], "stages.align.batch: 64 samples cannot be shared by 3 GPUs"),
+        (["quickstart", "stages.align.train=[nosuch]", *MACHINE], "no parameter of the model is under 'nosuch'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_planned(argv: list[str], expected: str, capsys: Capture) -> None:
+    assert main(["plan", *argv]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert expected in shown.err
+    assert shown.out == ""
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys, ssmvl.cli\ntry: ssmvl.cli.main(['plan', '--help'])\nfinally: print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--memory GB" in done.stdout
+    assert not {"torch", "rich", "composer"} & set(done.stderr.split())
