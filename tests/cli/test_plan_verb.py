@@ -117,3 +117,12 @@ def test_help_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--memory GB" in done.stdout
     assert not {"torch", "rich", "composer"} & set(done.stderr.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ml_mamba", "vl_mamba", "mamba_vlm", "mamba_vlm_7b", "cobra"])
+def test_published_recipes_fit_eight_gpus_of_80_gb(name: str, capsys: Capture) -> None:
+    assert main(["plan", name, "--gpus", "8", "--memory", "80"]) == 0
+    shown = capsys.readouterr().out
+    assert "does not fit" not in shown
+    print(shown)
