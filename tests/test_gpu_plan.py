@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import ssmvl
-from ssmvl.training.dry_run import Batch
+from ssmvl.training.dry_run import WorstBatch
 from ssmvl.training.planning import StagePlan
 from ssmvl.training.stages import check
 
@@ -42,7 +42,7 @@ def test_a_step_holds_what_is_planned(checkpointing: bool, microbatch: int, monk
     places = model.tokens_per_image
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     starts = torch.arange(microbatch)[:, None] * (places + TEXT)
-    shapes = Batch(microbatch, TEXT, packed=True).inputs(model)
+    shapes = WorstBatch(microbatch, TEXT, packed=True).inputs(model)
     inputs = {
         "ids": torch.zeros(shapes["ids"].shape, dtype=torch.int64),
         "segments": torch.arange(microbatch).repeat_interleave(places + TEXT)[None].int(),

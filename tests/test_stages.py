@@ -199,7 +199,7 @@ def test_options_of_callbacks_are_checked(callbacks: str, path: str) -> None:
 
 
 def test_without_composer_the_check_says_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssmvl.training.stages.find_spec", lambda name: None)
+    monkeypatch.setattr("ssmvl.training.composer_classes.find_spec", lambda name: None)
     _, notes = check(load_recipe("quickstart", "stages.align.callbacks={NoSuch: {}}"))
     assert any(note.startswith("stages.align.callbacks: not checked") for note in notes)
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ssmvl.benchmarks.cases import Row, operations
 from ssmvl.benchmarks.limits import Shape, seconds
 from ssmvl.benchmarks.memory import build
 from ssmvl.language.mamba_lm import MambaLM
 from ssmvl.ops.backends import report
+from ssmvl.training.preparing import checkpoint_activations
 
 # Dense bf16 products, TFLOP/s, from the makers' data sheets, by the name that CUDA gives the card.
 PEAKS: Mapping[str, float] = {
@@ -82,8 +81,8 @@ def _measure(loop: Loop, case: str, device: str, peak: float | None, checkpointi
         torch.cuda.reset_peak_memory_stats()
     shape = loop.shape
     model = build(shape, device)
-    for block in model.layers if checkpointing else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if checkpointing:
+        checkpoint_activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     ids = torch.randint(shape.num_tokens, (loop.rows, loop.length + 1), device=device)
     losses: list[Tensor] = []

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ssmvl.benchmarks.cases import Row, compare
-from ssmvl.errors import RunError
+from ssmvl.errors import BackendError, RunError
 from ssmvl.recipe import Recipe, load_recipe
 
 START = 15.0  # seconds that a run may take from its command to its first step
@@ -34,6 +34,8 @@ class TrainingSize(NamedTuple):
 
 def training_cases(size: TrainingSize) -> Iterator[Row]:
     """Every row, one after the other; on one rank, in a folder for temporary files."""
+    if torch.cuda.is_available():
+        raise BackendError("the suite training compares loops on a CPU; run it with CUDA_VISIBLE_DEVICES= (empty)")
     with TemporaryDirectory(prefix="ssmvl-bench-") as name, chdir(name):
         data = f"stages.finetune.data.train_size={size.samples}"
         recipe = load_recipe(size.recipe, *ONE_STAGE, data)
@@ -93,14 +95,13 @@ def _start(recipe: Recipe) -> Row:
     Path("recipe.yaml").write_text(recipe.to_yaml())
     command = [sys.executable, "recipe.yaml", "run=start", "stages.finetune.duration=1ba", "stages.finetune.warmup=0ba"]
     begin = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("finetune 1/1"):
-                taken = time.perf_counter() - begin
-                process.kill()
-                return Row("start", taken, "s", START, taken / START)
-    raise RunError(f"{' '.join(command)} ended with {process.returncode} before its first step")
+        said = [(time.perf_counter(), line) for line in process.stdout]
+    for moment, line in said:
+        if line.startswith("finetune 1/1"):
+            return Row("start", moment - begin, "s", START, (moment - begin) / START)
+    raise RunError(f"{' '.join(command)} ended with {process.returncode} before its first step: {said[-1:]}")
 
 
 def _model(recipe: Recipe) -> Any:

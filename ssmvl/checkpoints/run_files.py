@@ -34,6 +34,7 @@ RECORDS = {  # what torch.distributed.checkpoint's index is made of
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
+    "builtins": {"getattr"},  # by which older Pythons pickle an enum's member
     "pathlib": {"PosixPath", "WindowsPath"},
 }
 

@@ -81,9 +81,7 @@ def _verdict(name: str, plan: StagePlan, total: int, limit: float) -> str:
 
     if total <= limit:
         best = plan.largest(limit)
-        if best == plan.setting.microbatch:
-            return "fits; the largest power of two"
-        return f"fits, as does stages.{name}.microbatch={best}"
+        return f"fits, as does stages.{name}.microbatch={best}" if best > plan.setting.microbatch else "fits"
     lines = [f"does not fit: {(total - limit) / GB:.2f} GB too many. What fits:"]
     for setting in plan.remedies(limit):
         lines.append("  " + _switches(name, plan.setting, setting))

@@ -20,7 +20,8 @@ PATIENCE = timedelta(hours=1)  # for which ranks wait where one of them may be f
 def patient() -> torch.distributed.ProcessGroup | None:
     """All ranks, which wait for each other for `PATIENCE`; every rank asks for it at the same moment. None of one rank.
 
-    While they train they wait as long as `session.WAIT` says: a machine that is lost without a word is missed then.
+    Through gloo, on GPUs too. While they train they wait as long as `session.WAIT` says: a machine that is lost without
+    a word is missed then.
     """
     if dist.get_world_size() == 1:
         return None

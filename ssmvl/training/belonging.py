@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from composer import Callback
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -51,7 +52,8 @@ def resuming(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
     except (RunError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
-        if checkpoint is None:
+        elsewhere = (torch.OutOfMemoryError, torch.distributed.DistError)
+        if checkpoint is None or isinstance(error, elsewhere) or "gloo/transport" in str(error):
             raise
         why = str(error) if isinstance(error, RunError) else _first(error)
         advice = "put this run's own there, or none to begin the stage anew"

@@ -13,6 +13,7 @@ from typing import Any
 from composer import Callback, Logger, State
 from composer.callbacks import CheckpointSaver
 from composer.utils import dist
+from tqdm.auto import tqdm
 
 from ssmvl.checkpoints.run_files import INDEX_FILE
 from ssmvl.data.remote import hint
@@ -60,6 +61,9 @@ class BucketStore:
 
     Args:
         place: URL of the folder.
+
+    Raises:
+        RunError: boto3 cannot be used as it is set up here.
     """
 
     local_copies = 0  # that Composer keeps, once they are uploaded
@@ -70,10 +74,15 @@ class BucketStore:
         self.place = place
         self._bucket, _, path = place.removeprefix("s3://").partition("/")
         self._prefix = f"{path}/"
-        self._client: Any = boto3.client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
+        try:
+            self._client: Any = boto3.client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
+        except Exception as error:  # a malformed endpoint, no region, no credentials: each has an error of its own
+            raise RunError(f"{place} cannot be used ({error}){hint(place)}") from error
 
     def newest(self) -> tuple[str | None, list[str]]:
-        """The newest checkpoint that is whole, or None, and what is wrong with newer ones, which lose their index.
+        """The newest checkpoint that is whole, or None, and what is wrong with newer ones; of these shards are removed.
+
+        An index is sent first here: beside older shards it would make them look whole.
 
         Raises:
             RunError: the bucket cannot be reached.
@@ -81,8 +90,8 @@ class BucketStore:
         with self._outline() as outline:
             found, passed = newest_whole(outline)
             for path in passed:
-                if path.is_dir():
-                    self._remove(outline, path / INDEX_FILE)
+                for name in path.iterdir() if path.is_dir() else ():
+                    self._remove(outline, name)
             url = f"{self.place}/{found.name}" if found else None
             return url, [text.replace(str(outline), self.place) for text in passed.values()]
 
@@ -108,7 +117,8 @@ class BucketStore:
                 pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
                 for found in [found for page in pages for found in page.get("Contents", [])]:
                     path = PurePosixPath(found["Key"].removeprefix(self._prefix))
-                    if CHECKPOINT.fullmatch(path.parts[0]) and ".." not in path.parts:
+                    marker = found["Key"].endswith("/")  # consoles make such objects to show a folder
+                    if not marker and CHECKPOINT.fullmatch(path.parts[0]) and ".." not in path.parts:
                         self._draw(Path(name) / path, found)
                 yield Path(name)
         except RunError:
@@ -132,6 +142,8 @@ Store = FolderStore | BucketStore
 class OldCheckpoints(Callback):
     """Removes them, on the first rank, once a newer one has been saved. Composer forgets those of earlier launches.
 
+    On every rank also what Composer made on this machine to send it to a bucket: it removes the first rank's alone.
+
     Args:
         store: where they are.
         kept: how many whole ones stay.
@@ -144,6 +156,20 @@ class OldCheckpoints(Callback):
     def batch_start(self, state: State, logger: Logger) -> None:
         """Look whether one was saved after the step before."""
         (saver,) = (callback for callback in state.callbacks if isinstance(callback, CheckpointSaver))
-        if dist.get_global_rank() == 0 and saver.last_checkpoint_batch != self._saved:
+        if saver.last_checkpoint_batch != self._saved:
             self._saved = saver.last_checkpoint_batch
-            self._store.remove_old(self._kept)
+            self._clean(Path(saver.folder))
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """After the last."""
+        (saver,) = (callback for callback in state.callbacks if isinstance(callback, CheckpointSaver))
+        self._clean(Path(saver.folder))
+
+    def _clean(self, made: Path) -> None:
+        for path in made.iterdir() if self._store.local_copies == 0 else ():
+            shutil.rmtree(path, ignore_errors=True)
+        try:
+            if dist.get_global_rank() == 0:
+                self._store.remove_old(self._kept)
+        except (RunError, OSError) as error:  # the next one tries again
+            tqdm.write(f"an old checkpoint could not be removed: {error}")

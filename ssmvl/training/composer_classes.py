@@ -31,6 +31,8 @@ def check_composer(path: str, stage: dict[str, Any], notes: list[str]) -> list[P
 
 
 def _check_call(path: str, kind: Any, name: str, options: Any) -> list[Problem]:
+    if name == "CheckpointSaver":
+        return [Problem(path, "a stage has one; say how with its keys checkpoint and keep, and where with checkpoints")]
     found = composer_class(kind, name)
     if not inspect.isclass(found):
         names = [n for n, c in vars(importlib.import_module(f"composer.{kind}")).items() if inspect.isclass(c)]

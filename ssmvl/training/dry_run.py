@@ -27,7 +27,7 @@ RUN = 3  # of equal blocks in a row: the first, one that stands for those betwee
 
 
 @dataclass(frozen=True)
-class Batch:
+class WorstBatch:
     """A micro-batch: samples of one image and then text, of which every token is supervised.
 
     Attributes:
@@ -56,7 +56,7 @@ class Batch:
             }
 
 
-def peaks(model: VisionLanguageModel, batch: Batch, *, gpu: bool, shards: int, again: bool) -> list[Counter[str]]:
+def peaks(model: VisionLanguageModel, batch: WorstBatch, *, gpu: bool, shards: int, again: bool) -> list[Counter[str]]:
     """Bytes in use when most are, by kind, beyond parameters, optimizer and what sharding gathers.
 
     Args:

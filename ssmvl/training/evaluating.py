@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ssmvl import evaluation
 from ssmvl.assistant import Assistant
 from ssmvl.batch import collate, pad
+from ssmvl.errors import DataError
 from ssmvl.recipe import Recipe
 from ssmvl.text.processor import Processor
 from ssmvl.training.composer_model import ComposerVLM
@@ -36,6 +37,9 @@ class StageEvaluator(Callback):
         records: the evaluation set, the same on every rank.
         processor: the stage's.
         recipe: the run's.
+
+    Raises:
+        DataError: a record that this rank will ask cannot be.
     """
 
     def __init__(
@@ -47,6 +51,9 @@ class StageEvaluator(Callback):
         # Ranks of sharded models must do the same number of things: one that is short repeats the last record.
         rank, world, last = dist.get_global_rank(), dist.get_world_size(), len(records) - 1
         self._mine = [min(place, last) for place in range(rank, len(records) + -len(records) % world, world)]
+        self._asked_at = 0  # the step after which it was asked last
+        for place in self._mine:
+            self._encode(records[place])
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Tell FSDP2 by which methods its units are entered; before it has sharded them this does nothing."""
@@ -65,7 +72,16 @@ class StageEvaluator(Callback):
         if self._due(state, Event.EPOCH_END):
             self._evaluate(state, logger)
 
+    def _encode(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            return self._processor.encode(record["conversation"], record["images"], train=True)
+        except (ValueError, LookupError, TypeError) as error:  # a DataError is a ValueError
+            raise DataError(f"the evaluation set's sample {record['id']!r} cannot be used: {error}") from error
+
     def _evaluate(self, state: State, logger: Logger) -> None:
+        if self._asked_at == state.timestamp.batch.value:  # an epoch's end may follow the last step's
+            return
+        self._asked_at = state.timestamp.batch.value
         model = _model(state)
         with _evaluating(model), torch.no_grad(), get_precision_context(state.precision):
             losses = self._losses(model, state)
@@ -83,8 +99,7 @@ class StageEvaluator(Callback):
         found: list[tuple[float, int]] = []
         for start in range(0, len(self._mine), self._options.batch):
             records = [self._records[place] for place in self._mine[start : start + self._options.batch]]
-            encode = self._processor.encode
-            batch = collate([encode(one["conversation"], one["images"], train=True) for one in records])
+            batch = collate([self._encode(record) for record in records])
             outputs = model(state.device.batch_to_device(batch))
             each = F.cross_entropy(outputs["logits"].float(), outputs["labels"], reduction="none")
             counts = batch["num_labels"]

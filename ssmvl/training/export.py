@@ -12,15 +12,15 @@ from ssmvl.errors import CheckpointError
 from ssmvl.hub import user_path
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.saved import save_folder
-from ssmvl.training.resuming import CHECKPOINT, LATEST, damage, newest_whole
+from ssmvl.training.resuming import CHECKPOINT, damage, newest_whole
 
 
 def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path, list[str]]:
     """The checkpoint that a user means; nothing is changed.
 
     Args:
-        name: a checkpoint, of one file or a folder of shards; or a stage's folder of checkpoints, or the link to the
-            latest of them, for the newest that is whole.
+        name: a checkpoint, of one file or a folder of shards; or a stage's folder of checkpoints, for the newest
+            that is whole.
         trust_pickle: see `ssmvl.checkpoints.run_files.read_index`.
 
     Returns:
@@ -30,18 +30,15 @@ def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path,
         CheckpointError: there is none, or it is damaged.
     """
     path = user_path(name)
-    folder = path.parent if path.name == LATEST and path.is_symlink() else path
-    if folder.is_dir() and not CHECKPOINT.fullmatch(folder.name) and not (folder / INDEX_FILE).is_file():
+    if path.is_dir() and not CHECKPOINT.fullmatch(path.name) and not (path / INDEX_FILE).is_file():
         try:
-            newest, passed = newest_whole(folder, trust_pickle)
+            newest, passed = newest_whole(path, trust_pickle)
         except OSError as error:
-            raise CheckpointError(f"{folder} cannot be read ({error})") from error
+            raise CheckpointError(f"{path} cannot be read ({error})") from error
         if newest is None:
             what = "no whole checkpoint:\n  " + "\n  ".join(passed.values()) if passed else "no checkpoint of a run"
             allowed = "name a stage's folder, such as runs/NAME/STAGE/checkpoints, or one in it, such as ep0-ba500"
-            raise CheckpointError(
-                f"{folder} holds {what}\n{allowed}" if passed else f"{folder} holds {what}; {allowed}"
-            )
+            raise CheckpointError(f"{path} holds {what}\n{allowed}" if passed else f"{path} holds {what}; {allowed}")
         return newest, list(passed.values())
     if not path.exists():
         advice = "; copy it here first" if is_remote(str(name)) else ""

@@ -49,7 +49,7 @@ class RunFolder:
         if self._elsewhere is None:
             return self.root / stage / "checkpoints"
         place = f"{self._elsewhere.rstrip('/')}/{self.root.name}/{stage}"
-        return place if is_remote(place) else Path(place)
+        return place if is_remote(place) else Path(place).expanduser()
 
     def damaged(self, stage: str) -> Path:
         """Where a stage lists samples that could not be used."""
@@ -83,10 +83,10 @@ class RunFolder:
         Raises:
             RunError: it belongs to another run, another launch works in it, or a place in it cannot be written.
         """
-        self.require_no_other(recipe)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._take()
+            self.require_no_other(recipe)
             if not (self.root / "recipe.yaml").is_file():
                 self.write("recipe.yaml", recipe.to_yaml().encode())
             folders = [place for place in map(self.checkpoints, self.stages) if isinstance(place, Path)]
@@ -95,9 +95,26 @@ class RunFolder:
                 if not os.access(place, os.W_OK):
                     raise PermissionError(errno.EACCES, "this user may not write into it, or nobody may", str(place))
         except OSError as error:
+            self.release()
             raise RunError(f"{self.root} cannot be written ({error})") from error
+        except RunError:
+            self.release()
+            raise
+
+    def require_seen(self) -> None:
+        """Find that this machine sees what the first rank claimed.
+
+        Raises:
+            RunError: it does not.
+        """
+        folders = [place for place in map(self.checkpoints, self.stages) if isinstance(place, Path)]
+        for path in (self.root / "recipe.yaml", *folders):
+            if not path.exists():
+                where = f"{path} is not there on {socket.gethostname()}, though the first rank has made it"
+                raise RunError(f"{where}; it must lie on storage that every node sees")
 
     def _take(self) -> None:
+        self.release()
         # Locks of this kind are not inherited by workers that outlive a killed rank, and hold between machines.
         self._lock = (self.root / ".lock").open("a+")
         try:

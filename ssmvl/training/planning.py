@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ssmvl.anatomy import StepFlops
 from ssmvl.build import build_model
-from ssmvl.errors import Problem, RecipeError
+from ssmvl.errors import ContractError, Problem, RecipeError, SsmvlError
 from ssmvl.interfaces import LanguageModel
 from ssmvl.recipe import Recipe
-from ssmvl.training.dry_run import Batch, peaks
-from ssmvl.training.ledger import GRADIENTS
+from ssmvl.training.dry_run import WorstBatch, peaks
+from ssmvl.training.ledger import GRADIENTS, LOGITS
 from ssmvl.training.preparing import checkpoint_activations, freeze_others
 from ssmvl.training.stages import Stage, check, is_under
 from ssmvl.vlm import VisionLanguageModel
@@ -92,20 +92,28 @@ class StagePlan:
         # AdamW takes all parameters at once on a GPU, one after the other on a CPU.
         work = own if self._on_gpu else 2 * max(_bytes([p], shards) for p in trained)
         moments = self._passes(setting)
+        # Composer keeps a micro-batch's logits until the next one's are there.
+        rows = cast(LanguageModel, self._model.language).vocab_rows
+        logits = setting.microbatch * self.stage.max_text_tokens * rows * (2 if self._on_gpu else 4)
+        for moment in moments[:2] if setting.microbatch < self.stage.batch // setting.gpus else ():
+            moment[LOGITS] += logits
         if shards > 1:
             forward, backward, frozen = self._gathered()
             for place, moment in enumerate(moments):
                 moment[GATHERED] = forward if place < 2 else backward
-            moments.append(Counter({GRADIENTS: own, GATHERED: frozen}))
-        moments.append(Counter({GRADIENTS: own, STEP: work}))
+            moments.append(Counter({GRADIENTS: own, GATHERED: frozen, LOGITS: logits}))
+        moments.append(Counter({GRADIENTS: own, STEP: work, LOGITS: logits}))
         # What is negative lies between two moments, one of one sample and another of two.
         return held + max((m for m in moments if min(m.values(), default=0) >= 0), key=Counter.total)
 
     def largest(self, limit: float, setting: Setting | None = None) -> int:
-        """The largest power of two, of a rank's samples at most, whose micro-batch needs no more bytes; 0 if none."""
+        """All of a rank's samples, or the largest power of two, whose micro-batch needs no more bytes; 0 if none."""
         setting = setting or self.setting
+        share = self.stage.batch // setting.gpus
+        if self.memory(replace(setting, microbatch=share)).total() <= limit:
+            return share
         best, size = 0, 1
-        while size <= self.stage.batch // setting.gpus:
+        while size < share:
             if self.memory(replace(setting, microbatch=size)).total() > limit:
                 break
             best, size = size, 2 * size
@@ -161,8 +169,8 @@ class StagePlan:
 
     def _run(self, setting: Setting, again: bool) -> list[Counter[str]]:
         if (setting, again) not in self._seen:
-            batch = Batch(setting.microbatch, self.stage.max_text_tokens, self._packed)
-            with self._as_trained(setting.activation_checkpointing):
+            batch = WorstBatch(setting.microbatch, self.stage.max_text_tokens, self._packed)
+            with self._as_trained(setting.activation_checkpointing), _on_meta():
                 found = peaks(self._model, batch, gpu=self._on_gpu, shards=setting.shards, again=again)
             self._seen[setting, again] = found
         return self._seen[setting, again]
@@ -193,6 +201,16 @@ class StagePlan:
         forward = _bytes(root) + 2 * largest
         backward = forward + _bytes(root & trained) + 2 * max(_bytes(unit & trained) for unit in passed)
         return forward, backward, _bytes(root) + 2 * max(map(_bytes, units))
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    try:
+        yield
+    except SsmvlError:
+        raise
+    except Exception as error:  # a foreign part may read values, which are not there
+        raise ContractError(f"this model cannot be planned, it does not run on meta ({error})") from error
 
 
 def stage_plans(recipe: Recipe, gpus: int) -> dict[str, StagePlan]:

@@ -7,6 +7,7 @@ from functools import partial
 
 from torch.utils.checkpoint import checkpoint
 
+from ssmvl.language.mamba_lm import MambaLM
 from ssmvl.training.stages import is_under
 from ssmvl.vlm import VisionLanguageModel
 
@@ -17,8 +18,8 @@ def freeze_others(model: VisionLanguageModel, train: Sequence[str]) -> None:
         parameter.requires_grad_(any(is_under(name, prefix) for prefix in train))
 
 
-def checkpoint_activations(model: VisionLanguageModel) -> None:
-    """Have each shard unit keep only its inputs and compute its activations again in backward.
+def checkpoint_activations(model: VisionLanguageModel | MambaLM) -> None:
+    """Have each shard unit of a model keep only its inputs and compute its activations again in backward.
 
     Inside the unit's own hooks, so that what FSDP2 gathers for backward serves the second forward too.
     """

@@ -10,7 +10,6 @@ from pathlib import Path
 from ssmvl.checkpoints.run_files import read_index
 from ssmvl.errors import short
 
-LATEST = "latest-rank0.pt"  # the link that Composer resumes from
 CHECKPOINT = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # of one device or DDP a file, sharded a folder
 
 
@@ -50,9 +49,10 @@ def damage(path: Path, trust_pickle: bool = False) -> str:
 
 
 def _shards_damage(folder: Path, trust_pickle: bool) -> str:
-    parts = read_index(folder, trust_pickle).storage_data.values()
-    for name in sorted({part.relative_path for part in parts}):
-        wanted = max(part.offset + part.length for part in parts if part.relative_path == name)
+    ends: dict[str, int] = {}
+    for part in read_index(folder, trust_pickle).storage_data.values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    for name, wanted in sorted(ends.items()):
         if (size := (folder / name).stat().st_size) < wanted:
             return f"is cut: {name} has {size} bytes, its index says {wanted}"
     return ""

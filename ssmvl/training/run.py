@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import OutOfMemoryError
 from torch.distributed import DistBackendError, DistNetworkError
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -67,6 +68,11 @@ def outside(error: BaseException) -> str | None:
     text = short(str(error).partition("\n")[0])
     if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in DISK):
         return f"a file cannot be written or read: {text}"
+    if isinstance(error, OutOfMemoryError):
+        advice = "a smaller microbatch, or activation_checkpointing=true; `ssmvl plan` says what fits"
+        return f"the GPU's memory is full ({text}); {advice}"
+    if type(error).__module__.partition(".")[0] in ("boto3", "botocore") or isinstance(error, _store_error()):
+        return f"a checkpoint could not be sent to its bucket ({text})"
     if isinstance(error, DistNetworkError) and "EADDRINUSE" in str(error):
         port = os.environ.get("MASTER_PORT")
         return f"the ranks cannot meet: another process uses port {port}; leave --master_port out or give another"
@@ -75,6 +81,12 @@ def outside(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "inline_container" in text:  # torch's name for what writes its files
         return f"a checkpoint cannot be written, which is so where a disk is full (torch: {text})"
     return None
+
+
+def _store_error() -> type[BaseException]:
+    from composer.utils.object_store import ObjectStoreTransientError
+
+    return ObjectStoreTransientError
 
 
 def main(argv: Sequence[str]) -> int:

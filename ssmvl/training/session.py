@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from ssmvl.errors import Problem, RecipeError, RunError
 from ssmvl.loading import open_weights
 from ssmvl.recipe import Recipe
 from ssmvl.saved import ABOUT_FILE, save_folder
-from ssmvl.training.agreement import first_rank, patient
+from ssmvl.training.agreement import every_rank, first_rank, patient
 from ssmvl.training.folder import RunFolder
 from ssmvl.training.report import report
 from ssmvl.training.stages import Plan
@@ -54,12 +55,14 @@ class Session:
         if dist.get_local_rank() == 0:
             clean_stale_segments()
         finished = first_rank(self._prepare)
+        every_rank(self.folder.require_seen)
         for name in self._asked():
             if name in finished:
                 left = self.folder.model(name)
                 self._say(f"stage {name}: finished before, {left}; run=NAME trains it anew in another folder")
             else:
                 self._train(name)
+                gc.collect()  # of a trainer all parts know each other: its model would stay beside the next
         if self._evaluation is not None:
             self._evaluate(self._evaluation, self.folder.root / "model")
         return self.folder.root
@@ -116,6 +119,7 @@ class Session:
         self._say(f"stage {name}: {how}, trains {', '.join(self.plan.stages[name].train)}")
         if trainer.state.timestamp < trainer.state.max_duration:
             trainer.fit()
+        dist.barrier(patient())  # one may still be sending its last checkpoint
         vlm = trainer.state.model.module if hasattr(trainer.state.model, "module") else trainer.state.model
         tensors: dict[str, Any] = get_model_state_dict(
             vlm.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -123,7 +127,6 @@ class Session:
         if self.rank == 0:
             tensors = {key: tensors[key] for key in SAME.sources(vlm.model)}  # FSDP2 gives tied ones twice
             save_folder(self.folder.model(name), tensors, self.recipe, trainer.state.train_dataloader.dataset.processor)
-            stage_store(self.folder, name).remove_old(self.plan.stages[name].keep)
         trainer.close()
         dist.barrier(patient())
 

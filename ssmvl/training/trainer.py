@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from composer import Callback, DataSpec, Time, Trainer
@@ -23,7 +22,7 @@ from ssmvl.anatomy import StepFlops
 from ssmvl.batch import num_samples, num_tokens, split_batch
 from ssmvl.build import build_model, build_processor
 from ssmvl.data.streams import TrainLoader, read_records, train_loader
-from ssmvl.errors import ContractError
+from ssmvl.errors import ContractError, MissingDependencyError
 from ssmvl.evaluation import Evaluation
 from ssmvl.recipe import Recipe
 from ssmvl.text.processor import Processor
@@ -38,7 +37,7 @@ from ssmvl.training.evaluating import StageEvaluator
 from ssmvl.training.folder import RunFolder
 from ssmvl.training.progress import ProgressBar
 from ssmvl.training.spikes import LossGuard
-from ssmvl.training.stages import Plan, Stage, is_under
+from ssmvl.training.stages import Plan, Stage, StageEvaluation, is_under
 from ssmvl.training.watching import Norms, Pace
 
 
@@ -72,13 +71,12 @@ def stage_trainer(
     prompt = stage.prompt() if stage.prompt is not None else processor.prompt
     processor = replace(processor, prompt=prompt, max_text_tokens=stage.max_text_tokens)
     data = every_rank(lambda: stage.data(split="train"))
-    gc.collect()  # the stage before may have filled the same cache, which streaming lets one loader do at a time
     batch = stage.batch // world
     loader = train_loader(data, processor, batch=batch, seed=plan.seed, loader=stage.loader)
-    encoders = any(is_under(name, "encoders") for name in _trained(vlm))
+    encoders = any(is_under(one, "encoders") for one in _trained(vlm))
     store = stage_store(folder, name)
     callbacks = [Identity(recipe), *_watchers(recipe, folder, name, stage, loader), OldCheckpoints(store, stage.keep)]
-    callbacks += [composer_class("callbacks", key)(**(options or {})) for key, options in stage.callbacks.items()]
+    callbacks += _named("callbacks", name, stage.callbacks)
     with warnings.catch_warnings(), resuming(checkpoint):
         warnings.simplefilter("ignore")  # Composer's own deprecations; nothing a user could act on
         trainer = Trainer(
@@ -105,7 +103,7 @@ def stage_trainer(
             loggers=[
                 ProgressBar(name),
                 TensorboardLogger(str(folder.root / "tensorboard"), flush_interval=10),
-                *[composer_class("loggers", key)(**(options or {})) for key, options in stage.loggers.items()],
+                *_named("loggers", name, stage.loggers),
             ],
             save_folder=store.place,
             save_interval=stage.checkpoint,
@@ -156,12 +154,27 @@ def _watchers(recipe: Recipe, folder: RunFolder, name: str, stage: Stage, loader
         LossGuard(stage.loss_jump),
         Pace(),
         Norms(),
-        *([StageEvaluator(asked, read_questions(asked), processor, recipe)] if asked is not None else []),
+        *([] if asked is None else [_evaluator(asked, processor, recipe)]),
         LRMonitor(),
         SpeedMonitor(window_size=WINDOW),
         RuntimeEstimator(),
         *([MemoryMonitor()] if torch.cuda.is_available() else []),
     ]
+
+
+def _evaluator(asked: StageEvaluation, processor: Processor, recipe: Recipe) -> StageEvaluator:
+    records = read_questions(asked)
+    return every_rank(lambda: StageEvaluator(asked, records, processor, recipe))
+
+
+def _named(kind: Literal["callbacks", "loggers"], stage: str, wanted: dict[str, Any]) -> list[Any]:
+    made = []
+    for name, options in wanted.items():
+        try:
+            made.append(composer_class(kind, name)(**(options or {})))
+        except ImportError as error:
+            raise MissingDependencyError(f"stages.{stage}.{kind}.{name}: {error}") from error
+    return made
 
 
 def _profiler(folder: Path) -> Profiler:

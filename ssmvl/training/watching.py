@@ -23,6 +23,7 @@ class Pace(Callback):
     """
 
     def __init__(self) -> None:
+        self._begun = False
         self._start(time.perf_counter())
 
     def _start(self, now: float) -> None:
@@ -38,11 +39,11 @@ class Pace(Callback):
         self._supervised += len(state.batch["labels"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Log once in `WINDOW` steps; the first ones, in which everything starts, are left out."""
+        """Log once in `WINDOW` steps; the first ones of a launch, in which everything starts, are left out."""
         if state.timestamp.batch.value % WINDOW:
             return
         now = time.perf_counter()
-        if state.timestamp.batch.value > WINDOW:
+        if self._begun:
             parts = dist.all_gather_object((self._waited, self._supervised, psutil.Process().memory_info().rss))
             waited, supervised, memory = (list(column) for column in zip(*parts, strict=True))
             elapsed = now - self._since
@@ -53,6 +54,7 @@ class Pace(Callback):
                     "memory/process": max(memory) / 1e9,
                 }
             )
+        self._begun = True
         self._start(now)
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssmvl.benchmarks import bare_loop
 from ssmvl.benchmarks.bare_loop import LOOPS, PEAKS, Loop, loop_cases, token_operations
 from ssmvl.benchmarks.cases import Row
 from ssmvl.benchmarks.memory import build
+from ssmvl.language.mamba_lm import MambaLM
+from ssmvl.training.preparing import checkpoint_activations
 
 TOY = (Loop("toy", width=64, num_layers=2, rows=2, length=40, num_tokens=500),)
 
@@ -36,16 +37,16 @@ def test_a_loop_learns_and_of_an_unknown_card_gives_no_share() -> None:
 def test_what_does_not_fit_is_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, cross_entropy = [], F.cross_entropy
 
-    def kept(*args: Any, **options: Any) -> Any:
-        blocks.append(args)
-        return checkpoint(*args, **options)
+    def kept(model: MambaLM) -> None:
+        blocks.append(model)
+        checkpoint_activations(model)
 
     def loss(*args: Any) -> torch.Tensor:
         if not blocks:
             raise torch.OutOfMemoryError
         return cross_entropy(*args)
 
-    monkeypatch.setattr(bare_loop, "checkpoint", kept)
+    monkeypatch.setattr(bare_loop, "checkpoint_activations", kept)
     monkeypatch.setattr(bare_loop.F, "cross_entropy", loss)
     assert all(name.endswith(" toy, torch, checkpointed") for name in rows())
     assert blocks

@@ -11,14 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from botocore.exceptions import ClientError
 from composer import Callback, Logger, State
 from killed_script import ranks, record
 from torch import multiprocessing
 
 import ssmvl
-from ssmvl.errors import RunError
+from ssmvl.errors import MissingDependencyError, RunError
 from ssmvl.recipe import load_recipe
 from ssmvl.training import run, session, trainer
+from ssmvl.training.belonging import resuming
 from ssmvl.training.folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed warn on their own
@@ -225,3 +228,23 @@ def test_a_port_in_use(tiny: Path, composer: Callable[..., subprocess.Popen[str]
     assert f"error: the ranks cannot meet: another process uses port {port}" in output
     assert "Traceback" not in output
     assert not Path("runs").exists()
+
+
+def test_what_ends_a_run_from_outside_is_told_apart() -> None:
+    gone = ClientError({"Error": {"Code": "ExpiredToken", "Message": "expired"}}, "PutObject")
+    assert "the GPU's memory is full" in (run.outside(torch.OutOfMemoryError("CUDA out of memory")) or "")
+    assert "could not be sent to its bucket (An error occurred (ExpiredToken)" in (run.outside(gone) or "")
+    assert run.outside(RuntimeError("a mistake")) is None
+    with pytest.raises(torch.OutOfMemoryError), resuming("runs/x/ep0-ba1"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_logger_that_is_not_installed_is_named(tiny: Path) -> None:
+    with pytest.raises(MissingDependencyError, match=r"stages\.align\.loggers\.MLFlowLogger: .*mlflow"):
+        ssmvl.train(tiny, "stages.align.loggers.MLFlowLogger={}")
+
+
+def test_a_run_folder_that_a_machine_does_not_see_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "x", ["align"], "elsewhere")
+    with pytest.raises(RunError, match=r"recipe\.yaml is not there on .*; it must lie on storage that every node sees"):
+        folder.require_seen()

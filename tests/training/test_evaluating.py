@@ -12,9 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ssmvl
 from ssmvl import evaluation
-from ssmvl.errors import RecipeError
+from ssmvl.errors import DataError, RecipeError
 from ssmvl.evaluation import Answered
 from ssmvl.language import mamba_lm
+from ssmvl.training import trainer
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed warn on their own
 ONE_STAGE = (
@@ -75,3 +76,23 @@ def test_what_an_evaluation_cannot_be_asked_is_said_before_training(tiny: Path) 
         ssmvl.train(tiny, f"stages.finetune.evaluation.data={data}")
     with pytest.raises(RecipeError, match=r"stages\.finetune\.evaluation\.interval.*'soon'"):
         ssmvl.train(tiny, *ASKED, "stages.finetune.evaluation.interval=soon")
+
+
+def test_a_set_is_asked_once_where_steps_and_epoch_end_together(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    results = evaluation.results
+    monkeypatch.setattr(evaluation, "results", lambda found: asked.append(1) or results(found))
+    ssmvl.train(
+        tiny, *ONE_STAGE, *ASKED, "stages.finetune.data.train_size=32", "stages.finetune.evaluation.interval=4ba"
+    )
+    assert len(asked) == 1  # four steps are an epoch
+
+
+def test_a_record_that_cannot_be_asked_is_named_before_training(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(options: object) -> list[dict[str, object]]:
+        talk = [{"role": "user", "content": "<image> and <image>"}, {"role": "assistant", "content": "2"}]
+        return [{"id": "x17", "conversation": talk, "images": [], "type": ""}]
+
+    monkeypatch.setattr(trainer, "read_questions", read)
+    with pytest.raises(DataError, match=r"the evaluation set's sample 'x17' cannot be used: 2 <image> marks"):
+        ssmvl.train(tiny, *ONE_STAGE, *ASKED)

@@ -101,16 +101,14 @@ def test_a_tensor_of_two_names_is_saved_once(tensors: dict[str, Tensor]) -> None
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_the_one_before_a_damaged_one_is_taken_and_no_link_is_changed(kind: str, tensors: dict[str, Tensor]) -> None:
+def test_the_one_before_a_damaged_one_is_taken(kind: str, tensors: dict[str, Tensor]) -> None:
     newest = WRITERS[kind](state(tensors))
     older = newest.rename(newest.with_name(newest.name.replace("ba4", "ba2")))
     WRITERS[kind](state(tensors))
     os.truncate(max(newest.rglob("*"), default=newest), 1000)  # the largest name is that of a shard
-    (CHECKPOINTS / "latest-rank0.pt").symlink_to(newest.name)
-    path, (passed,) = export(CHECKPOINTS / "latest-rank0.pt", OUT)
+    path, (passed,) = export(CHECKPOINTS, OUT)
     assert path == older
     assert passed.startswith(f"{newest} ")
-    assert (CHECKPOINTS / "latest-rank0.pt").readlink() == Path(newest.name)
     with pytest.raises(CheckpointError, match=rf"^{re.escape(passed)}$"):
         find_checkpoint(newest)
     shutil.rmtree(older) if older.is_dir() else older.unlink()

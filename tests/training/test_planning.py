@@ -17,7 +17,7 @@ from ssmvl.errors import RecipeError
 from ssmvl.recipe import Recipe
 from ssmvl.training import dry_run
 from ssmvl.training.as_if import Device
-from ssmvl.training.dry_run import Batch, peaks
+from ssmvl.training.dry_run import WorstBatch, peaks
 from ssmvl.training.ledger import ACTIVATIONS, GRADIENTS, LOGITS, Ledger
 from ssmvl.training.planning import BUCKETS, GATHERED, OPTIMIZER, PARAMETERS, STEP, StagePlan, stage_plans
 from ssmvl.vlm import VisionLanguageModel
@@ -60,7 +60,7 @@ def fullest(moments: list[Counter[str]]) -> int:
 )
 def test_three_blocks_stand_for_all(language: str, checkpointing: bool, gpu: bool, again: bool) -> None:
     planned = plan(LANGUAGE[language], f"stages.finetune.activation_checkpointing={str(checkpointing).lower()}")
-    batch = Batch(3, 64, packed=language == "mamba2")
+    batch = WorstBatch(3, 64, packed=language == "mamba2")
 
     def most() -> int:
         with planned._as_trained(checkpointing):
@@ -78,7 +78,7 @@ def test_three_blocks_stand_for_all(language: str, checkpointing: bool, gpu: boo
 def test_what_two_samples_need_says_what_many_do(overrides: tuple[str, ...], samples: int) -> None:
     planned = plan(f"stages.finetune.batch={samples}", *overrides)
     with planned._as_trained(bool(CHECKPOINTING in overrides)):
-        batch = Batch(samples, 64, bool("stages.finetune.packed=true" in overrides))
+        batch = WorstBatch(samples, 64, bool("stages.finetune.packed=true" in overrides))
         direct = fullest(peaks(planned._model, batch, gpu=True, shards=1, again=False))
     static = planned.memory()[PARAMETERS] + planned.memory()[OPTIMIZER]
     assert planned.memory().total() - static == pytest.approx(direct, rel=0.03)
@@ -88,7 +88,7 @@ def test_what_two_samples_need_says_what_many_do(overrides: tuple[str, ...], sam
 def test_autocast_keeps_what_torchs_own_keeps(language: str) -> None:
     """The CPU's, whose lists of operations agree in what is run here. It has no tiled attention for shared heads."""
     language = LANGUAGE[language].replace("key_value_heads: 2", "key_value_heads: 4")
-    batch, kept = Batch(3, 64, packed=language == LANGUAGE["mamba2"]), []
+    batch, kept = WorstBatch(3, 64, packed=language == LANGUAGE["mamba2"]), []
     meta = ssmvl.build_model(recipe(language), device="meta")
     real = ssmvl.build_model(recipe(language))
     inputs = batch.inputs(meta)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,9 +127,19 @@ def test_a_bucket_is_looked_at_like_a_folder(
     for step in (8, 9, 10, 11):
         content = whole if step != 11 else whole[:-1]
         store._client.put_object(Bucket=name, Key=f"run/stage/ep0-ba{step}-rank0.pt", Body=content)
-    for other in ("run/stage/notes.txt", "run/stage/ep0-ba1/../../x", "run/stage2/ep0-ba12-rank0.pt"):
+    for shard, size in (("__0_0.distcp", 5), (".metadata", 3)):
+        store._client.put_object(Bucket=name, Key=f"run/stage/ep0-ba12/{shard}", Body=b"x" * size)
+    for other in (
+        "run/stage/",
+        "run/stage/ep0-ba5/",
+        "run/stage/notes.txt",
+        "run/stage/ep0-ba1/../../x",
+        "run/stage2/ep0-ba12-rank0.pt",
+    ):
         store._client.put_object(Bucket=name, Key=other, Body=b"")
-    newest, (passed,) = store.newest()
+    newest, (shards, passed) = store.newest()
+    assert shards.startswith(f"{bucket}/run/stage/ep0-ba12 cannot be read")
+    assert not [key for key in objects() if "ba12/" in key]  # an index that is sent beside old shards would lie
     assert newest == f"{bucket}/run/stage/ep0-ba10-rank0.pt"
     assert passed.startswith(f"{bucket}/run/stage/ep0-ba11-rank0.pt cannot be read")
     before = set(objects())
@@ -139,14 +150,23 @@ def test_a_bucket_is_looked_at_like_a_folder(
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_checkpoints_in_a_bucket(
-    tiny: Path, ranks: int, bucket: str, objects: Callable[[], dict[str, bytes]], capfd: pytest.CaptureFixture[str]
+    tiny: Path,
+    ranks: int,
+    bucket: str,
+    objects: Callable[[], dict[str, bytes]],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     place = f"checkpoints={bucket}/all"
 
     def checkpoints() -> set[str]:
         return {name.split("/")[3] for name in objects() if name.startswith("all/tiny/finetune/")}
 
+    monkeypatch.setenv("TMPDIR", str(tiny.parent / "made"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    Path("made").mkdir()
     assert "stage finetune: started" in train(tiny, ranks, capfd, place)
+    assert not list(Path("made").rglob("*.distcp"))
     wanted, _ = read_tensors(MODEL / "model.safetensors")
     end = "-rank0.pt" if ranks == 1 else ""
     assert checkpoints() == {f"ep0-ba4{end}", f"ep0-ba6{end}"}
