@@ -81,7 +81,8 @@ def test_two_stages_train_from_one_bucket_what_they_train_from_a_folder(tiny: Pa
     assert len(list(Path("cache").rglob("*.mds"))) > 3
 
 
-@pytest.mark.parametrize("ranks", [pytest.param("1", marks=pytest.mark.slow), "2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["1", "2"])
 def test_a_damaged_shard_in_the_bucket_ends_every_rank(
     tiny: Path, remote: str, bucket: str, composer: Composer, ranks: str
 ) -> None:

@@ -31,8 +31,7 @@ ONE_RANK = {
 }
 TWO_RANKS = {
     "ddp": ("stages.finetune.sharding=ddp",),
-    "fsdp2": ("stages.finetune.microbatch=1",),
-    "fsdp2-checkpointing": (CHECKPOINTING, "stages.finetune.packed=true"),
+    "fsdp2": (CHECKPOINTING, "stages.finetune.microbatch=1", "stages.finetune.packed=true"),
 }
 
 

@@ -136,7 +136,8 @@ def test_one_rank_holds_what_is_planned(runs: Sequence[tuple[str, ...]], tmp_pat
     close(said.read_text(), runs, gpus=1)
 
 
-@pytest.mark.parametrize("runs", [TWO_RANKS, pytest.param(MORE_ON_TWO, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", [TWO_RANKS, MORE_ON_TWO])
 def test_each_of_two_ranks_holds_what_is_planned(runs: Sequence[tuple[str, ...]], tmp_path: Path) -> None:
     for said in two_ranks(lambda: measure(runs), tmp_path):
         close(said, runs, gpus=2)
