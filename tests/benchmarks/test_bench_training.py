@@ -14,6 +14,7 @@ from ssmvl.cli import bench, main
 pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
 
 
+@pytest.mark.slow
 def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     asked: list[str] = []
 

@@ -173,6 +173,7 @@ def test_remedies_fit_and_change_least_first() -> None:
     assert {setting.gpus for setting in found} == {4}
 
 
+@pytest.mark.slow
 def test_more_gpus_where_nothing_else_fits() -> None:
     planned = plan("model.language.width=512")
     one_sample = replace(planned.setting, microbatch=1, activation_checkpointing=True)

@@ -111,6 +111,7 @@ def test_a_small_version_trains_and_answers(name: str, tmp_path: Path, monkeypat
     assert together == alone
 
 
+@pytest.mark.slow
 def test_two_ranks_train_what_one_does_and_wait_for_no_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, composer: Callable[..., subprocess.Popen[str]]
 ) -> None:
