@@ -39,8 +39,8 @@ def training_cases(size: TrainingSize) -> Iterator[Row]:
     with TemporaryDirectory(prefix="ssmvl-bench-") as name, chdir(name):
         data = f"stages.finetune.data.train_size={size.samples}"
         recipe = load_recipe(size.recipe, *ONE_STAGE, data)
-        yield _overhead(recipe, size)
-        yield _start(recipe)
+        rows = [_overhead(recipe, size), _start(recipe)]
+    yield from rows  # back in the folder of the caller
 
 
 def _overhead(recipe: Recipe, size: TrainingSize) -> Row:

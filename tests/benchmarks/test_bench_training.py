@@ -24,7 +24,8 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
 
     monkeypatch.setattr(suite.TrainingSize, "__new__", lambda cls: TINY)
     monkeypatch.setattr(suite, "compare", once)
-    assert main(["bench", "--suite", "training", "--json", str(tmp_path / "rows.json")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "--suite", "training", "--json", "rows.json"]) == 0
     rows = {row["case"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     assert list(rows) == ["run / bare loop", "start"]
     assert asked == ["run / bare loop"]
