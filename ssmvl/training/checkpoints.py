@@ -161,15 +161,20 @@ class OldCheckpoints(Callback):
             self._clean(Path(saver.folder))
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """After the last."""
+        """After the last; others may still be on their way to a bucket."""
         (saver,) = (callback for callback in state.callbacks if isinstance(callback, CheckpointSaver))
         self._clean(Path(saver.folder))
 
     def _clean(self, made: Path) -> None:
         for path in made.iterdir() if self._store.local_copies == 0 else ():
             shutil.rmtree(path, ignore_errors=True)
-        try:
-            if dist.get_global_rank() == 0:
-                self._store.remove_old(self._kept)
-        except (RunError, OSError) as error:  # the next one tries again
-            tqdm.write(f"an old checkpoint could not be removed: {error}")
+        if dist.get_global_rank() == 0:
+            remove_old(self._store, self._kept)
+
+
+def remove_old(store: Store, kept: int) -> None:
+    """Remove those older than the newest `kept` whole ones, or say why not: the next save tries again."""
+    try:
+        store.remove_old(kept)
+    except (RunError, OSError) as error:
+        tqdm.write(f"an old checkpoint could not be removed: {error}")

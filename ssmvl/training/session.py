@@ -24,6 +24,7 @@ from ssmvl.loading import open_weights
 from ssmvl.recipe import Recipe
 from ssmvl.saved import ABOUT_FILE, save_folder
 from ssmvl.training.agreement import every_rank, first_rank, patient
+from ssmvl.training.checkpoints import remove_old
 from ssmvl.training.folder import RunFolder
 from ssmvl.training.report import report
 from ssmvl.training.stages import Plan
@@ -127,6 +128,7 @@ class Session:
         if self.rank == 0:
             tensors = {key: tensors[key] for key in SAME.sources(vlm.model)}  # FSDP2 gives tied ones twice
             save_folder(self.folder.model(name), tensors, self.recipe, trainer.state.train_dataloader.dataset.processor)
+            remove_old(stage_store(self.folder, name), self.plan.stages[name].keep)  # all have been sent by now
         trainer.close()
         dist.barrier(patient())
 
