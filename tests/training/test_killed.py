@@ -135,7 +135,7 @@ def points(number: int, seed: int) -> list[tuple[str, str, dict[str, Any]]]:
     return found
 
 
-def resume_and_compare(stage: str, what: str, death: dict[str, Any], whole: Steps) -> None:
+def assert_goes_on_equal(stage: str, what: str, death: dict[str, Any], whole: Steps) -> None:
     """Kill a run there, start it again, and compare all it trains with one that was not killed."""
     step = death.pop("at")
     begin("killed", stage)
@@ -155,13 +155,13 @@ def resume_and_compare(stage: str, what: str, death: dict[str, Any], whole: Step
 
 def test_two_killed_runs_go_on_as_if_they_had_not_been(whole: Steps) -> None:
     for stage, what, death in points(2, seed=1):
-        resume_and_compare(stage, what, death, whole)
+        assert_goes_on_equal(stage, what, death, whole)
 
 
 @pytest.mark.slow
 def test_ten_killed_runs_go_on_as_if_they_had_not_been(whole: Steps) -> None:
     for stage, what, death in points(10, seed=0):
-        resume_and_compare(stage, what, death, whole)
+        assert_goes_on_equal(stage, what, death, whole)
 
 
 @pytest.mark.slow

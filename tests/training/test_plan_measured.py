@@ -101,7 +101,7 @@ def planned(overrides: tuple[str, ...], gpus: int) -> int:
     return StagePlan(model, check(recipe)[0].stages["finetune"], gpus, on_gpu=False).memory().total()
 
 
-def close(said: str, runs: Sequence[tuple[str, ...]], gpus: int) -> None:
+def assert_near_the_plan(said: str, runs: Sequence[tuple[str, ...]], gpus: int) -> None:
     found = [int(size) for size in re.findall(r"bytes: (\d+)", said)][1:]
     assert found == [pytest.approx(planned(overrides, gpus), rel=0.15) for overrides in runs]
 
@@ -133,11 +133,11 @@ def test_one_rank_holds_what_is_planned(runs: Sequence[tuple[str, ...]], tmp_pat
             measure(runs)
 
     torch.multiprocessing.start_processes(alone, nprocs=1, start_method="fork")
-    close(said.read_text(), runs, gpus=1)
+    assert_near_the_plan(said.read_text(), runs, gpus=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runs", [TWO_RANKS, MORE_ON_TWO])
 def test_each_of_two_ranks_holds_what_is_planned(runs: Sequence[tuple[str, ...]], tmp_path: Path) -> None:
     for said in two_ranks(lambda: measure(runs), tmp_path):
-        close(said, runs, gpus=2)
+        assert_near_the_plan(said, runs, gpus=2)
