@@ -39,11 +39,17 @@ def training_cases(size: TrainingSize) -> Iterator[Row]:
     with TemporaryDirectory(prefix="ssmvl-bench-") as name, chdir(name):
         data = f"stages.finetune.data.train_size={size.samples}"
         recipe = load_recipe(size.recipe, *ONE_STAGE, data)
-        rows = [_overhead(recipe, size), _start(recipe)]
+        apart = load_recipe(size.recipe, *ONE_STAGE, data, "stages.finetune.loader.workers=1", "run=apart")
+        threads = torch.get_num_threads()
+        rows = [_overhead("run / bare loop", recipe, size)]
+        torch.set_num_threads(max(1, threads - 1))  # of the bare loop too
+        rows.append(_overhead("run / bare loop, a core for data", apart, size))
+        torch.set_num_threads(threads)
+        rows.append(_start(recipe))
     yield from rows  # back in the folder of the caller
 
 
-def _overhead(recipe: Recipe, size: TrainingSize) -> Row:
+def _overhead(case: str, recipe: Recipe, size: TrainingSize) -> Row:
     """Steps a second of a run, against a loop over batches that are there: forward, backward, clipping, AdamW."""
     from composer import Callback, State
 
@@ -85,7 +91,7 @@ def _overhead(recipe: Recipe, size: TrainingSize) -> Row:
         return _rate(ends)
 
     with redirect_stdout(io.StringIO()):  # its progress
-        row = compare("run / bare loop", "steps/s", bare, run, rounds=3)
+        row = compare(case, "steps/s", bare, run, rounds=3)
     trainer.close()
     return row
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from streaming import StreamingDataset
 
 from ssmvl.data import shards
 from ssmvl.data.cache import ShardError
@@ -187,4 +188,25 @@ def test_a_cache_limit_is_kept(sent: Callable[[str], str], tmp_path: Path) -> No
     shutil.copy(data.local / "index.json", tmp_path / "index.json")
     with pytest.raises(DataError, match=r"(?i)data/train: cannot be streamed: .*cache limit"):
         names(data, cache_limit="1kb")
-    assert names(data, cache_limit="8kb") == sorted(f"a{i}" for i in range(12))
+    for _ in range(2):
+        assert names(data, cache_limit="3000") == sorted(f"a{i}" for i in range(12))
+        assert len(list(data.local.glob("*.mds"))) == 3  # of 4
+
+
+def test_a_shard_that_went_is_fetched_again_and_one_that_is_there_is_not_locked(
+    sent: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ask(sent("a"), tmp_path)
+    locked: list[int] = []
+    streaming = StreamingDataset.prepare_shard
+
+    def counted(stream: StreamingDataset, shard_id: int, blocking: bool = True) -> None:
+        locked.append(shard_id)
+        streaming(stream, shard_id, blocking)
+
+    monkeypatch.setattr(StreamingDataset, "prepare_shard", counted)
+    loader = train_loader(data, PROCESSOR, batch=4, seed=0, loader=Loader(workers=0))
+    for _ in range(3):
+        assert sorted(name for batch in loader for name in batch["sample_ids"]) == sorted(f"a{i}" for i in range(12))
+        assert len(locked) < 12  # less than once a sample
+        next(data.local.glob("*.mds")).unlink()
