@@ -151,4 +151,9 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     for mark in getattr(hint, "__metadata__", ()):
         return f"a {mark.kind}" if isinstance(mark, Part) else f"{_describe(hint.__origin__)}, {mark.allowed}"
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+    origin, inner = typing.get_origin(hint), list(map(_describe, typing.get_args(hint)))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(inner)
+    if inner and isinstance(origin, type):
+        return f"{origin.__name__}[{', '.join(inner)}]"
+    return "None" if hint is types.NoneType else getattr(hint, "__name__", str(hint).replace("typing.", ""))

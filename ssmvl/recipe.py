@@ -190,11 +190,15 @@ def _parse_override(text: str, source: str) -> dict[str, Any]:
     parts = key.split(".")
     if not equals or not all(part and not part.startswith("-") for part in parts):
         problem = f"{text!r} is no override; write key=value with a dotted key, e.g. stages.finetune.batch=128"
+        if text.startswith("-"):
+            problem += "; options of the launcher stand before the recipe"
         raise RecipeError([Problem("", problem)], source)
     try:
         node = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
     except (YAMLError, OmegaConfBaseException) as error:
-        raise RecipeError([Problem(key, f"{value!r} is no YAML value: {_first_line(error)}")], source) from error
+        raise RecipeError(
+            [Problem(key, f"{value!r} is no YAML value: {_first_line(error)}; a space follows each ':'")], source
+        ) from error
     nested = typing.cast("dict[str, Any]", node)["value"]
     for part in reversed(parts):
         nested = {part: nested}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from ssmvl.binding import bind
-from ssmvl.registry import Part
+from ssmvl.registry import Check, Part
 
 Install = Callable[[str, str], None]
 
@@ -110,6 +110,12 @@ def test_an_unknown_option_is_answered_with_the_nearest() -> None:
 def test_a_missing_option_is_a_problem_at_its_place() -> None:
     assert bind({}, rows, "a")[1] == [("a.count", "rows needs 'count' (int)")]
     assert bind({}, rows, "")[1] == [("count", "rows needs 'count' (int)")]
+
+
+def test_a_type_is_described_without_pythons_internals() -> None:
+    def rows(named: dict[str, Annotated[int, Check("an even number", lambda n: n % 2 == 0)]] | None) -> None: ...
+
+    assert bind({}, rows, "")[1] == [("named", "rows needs 'named' (dict[str, int, an even number] | None)")]
 
 
 def test_what_the_library_passes_is_neither_needed_nor_allowed() -> None:

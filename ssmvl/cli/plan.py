@@ -77,8 +77,6 @@ def _table(memory: dict[str, int], gpu: float, limit: float) -> Table:
 
 
 def _verdict(name: str, plan: StagePlan, total: int, limit: float) -> str:
-    from ssmvl.training.planning import Setting
-
     if total <= limit:
         best = plan.largest(limit)
         return f"fits, as does stages.{name}.microbatch={best}" if best > plan.setting.microbatch else "fits"
@@ -86,8 +84,12 @@ def _verdict(name: str, plan: StagePlan, total: int, limit: float) -> str:
     for setting in plan.remedies(limit):
         lines.append("  " + _switches(name, plan.setting, setting))
     if len(lines) == 1:
-        least = plan.memory(Setting(plan.setting.gpus, 1, True, "fsdp2")).total()
-        return f"does not fit, nor with any switch: one sample with activation checkpointing needs {least / GB:.2f} GB"
+        least, gpus = plan.least()
+        where = f"{gpus} GPUs" if gpus > 1 else "1 GPU"
+        return (
+            f"does not fit, nor with any switch, nor on more GPUs: one sample with activation checkpointing needs"
+            f" {least / GB:.2f} GB of each of {where}"
+        )
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from ssmvl import evaluation
 from ssmvl.assistant import Assistant
@@ -90,7 +91,11 @@ class StageEvaluator(Callback):
         pairs = _in_order(list(zip(losses, answered, strict=True)), len(self._records))
         total, count = (sum(column) for column in zip(*(loss for loss, _ in pairs), strict=True))
         logger.log_metrics({"evaluation/loss": total / count})
-        for type_, row in evaluation.results(one for _, one in pairs).items():
+        found = evaluation.results(one for _, one in pairs)
+        if dist.get_global_rank() == 0:
+            right = ", ".join(f"{type_ or 'all'} {row['accuracy']:.1%}" for type_, row in found.items())
+            tqdm.write(f"evaluation after step {self._asked_at}: loss {total / count:.4f}, right: {right}")
+        for type_, row in found.items():
             shares = {key: row[key] for key in ("accuracy", "blind", "swapped")}
             logger.log_metrics({f"evaluation/{key}/{type_ or 'all'}": share for key, share in shares.items()})
 

@@ -11,7 +11,7 @@ from ssmvl.data.remote import is_remote
 from ssmvl.errors import CheckpointError
 from ssmvl.hub import user_path
 from ssmvl.recipe import Recipe, load_recipe
-from ssmvl.saved import save_folder
+from ssmvl.saved import ABOUT_FILE, save_folder
 from ssmvl.training.resuming import CHECKPOINT, damage, newest_whole
 
 
@@ -36,6 +36,8 @@ def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path,
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error})") from error
         if newest is None:
+            if (path / ABOUT_FILE).is_file():
+                raise CheckpointError(f"{path} is a saved model already: ssmvl.load reads it")
             what = "no whole checkpoint:\n  " + "\n  ".join(passed.values()) if passed else "no checkpoint of a run"
             allowed = "name a stage's folder, such as runs/NAME/STAGE/checkpoints, or one in it, such as ep0-ba500"
             raise CheckpointError(f"{path} holds {what}\n{allowed}" if passed else f"{path} holds {what}; {allowed}")
@@ -43,6 +45,8 @@ def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path,
     if not path.exists():
         advice = "; copy it here first" if is_remote(str(name)) else ""
         raise CheckpointError(f"{name}: no such file or folder on this machine{advice}")
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path} holds weights that need no export: ssmvl.load reads the folder of a saved model")
     if why := damage(path, trust_pickle):
         raise CheckpointError(f"{path} {why}")
     return path, []
@@ -55,7 +59,7 @@ def export(
 
     Args:
         checkpoint: see `find_checkpoint`.
-        out: the folder; holds nothing but an older saved model, or does not exist.
+        out: the folder; empty, or not there yet.
         recipe: of the run; by default the one in the run folder that the checkpoint lies in.
         trust_pickle: whether the index of a sharded checkpoint, which is a pickle, is read whatever it holds: that may
             run any code. Without it, what holds more than names, sizes and places of tensors is refused.
@@ -65,9 +69,13 @@ def export(
 
     Raises:
         CheckpointError: there is none, it is damaged or refused, no recipe was found, the model of the recipe has other
-            tensors, or `out` holds other files or cannot be written.
+            tensors, or `out` holds a model or other files or cannot be written.
         RecipeError: every mistake of the recipe.
     """
+    if (user_path(out) / ABOUT_FILE).exists():
+        raise CheckpointError(
+            f"{out} holds a saved model already, which stays; name another folder, or remove that one"
+        )
     path, passed = find_checkpoint(checkpoint, trust_pickle)
     found = load_recipe(_recipe_of(path) if recipe is None else recipe)
     model = build_model(found, device="meta")

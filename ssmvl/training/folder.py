@@ -77,6 +77,11 @@ class RunFolder:
             listed = "\n  ".join(found)
             raise RunError(f"{self.root} holds another run; give this one a name with run=NAME:\n  {listed}")
 
+    def changes(self, recipe: Recipe) -> list[str]:
+        """One line for each option of a stage that was another one when the folder was claimed."""
+        there = load_recipe(self.root / "recipe.yaml")
+        return differences(there.data.get("stages"), recipe.data.get("stages"), "stages")
+
     def claim(self, recipe: Recipe) -> None:
         """Make the folder this recipe's, or find that it is; no other launch may work in it until `release`.
 
@@ -87,16 +92,16 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             self._take()
             self.require_no_other(recipe)
-            if not (self.root / "recipe.yaml").is_file():
-                self.write("recipe.yaml", recipe.to_yaml().encode())
             folders = [place for place in map(self.checkpoints, self.stages) if isinstance(place, Path)]
             for place in (*(self.root / stage for stage in self.stages), *folders, self.root / "tensorboard"):
                 place.mkdir(parents=True, exist_ok=True)
                 if not os.access(place, os.W_OK):
                     raise PermissionError(errno.EACCES, "this user may not write into it, or nobody may", str(place))
+            if not (self.root / "recipe.yaml").is_file():
+                self.write("recipe.yaml", recipe.to_yaml().encode())
         except OSError as error:
             self.release()
-            raise RunError(f"{self.root} cannot be written ({error})") from error
+            raise RunError(f"{error.filename or self.root} cannot be written ({error})") from error
         except RunError:
             self.release()
             raise
@@ -112,6 +117,11 @@ class RunFolder:
             if not path.exists():
                 where = f"{path} is not there on {socket.gethostname()}, though the first rank has made it"
                 raise RunError(f"{where}; it must lie on storage that every node sees")
+
+    @property
+    def vanished(self) -> bool:
+        """Whether someone removed or moved the folder while this process works in it."""
+        return self._lock is not None and not (self.root / "recipe.yaml").is_file()
 
     def _take(self) -> None:
         self.release()

@@ -131,13 +131,22 @@ class StagePlan:
             if size:
                 found = True
                 yield replace(setting, microbatch=size)
-        gpus = 2 * here.gpus
-        while not found and self.stage.batch % gpus == 0:
-            setting = Setting(gpus, 1, True, "fsdp2")
+        for setting in self._on_more() if not found else ():
             size = self.largest(limit, setting)
             if size:
-                found = True
                 yield replace(setting, microbatch=size)
+                return
+
+    def least(self) -> tuple[int, int]:
+        """The fewest bytes of a GPU that a step can be made with, and on how many GPUs."""
+        settings = [Setting(self.setting.gpus, 1, True, "fsdp2"), *self._on_more()]
+        return min((self.memory(setting).total(), setting.gpus) for setting in settings)
+
+    def _on_more(self) -> Iterator[Setting]:
+        """Twice as many GPUs, and so on, as far as the batch can be shared."""
+        gpus = 2 * self.setting.gpus
+        while self.stage.batch % gpus == 0:
+            yield Setting(gpus, 1, True, "fsdp2")
             gpus *= 2
 
     def positions(self, text: int) -> int:

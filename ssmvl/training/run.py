@@ -54,6 +54,9 @@ def train(recipe: str | Path | Recipe, *overrides: str) -> Path:
     try:
         return session.run()
     except BaseException as error:  # torch's CheckpointException is no Exception
+        if session.folder.vanished and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+            what = "somebody removed or moved it while the run was at work"
+            raise RunError(f"{session.folder.root} is gone: {what}") from error
         if why := outside(error):
             raise RunError(f"{why}. {SAVED}") from error
         raise
@@ -66,13 +69,15 @@ def outside(error: BaseException) -> str | None:
     if isinstance(error, CheckpointException):
         return next(filter(None, (outside(found) for found, _ in error.failures.values())), None)
     text = short(str(error).partition("\n")[0])
+    if isinstance(error, AssertionError) and text == "Expected file to have been saved.":  # Composer, of a checkpoint
+        return "a checkpoint is gone that was just written: somebody removed or moved its folder"
     if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in DISK):
         return f"a file cannot be written or read: {text}"
     if isinstance(error, OutOfMemoryError):
         advice = "a smaller microbatch, or activation_checkpointing=true; `ssmvl plan` says what fits"
         return f"the GPU's memory is full ({text}); {advice}"
     if type(error).__module__.partition(".")[0] in ("boto3", "botocore") or isinstance(error, _store_error()):
-        return f"a checkpoint could not be sent to its bucket ({text})"
+        return f"a checkpoint could not be sent to its bucket ({short(' '.join(str(error).split()))})"
     if isinstance(error, DistNetworkError) and "EADDRINUSE" in str(error):
         port = os.environ.get("MASTER_PORT")
         return f"the ranks cannot meet: another process uses port {port}; leave --master_port out or give another"

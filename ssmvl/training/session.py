@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,10 @@ class Session:
         if "OMP_NUM_THREADS" not in os.environ:  # the launcher sets none, and ranks would fight over the cores
             torch.set_num_threads(max(1, cores() // dist.get_local_world_size()))
         if self.world > 1:
+            # Composer's handler is Python code, which does not run while this waits for ranks that will not come.
+            handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
             dist.initialize_dist(get_device(None), timeout=WAIT)
+            signal.signal(signal.SIGTERM, handler)
         if dist.get_local_rank() == 0:
             clean_stale_segments()
         finished = first_rank(self._prepare)
@@ -89,6 +93,8 @@ class Session:
         finished = [name for name in self.plan.stages if (self.folder.model(name) / ABOUT_FILE).is_file()]
         self._find_inputs([name for name in self._asked() if name not in finished])
         self.folder.claim(self.recipe)  # last: a run that finds no data leaves its name free
+        for text in self.folder.changes(self.recipe):
+            self._say(f"changed since this run began, for what is trained from now on: {text}")
         return finished
 
     def _find_inputs(self, names: Sequence[str]) -> None:
@@ -129,6 +135,7 @@ class Session:
             tensors = {key: tensors[key] for key in SAME.sources(vlm.model)}  # FSDP2 gives tied ones twice
             save_folder(self.folder.model(name), tensors, self.recipe, trainer.state.train_dataloader.dataset.processor)
             remove_old(stage_store(self.folder, name), self.plan.stages[name].keep)  # all have been sent by now
+        self._say(f"stage {name}: finished, {self.folder.model(name)} holds its model")
         trainer.close()
         dist.barrier(patient())
 

@@ -27,7 +27,7 @@ def _fractions(numbers: tuple[float, ...]) -> bool:
 
 
 def _is_place(place: str) -> bool:
-    return bool(place) and (place.startswith("s3://") or not is_remote(place))
+    return bool(re.match("s3://[^/]", place) if is_remote(place) else place)
 
 
 Rate = Annotated[float, Check("a finite number, at least 0", lambda rate: 0 <= rate < math.inf)]
@@ -142,7 +142,9 @@ class Plan:
     model: ModelParts
     stages: dict[str, Stage]
     stage: str | None = None
-    checkpoints: Annotated[str, Check("a folder or an s3:// URL", _is_place)] | None = None
+    checkpoints: (
+        Annotated[str, Check("a folder, or the URL of one in a bucket, s3://BUCKET/FOLDER", _is_place)] | None
+    ) = None
     evaluation: Evaluation | None = None
 
 

@@ -22,7 +22,7 @@ from ssmvl.anatomy import StepFlops
 from ssmvl.batch import num_samples, num_tokens, split_batch
 from ssmvl.build import build_model, build_processor
 from ssmvl.data.streams import TrainLoader, read_records, train_loader
-from ssmvl.errors import ContractError, MissingDependencyError
+from ssmvl.errors import ContractError, MissingDependencyError, RunError
 from ssmvl.evaluation import Evaluation
 from ssmvl.recipe import Recipe
 from ssmvl.text.processor import Processor
@@ -62,9 +62,11 @@ def stage_trainer(
     stage, world = plan.stages[name], dist.get_world_size()
     joined = checkpoint is not None and checkpoint.endswith(".pt")
     sharded = (world > 1 and stage.sharding == "fsdp2") or (checkpoint is not None and not joined)
-    fsdp = FSDP2Config(
-        mixed_precision="FULL", state_dict_type="full" if joined else "sharded", load_monolith_rank0_only=joined
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is experimental
+        fsdp = FSDP2Config(
+            mixed_precision="FULL", state_dict_type="full" if joined else "sharded", load_monolith_rank0_only=joined
+        )
     reproducibility.seed_all(plan.seed)
     vlm = _model(recipe, stage, start, sharded)
     processor = build_processor(recipe, vlm.model)
@@ -174,6 +176,8 @@ def _named(kind: Literal["callbacks", "loggers"], stage: str, wanted: dict[str, 
             made.append(composer_class(kind, name)(**(options or {})))
         except ImportError as error:
             raise MissingDependencyError(f"stages.{stage}.{kind}.{name}: {error}") from error
+        except (TypeError, ValueError) as error:  # what its options are for is known to it alone
+            raise RunError(f"stages.{stage}.{kind}.{name}: {error}; received {options}") from error
     return made
 
 

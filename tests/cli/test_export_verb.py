@@ -30,8 +30,8 @@ def test_it_needs_no_composer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert passed.startswith(f"passed over a checkpoint: {checkpoints / 'ep0-ba5'} cannot be read (FileNotFoundError")
     assert said == f"out holds the model of {whole}"
     write_file(Path("moved.pt"), state(tensors))
-    assert main(["export", "moved.pt", "--out", "out", "--recipe", "runs/quickstart"]) == 0
-    assert capsys.readouterr().out == "out holds the model of moved.pt\n"
+    assert main(["export", "moved.pt", "--out", "out2", "--recipe", "runs/quickstart"]) == 0
+    assert capsys.readouterr().out == "out2 holds the model of moved.pt\n"
 
 
 class Runs:

@@ -119,11 +119,14 @@ def folder_vanishes() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", [logs_cannot_grow, folder_vanishes])
-def test_logs_that_cannot_grow_and_a_folder_that_vanishes(tiny: Path, what: Callable[[], object]) -> None:
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [(logs_cannot_grow, "a file cannot be written or read"), (folder_vanishes, "runs/tiny is gone: somebody removed")],
+)
+def test_logs_that_cannot_grow_and_a_folder_that_vanishes(tiny: Path, what: Callable[[], object], message: str) -> None:
     code, said = train(2, "stages.finetune.duration=40ba", "stages.finetune.checkpoint=40ba", what=what)
     assert code == 2
-    assert "a file cannot be written or read" in one_message(said[0])
+    assert message in one_message(said[0])
     assert "another rank is lost" in one_message(said[1])
     goes_on(2, 0)
 
@@ -132,7 +135,7 @@ def test_logs_that_cannot_grow_and_a_folder_that_vanishes(tiny: Path, what: Call
 def test_a_file_in_the_way_is_named_before_training(tiny: Path, place: str) -> None:
     (ROOT / place).parent.mkdir(parents=True)
     (ROOT / place).write_text("in the way")
-    with pytest.raises(RunError, match=rf"runs/tiny cannot be written \(.*{place}"):
+    with pytest.raises(RunError, match=rf"runs/tiny/{place} cannot be written"):
         ssmvl.train(tiny, *SMALL)
     assert (ROOT / place).read_text() == "in the way"
 
@@ -141,9 +144,16 @@ def test_a_folder_that_may_not_be_written_is_named_before_training(tiny: Path, m
     """As root, whom no mode keeps from writing, only a read-only mount would."""
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: "tensorboard" not in str(path))
-        with pytest.raises(RunError, match=r"runs/tiny cannot be written .*may not write.*runs/tiny/tensorboard"):
+        with pytest.raises(RunError, match=r"runs/tiny/tensorboard cannot be written .*may not write"):
             ssmvl.train(tiny, *SMALL)
     assert not list(ROOT.rglob("ep*"))
+
+
+def test_a_place_for_checkpoints_that_cannot_be_made_is_named_and_the_runs_name_stays_free(tiny: Path) -> None:
+    Path("afile").write_text("")
+    with pytest.raises(RunError, match=r"afile/tiny/finetune cannot be written"):
+        ssmvl.train(tiny, *SMALL, "checkpoints=afile")
+    assert not (ROOT / "recipe.yaml").exists()
 
 
 def test_two_launches_into_one_folder(tiny: Path) -> None:
@@ -220,12 +230,12 @@ def test_what_a_recipe_asks_for_in_vain(tiny: Path, option: str, message: str) -
 
 @pytest.mark.slow
 def test_a_port_in_use(tiny: Path, composer: Callable[..., subprocess.Popen[str]]) -> None:
-    """Half a minute of this is the launcher's patience with the rank that waits for the one which left."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         process = composer("-n", "2", "--master_port", str(port), "tiny.yaml", *SMALL)
         output, _ = process.communicate(timeout=240)
     assert process.returncode == 2, output
+    assert "SIGKILL" not in output  # the rank that waits for the one which left ends when it is asked to
     assert f"error: the ranks cannot meet: another process uses port {port}" in output
     assert "Traceback" not in output
     assert not Path("runs").exists()
@@ -235,7 +245,9 @@ def test_what_ends_a_run_from_outside_is_told_apart() -> None:
     gone = ClientError({"Error": {"Code": "ExpiredToken", "Message": "expired"}}, "PutObject")
     assert "the GPU's memory is full" in (run.outside(torch.OutOfMemoryError("CUDA out of memory")) or "")
     assert "could not be sent to its bucket (An error occurred (ExpiredToken)" in (run.outside(gone) or "")
+    assert "a checkpoint is gone" in (run.outside(AssertionError("Expected file to have been saved.")) or "")
     assert run.outside(RuntimeError("a mistake")) is None
+    assert run.outside(AssertionError("a mistake")) is None
     with pytest.raises(torch.OutOfMemoryError), resuming("runs/x/ep0-ba1"):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -243,6 +255,11 @@ def test_what_ends_a_run_from_outside_is_told_apart() -> None:
 def test_a_logger_that_is_not_installed_is_named(tiny: Path) -> None:
     with pytest.raises(MissingDependencyError, match=r"stages\.align\.loggers\.MLFlowLogger: .*mlflow"):
         ssmvl.train(tiny, "stages.align.loggers.MLFlowLogger={}")
+
+
+def test_an_option_that_a_callback_refuses_is_named(tiny: Path) -> None:
+    with pytest.raises(RunError, match=r"stages\.finetune\.callbacks\.SpeedMonitor: .*; received .*'window_size': 'x'"):
+        ssmvl.train(tiny, *SMALL, "stages.finetune.callbacks={SpeedMonitor: {window_size: x}}")
 
 
 def test_a_run_folder_that_a_machine_does_not_see_is_named(tmp_path: Path) -> None:

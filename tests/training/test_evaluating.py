@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -78,7 +79,9 @@ def test_what_an_evaluation_cannot_be_asked_is_said_before_training(tiny: Path) 
         ssmvl.train(tiny, *ASKED, "stages.finetune.evaluation.interval=soon")
 
 
-def test_a_set_is_asked_once_where_steps_and_epoch_end_together(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_is_asked_once_where_steps_and_epoch_end_together(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     asked: list[int] = []
     results = evaluation.results
     monkeypatch.setattr(evaluation, "results", lambda found: asked.append(1) or results(found))
@@ -86,6 +89,8 @@ def test_a_set_is_asked_once_where_steps_and_epoch_end_together(tiny: Path, monk
         tiny, *ONE_STAGE, *ASKED, "stages.finetune.data.train_size=32", "stages.finetune.evaluation.interval=4ba"
     )
     assert len(asked) == 1  # four steps are an epoch
+    said = r"^evaluation after step 4: loss \d\.\d{4}, right: .*counting \d+\.\d%"
+    assert re.search(said, capfd.readouterr().out, re.MULTILINE)
 
 
 def test_a_record_that_cannot_be_asked_is_named_before_training(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,11 +70,12 @@ def test_what_runs_left(tiny: Path) -> None:
     two_ranks(lambda: ssmvl.train(tiny, "run=two", *short), tiny.parent)
     for run, end in (("one", "-rank0.pt"), ("two", "")):
         checkpoints, left = Path("runs", run, "finetune/checkpoints"), Path("runs", run, "model")
-        assert export(checkpoints, OUT) == (checkpoints / f"ep0-ba2{end}", [])
-        assert equal(weights(OUT), weights(left))
-        assert {p.name: p.read_bytes() for p in OUT.iterdir()} == {p.name: p.read_bytes() for p in left.iterdir()}
-        export(checkpoints / f"ep0-ba1{end}", OUT)
-        assert not equal(weights(OUT), weights(left))
+        last, first = Path(f"{run}2"), Path(f"{run}1")
+        assert export(checkpoints, last) == (checkpoints / f"ep0-ba2{end}", [])
+        assert equal(weights(last), weights(left))
+        assert {p.name: p.read_bytes() for p in last.iterdir()} == {p.name: p.read_bytes() for p in left.iterdir()}
+        export(checkpoints / f"ep0-ba1{end}", first)
+        assert not equal(weights(first), weights(left))
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -84,7 +85,7 @@ def test_only_what_the_model_has_is_saved_as_it_is(kind: str, tensors: dict[str,
     assert equal(weights(OUT), tensors)
     elsewhere = Path(shutil.move(CHECKPOINTS, Path("elsewhere/quickstart/align")))  # as `checkpoints: elsewhere` does
     with pytest.raises(CheckpointError, match=r"does not lie in a run folder \(.*\).*--recipe: the run folder"):
-        export(elsewhere, OUT)
+        export(elsewhere, "out2")
     export(elsewhere, "out2", recipe="runs/quickstart")
     assert equal(weights(Path("out2")), tensors)
 
@@ -95,9 +96,10 @@ def test_a_tensor_of_two_names_is_saved_once(tensors: dict[str, Tensor]) -> None
     language = f"model.language={{name: causal_lm, num_tokens: 339, config: {json.dumps(config)}}}"
     recipe, tied = run_of("quickstart", "run=tied", language)
     shards = Path("runs/tied/align/checkpoints/ep0-ba4")
-    export(write_shards(shards, state(tied)), OUT, recipe=recipe)  # which hold it twice
-    assert tied.keys() - read_tensors(OUT / "model.safetensors")[0].keys() == {"language.model.lm_head.weight"}
-    assert equal(weights(OUT), tied)
+    out = Path("tied")
+    export(write_shards(shards, state(tied)), out, recipe=recipe)  # which hold it twice
+    assert tied.keys() - read_tensors(out / "model.safetensors")[0].keys() == {"language.model.lm_head.weight"}
+    assert equal(weights(out), tied)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -128,9 +130,9 @@ def test_a_file_runs_nothing(tensors: dict[str, Tensor]) -> None:
     content["state"]["callbacks"]["Mkdir"] = MKDIR  # of a module that torch refuses by name
     write_file(FILE, content)
     with pytest.raises(CheckpointError, match=r"cannot be read \(UnpicklingError: .*os\.makedirs"):
-        export(FILE, OUT)
+        export(FILE, "out2")
     with pytest.raises(CheckpointError, match=r"cannot be read \(UnpicklingError: .*os\.makedirs"):
-        export(FILE, OUT, trust_pickle=True)
+        export(FILE, "out2", trust_pickle=True)
     assert not RAN.exists()
 
 
@@ -241,3 +243,16 @@ def test_a_folder_with_other_files_stays(tensors: dict[str, Tensor]) -> None:
         with pytest.raises(CheckpointError, match="holds other files"):
             export(FILE, out)
         assert sorted(out.rglob("*")) == before
+
+
+def test_a_saved_model_stays_and_is_no_checkpoint(tensors: dict[str, Tensor]) -> None:
+    write_file(FILE, state(tensors))
+    export(FILE, OUT)
+    before = {path.name: path.read_bytes() for path in OUT.iterdir()}
+    with pytest.raises(CheckpointError, match=r"^out holds a saved model already, which stays; name another folder"):
+        export(FILE, OUT)
+    assert {path.name: path.read_bytes() for path in OUT.iterdir()} == before
+    with pytest.raises(CheckpointError, match=r"^out is a saved model already: ssmvl\.load reads it"):
+        export(OUT, "again")
+    with pytest.raises(CheckpointError, match=r"^out/model\.safetensors holds weights that need no export"):
+        export(OUT / "model.safetensors", "again")

@@ -181,6 +181,9 @@ def test_more_gpus_where_nothing_else_fits() -> None:
     assert remedy.gpus > 1
     assert remedy.activation_checkpointing
     assert list(planned.remedies(1e6)) == []
+    least, gpus = planned.least()
+    assert [setting.gpus for setting in planned.remedies(least)] == [gpus] == [64]
+    assert list(planned.remedies(least - 1)) == []
 
 
 def test_what_was_planned_leaves_the_model_as_it_was() -> None:

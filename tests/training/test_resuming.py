@@ -112,7 +112,11 @@ def test_checkpoints_of_earlier_launches_are_removed_too(tiny: Path, capfd: pyte
     assert not CHECKPOINTS.exists()
     shutil.rmtree(MODEL)
     (folder / "ep0-ba6-rank0.pt").unlink()
-    assert "resumed at step 4," in train(tiny, 1, capfd, elsewhere, "stages.finetune.keep=1")
+    said = train(tiny, 1, capfd, elsewhere, "stages.finetune.keep=1")
+    assert (
+        "changed since this run began, for what is trained from now on: stages.finetune.keep: 3 there, 1 here" in said
+    )
+    assert "resumed at step 4," in said
     assert {path.name for path in folder.iterdir()} == {"ep0-ba6-rank0.pt"}
 
 
@@ -186,5 +190,7 @@ def test_checkpoints_in_a_bucket(
 def test_a_bucket_that_is_not_there_is_named_before_training(tiny: Path, bucket: str) -> None:
     with pytest.raises(RunError, match=r"s3://no-such-bucket/tiny/finetune cannot be used .*NoSuchBucket"):
         ssmvl.train(tiny, *ONE_STAGE, "checkpoints=s3://no-such-bucket")
-    with pytest.raises(RecipeError, match=r"checkpoints: .*a folder or an s3:// URL"):
+    with pytest.raises(RecipeError, match=r"checkpoints: .*a folder, or .* s3://BUCKET/FOLDER"):
         ssmvl.train(tiny, *ONE_STAGE, "checkpoints=gs://bucket")
+    with pytest.raises(RecipeError, match=r"checkpoints: .*a folder, or .* s3://BUCKET/FOLDER"):
+        ssmvl.train(tiny, *ONE_STAGE, "checkpoints=s3://")
