@@ -146,14 +146,18 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
-def _describe(hint: Any) -> str:
+def _describe(hint: Any, inside: bool = False) -> str:
+    """A type as a user reads it; `inside` of another without what is allowed of it."""
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     for mark in getattr(hint, "__metadata__", ()):
-        return f"a {mark.kind}" if isinstance(mark, Part) else f"{_describe(hint.__origin__)}, {mark.allowed}"
-    origin, inner = typing.get_origin(hint), list(map(_describe, typing.get_args(hint)))
+        plain = _describe(hint.__origin__, inside)
+        return f"a {mark.kind}" if isinstance(mark, Part) else plain if inside else f"{plain}, {mark.allowed}"
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(inner)
-    if inner and isinstance(origin, type):
-        return f"{origin.__name__}[{', '.join(inner)}]"
-    return "None" if hint is types.NoneType else getattr(hint, "__name__", str(hint).replace("typing.", ""))
+        return " | ".join(_describe(one, inside) for one in inner)
+    if origin in (dict, list, tuple):
+        return f"{origin.__name__}[{', '.join('...' if one is ... else _describe(one, True) for one in inner)}]"
+    if hint is types.NoneType:
+        return "None"
+    return hint.__name__ if isinstance(hint, type) and not inner else str(hint).replace("typing.", "")

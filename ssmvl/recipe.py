@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -196,8 +197,9 @@ def _parse_override(text: str, source: str) -> dict[str, Any]:
     try:
         node = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
     except (YAMLError, OmegaConfBaseException) as error:
+        advice = "; a space follows the ':' of a mapping" if re.search(r":[^\s/]", value) else ""
         raise RecipeError(
-            [Problem(key, f"{value!r} is no YAML value: {_first_line(error)}; a space follows each ':'")], source
+            [Problem(key, f"{value!r} is no YAML value: {_first_line(error)}{advice}")], source
         ) from error
     nested = typing.cast("dict[str, Any]", node)["value"]
     for part in reversed(parts):

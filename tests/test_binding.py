@@ -115,7 +115,11 @@ def test_a_missing_option_is_a_problem_at_its_place() -> None:
 def test_a_type_is_described_without_pythons_internals() -> None:
     def rows(named: dict[str, Annotated[int, Check("an even number", lambda n: n % 2 == 0)]] | None) -> None: ...
 
-    assert bind({}, rows, "")[1] == [("named", "rows needs 'named' (dict[str, int, an even number] | None)")]
+    def columns(sizes: tuple[int, ...], of: Callable[[int], str]) -> None: ...
+
+    said = ["columns needs 'sizes' (tuple[int, ...])", "columns needs 'of' (collections.abc.Callable[[int], str])"]
+    assert [problem.message for problem in bind({}, columns, "")[1]] == said
+    assert bind({}, rows, "")[1] == [("named", "rows needs 'named' (dict[str, int] | None)")]
 
 
 def test_what_the_library_passes_is_neither_needed_nor_allowed() -> None:

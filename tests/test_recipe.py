@@ -192,12 +192,16 @@ def test_an_override_is_split_at_the_first_equals_sign_and_read_as_yaml(
 
 @pytest.mark.parametrize("override", ["--x", "--x=1", "-x=1", "a", "=3", "", "=", "a.=1", ".a=1", "a..b=1"])
 def test_a_token_that_is_no_override_is_refused(write: Write, override: str) -> None:
-    assert f"{override!r} is no override; write key=value" in message(write("model: {}\n"), override)
+    said = message(write("model: {}\n"), override)
+    assert f"{override!r} is no override; write key=value" in said
+    assert ("options of the launcher stand before the recipe" in said) == override.startswith("-")
 
 
-@pytest.mark.parametrize("value", ["[1", "{a: 1, a: 2}", "a: b: c"])
+@pytest.mark.parametrize("value", ["[1", "{a: 1, a: 2}", "a: b: c", "{a:{b:c}}"])
 def test_an_override_whose_value_is_no_yaml_is_refused_at_its_place(write: Write, value: str) -> None:
-    assert f"model.x: {value!r} is no YAML value" in message(write("model: {}\n"), f"model.x={value}")
+    said = message(write("model: {}\n"), f"model.x={value}")
+    assert f"model.x: {value!r} is no YAML value" in said
+    assert ("a space follows the ':' of a mapping" in said) == (":{" in value)
 
 
 def test_overrides_are_applied_one_by_one(write: Write) -> None:

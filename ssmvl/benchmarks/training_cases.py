@@ -42,9 +42,10 @@ def training_cases(size: TrainingSize) -> Iterator[Row]:
         apart = load_recipe(size.recipe, *ONE_STAGE, data, "stages.finetune.loader.workers=1", "run=apart")
         threads = torch.get_num_threads()
         rows = [_overhead("run / bare loop", recipe, size)]
-        torch.set_num_threads(max(1, threads - 1))  # of the bare loop too
-        rows.append(_overhead("run / bare loop, a core for data", apart, size))
-        torch.set_num_threads(threads)
+        if threads > 1:
+            torch.set_num_threads(threads - 1)  # of the bare loop too
+            rows.append(_overhead("run / bare loop, a core for data", apart, size))
+            torch.set_num_threads(threads)
         rows.append(_start(recipe))
     yield from rows  # back in the folder of the caller
 

@@ -87,8 +87,8 @@ def _verdict(name: str, plan: StagePlan, total: int, limit: float) -> str:
         least, gpus = plan.least()
         where = f"{gpus} GPUs" if gpus > 1 else "1 GPU"
         return (
-            f"does not fit, nor with any switch, nor on more GPUs: one sample with activation checkpointing needs"
-            f" {least / GB:.2f} GB of each of {where}"
+            f"does not fit, nor with any switch, nor on more GPUs that can share {plan.stage.batch} samples: one sample"
+            f" with activation checkpointing, sharded, needs {least / GB:.2f} GB of each of {where}"
         )
     return "\n".join(lines)
 

@@ -47,7 +47,7 @@ class SampleStream(StreamingDataset):
         self.processor = processor
         self._processors = [replace(processor, prompt=s.prompt) if s.prompt else processor for s in streams]
         self._failure: BaseException | None = None
-        self._prepared: set[int] = set()  # shards, by this process
+        self._prepared: set[int] = set()  # shards that this process has seen there
         try:
             with prefix_lock():
                 super().__init__(streams=[_checked(stream) for stream in streams], **options)
@@ -102,8 +102,8 @@ class SampleStream(StreamingDataset):
         Processes that wait for one that cannot be had would wait for ever. Told that it is there, they look, and try to
         fetch it themselves.
 
-        Streaming's threads ask ahead for the shard of every sample, and lock a file for each, which takes longer than
-        to decode a small image. Where this process has prepared the shard and it was not evicted, they are answered
+        A thread of streaming's asks ahead for the shard of every sample, and locks a file for each, which takes longer
+        than to decode a small image. Where this process has seen the shard there and it was not evicted, it is answered
         without. The sample itself may still find that the file was deleted, and asks again, blocking.
         """
         if not blocking and shard_id in self._prepared and self._shard_states[shard_id] == _ShardState.LOCAL:
@@ -111,7 +111,8 @@ class SampleStream(StreamingDataset):
             return
         try:
             super().prepare_shard(shard_id, blocking)
-            self._prepared.add(shard_id)
+            if self._shard_states[shard_id] == _ShardState.LOCAL:  # not where another process is at it
+                self._prepared.add(shard_id)
         except (ShardError, ValueError) as error:
             self._failure = error
             self._shard_states[shard_id] = _ShardState.LOCAL

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from ssmvl.build import build_model, build_processor, same_modules
 from ssmvl.checkpoints.layouts import SAME
 from ssmvl.checkpoints.run_files import INDEX_FILE, model_tensors
 from ssmvl.data.remote import is_remote
-from ssmvl.errors import CheckpointError
+from ssmvl.errors import CheckpointError, short
 from ssmvl.hub import user_path
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.saved import ABOUT_FILE, save_folder
@@ -69,13 +70,10 @@ def export(
 
     Raises:
         CheckpointError: there is none, it is damaged or refused, no recipe was found, the model of the recipe has other
-            tensors, or `out` holds a model or other files or cannot be written.
+            tensors, or `out` is not empty or cannot be written.
         RecipeError: every mistake of the recipe.
     """
-    if (user_path(out) / ABOUT_FILE).exists():
-        raise CheckpointError(
-            f"{out} holds a saved model already, which stays; name another folder, or remove that one"
-        )
+    _require_free(out)
     path, passed = find_checkpoint(checkpoint, trust_pickle)
     found = load_recipe(_recipe_of(path) if recipe is None else recipe)
     model = build_model(found, device="meta")
@@ -85,6 +83,17 @@ def export(
     same_modules(_run_recipe(path), model, found)
     save_folder(out, {name: tensors[name] for name in SAME.sources(model)}, found, processor)
     return path, passed
+
+
+def _require_free(out: str | Path) -> None:
+    with suppress(FileNotFoundError, NotADirectoryError):  # the latter is told where it is written
+        try:
+            taken = sorted(path.name for path in user_path(out).iterdir())
+        except PermissionError as error:
+            raise CheckpointError(f"{out} cannot be read ({error})") from error
+        if taken:
+            what = f"{out} holds {short(', '.join(taken))}"
+            raise CheckpointError(f"{what}; nothing there is replaced: name a folder that is empty or not there yet")
 
 
 def _run_recipe(checkpoint: Path) -> Path:

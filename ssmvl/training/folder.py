@@ -77,10 +77,10 @@ class RunFolder:
             listed = "\n  ".join(found)
             raise RunError(f"{self.root} holds another run; give this one a name with run=NAME:\n  {listed}")
 
-    def changes(self, recipe: Recipe) -> list[str]:
+    def changes(self, recipe: Recipe, stage: str) -> list[str]:
         """One line for each option of a stage that was another one when the folder was claimed."""
         there = load_recipe(self.root / "recipe.yaml")
-        return differences(there.data.get("stages"), recipe.data.get("stages"), "stages")
+        return differences(there.data["stages"].get(stage), recipe.data["stages"].get(stage), f"stages.{stage}")
 
     def claim(self, recipe: Recipe) -> None:
         """Make the folder this recipe's, or find that it is; no other launch may work in it until `release`.
@@ -121,7 +121,13 @@ class RunFolder:
     @property
     def vanished(self) -> bool:
         """Whether someone removed or moved the folder while this process works in it."""
-        return self._lock is not None and not (self.root / "recipe.yaml").is_file()
+        try:
+            (self.root / "recipe.yaml").stat()
+        except FileNotFoundError:
+            return self._lock is not None
+        except OSError:  # there, but its disk fails
+            pass
+        return False
 
     def _take(self) -> None:
         self.release()

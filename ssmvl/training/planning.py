@@ -138,16 +138,15 @@ class StagePlan:
                 return
 
     def least(self) -> tuple[int, int]:
-        """The fewest bytes of a GPU that a step can be made with, and on how many GPUs."""
+        """The fewest bytes of a GPU that a sharded step can be made with, and on how many GPUs."""
         settings = [Setting(self.setting.gpus, 1, True, "fsdp2"), *self._on_more()]
         return min((self.memory(setting).total(), setting.gpus) for setting in settings)
 
     def _on_more(self) -> Iterator[Setting]:
-        """Twice as many GPUs, and so on, as far as the batch can be shared."""
-        gpus = 2 * self.setting.gpus
-        while self.stage.batch % gpus == 0:
-            yield Setting(gpus, 1, True, "fsdp2")
-            gpus *= 2
+        """Every larger number of GPUs that can share the batch."""
+        for gpus in range(self.setting.gpus + 1, self.stage.batch + 1):
+            if self.stage.batch % gpus == 0:
+                yield Setting(gpus, 1, True, "fsdp2")
 
     def positions(self, text: int) -> int:
         """Of a step over all ranks, where each sample has one image and `text` tokens."""

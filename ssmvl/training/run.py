@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ssmvl.errors import MissingDependencyError, RunError, SsmvlError, short
 from ssmvl.recipe import Recipe, load_recipe
+from ssmvl.training.folder import RunFolder
 from ssmvl.training.stages import check
 
 DISK = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOENT ENOTDIR ESTALE".split()}
@@ -54,9 +55,8 @@ def train(recipe: str | Path | Recipe, *overrides: str) -> Path:
     try:
         return session.run()
     except BaseException as error:  # torch's CheckpointException is no Exception
-        if session.folder.vanished and not isinstance(error, (KeyboardInterrupt, SystemExit)):
-            what = "somebody removed or moved it while the run was at work"
-            raise RunError(f"{session.folder.root} is gone: {what}") from error
+        if why := _gone(session.folder, error):
+            raise RunError(f"{why} is gone: somebody removed or moved it while the run was at work") from error
         if why := outside(error):
             raise RunError(f"{why}. {SAVED}") from error
         raise
@@ -69,8 +69,6 @@ def outside(error: BaseException) -> str | None:
     if isinstance(error, CheckpointException):
         return next(filter(None, (outside(found) for found, _ in error.failures.values())), None)
     text = short(str(error).partition("\n")[0])
-    if isinstance(error, AssertionError) and text == "Expected file to have been saved.":  # Composer, of a checkpoint
-        return "a checkpoint is gone that was just written: somebody removed or moved its folder"
     if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in DISK):
         return f"a file cannot be written or read: {text}"
     if isinstance(error, OutOfMemoryError):
@@ -86,6 +84,16 @@ def outside(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "inline_container" in text:  # torch's name for what writes its files
         return f"a checkpoint cannot be written, which is so where a disk is full (torch: {text})"
     return None
+
+
+def _gone(folder: RunFolder, error: BaseException) -> str | None:
+    """What someone took away from a run, if that has ended it."""
+    if isinstance(error, (SsmvlError, KeyboardInterrupt, SystemExit)):
+        return None
+    if folder.vanished:
+        return f"{folder.root}/recipe.yaml"
+    saved = isinstance(error, AssertionError) and str(error) == "Expected file to have been saved."  # says Composer
+    return "a checkpoint that was just written" if saved else None
 
 
 def _store_error() -> type[BaseException]:

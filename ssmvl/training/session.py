@@ -55,8 +55,10 @@ class Session:
         if self.world > 1:
             # Composer's handler is Python code, which does not run while this waits for ranks that will not come.
             handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            dist.initialize_dist(get_device(None), timeout=WAIT)
-            signal.signal(signal.SIGTERM, handler)
+            try:
+                dist.initialize_dist(get_device(None), timeout=WAIT)
+            finally:
+                signal.signal(signal.SIGTERM, handler)
         if dist.get_local_rank() == 0:
             clean_stale_segments()
         finished = first_rank(self._prepare)
@@ -93,8 +95,10 @@ class Session:
         finished = [name for name in self.plan.stages if (self.folder.model(name) / ABOUT_FILE).is_file()]
         self._find_inputs([name for name in self._asked() if name not in finished])
         self.folder.claim(self.recipe)  # last: a run that finds no data leaves its name free
-        for text in self.folder.changes(self.recipe):
-            self._say(f"changed since this run began, for what is trained from now on: {text}")
+        for name in self._asked():
+            counts = "it is finished and stays as it is" if name in finished else "this counts from now on"
+            for text in self.folder.changes(self.recipe, name):
+                self._say(f"unlike {self.folder.root / 'recipe.yaml'}, {text}; {counts}")
         return finished
 
     def _find_inputs(self, names: Sequence[str]) -> None:

@@ -77,6 +77,8 @@ def stage_trainer(
     loader = train_loader(data, processor, batch=batch, seed=plan.seed, loader=stage.loader)
     encoders = any(is_under(one, "encoders") for one in _trained(vlm))
     store = stage_store(folder, name)
+    optimizer = adamw(vlm, stage.optimizer)
+    asked = [dict(group) for group in optimizer.param_groups]
     callbacks = [Identity(recipe), *_watchers(recipe, folder, name, stage, loader), OldCheckpoints(store, stage.keep)]
     callbacks += _named("callbacks", name, stage.callbacks)
     with warnings.catch_warnings(), resuming(checkpoint):
@@ -89,7 +91,7 @@ def stage_trainer(
                 get_num_samples_in_batch=num_samples,
                 get_num_tokens_in_batch=num_tokens,
             ),
-            optimizers=adamw(vlm, stage.optimizer),
+            optimizers=optimizer,
             schedulers=_cosine(stage.warmup),
             algorithms=[GradientClipping("norm", 1.0), *([UnusedParameters()] if encoders else [])],
             max_duration=stage.duration,
@@ -115,7 +117,22 @@ def stage_trainer(
             load_path=checkpoint,
         )
     fsdp.state_dict_type = "sharded"
+    if checkpoint is not None:
+        _as_asked(trainer, asked)
     return trainer
+
+
+def _as_asked(trainer: Trainer, asked: list[dict[str, Any]]) -> None:
+    """Give the optimizer the recipe's options again: a checkpoint brings those of the launch that wrote it."""
+    (optimizer,), (scheduler,) = trainer.state.optimizers, trainer.state.schedulers
+    if len(asked) != len(scheduler.base_lrs) or any("lr" not in group for group in optimizer.param_groups):
+        what = "the optimizer groups parameters otherwise than in the checkpoint, which has no state for these groups"
+        raise RunError(f"{what}; leave lr_of as it was, and weight_decay 0 or not 0, or give the run a name of its own")
+    for group, options, peak in zip(optimizer.param_groups, asked, scheduler.base_lrs, strict=True):
+        if peak != options["lr"]:  # else it stays, bit by bit
+            group["lr"] *= options["lr"] / peak if peak else 0.0
+        group |= {name: options[name] for name in ("weight_decay", "betas")}
+    scheduler.base_lrs = [options["lr"] for options in asked]
 
 
 def stage_store(folder: RunFolder, name: str) -> Store:
@@ -177,7 +194,8 @@ def _named(kind: Literal["callbacks", "loggers"], stage: str, wanted: dict[str, 
         except ImportError as error:
             raise MissingDependencyError(f"stages.{stage}.{kind}.{name}: {error}") from error
         except (TypeError, ValueError) as error:  # what its options are for is known to it alone
-            raise RunError(f"stages.{stage}.{kind}.{name}: {error}; received {options}") from error
+            given = ", ".join(options or ())  # without their values, of which one may be a password
+            raise RunError(f"stages.{stage}.{kind}.{name}: {error}; its options are {given}") from error
     return made
 
 

@@ -59,8 +59,10 @@ def test_nothing_makes_it_fit(capsys: Capture) -> None:
     one = ["stages.align=null", "stages.order=null", "stages.finetune.max_text_tokens=32"]
     assert main(["plan", "quickstart", *one, "--gpus", "1", "--memory", "0.001"]) == 1
     shown = capsys.readouterr().out
-    nothing = "does not fit, nor with any switch, nor on more GPUs: one sample with activation checkpointing needs"
-    assert re.search(nothing + r" 0\.\d\d GB of each of 64 GPUs\n", shown)
+    nothing = (
+        "does not fit, nor with any switch, nor on more GPUs that can share 64 samples: one sample with activation"
+    )
+    assert re.search(nothing + r" checkpointing, sharded, needs 0\.\d\d GB of each of 64 GPUs\n", shown)
 
 
 def test_an_epoch_is_told_by_a_thousand_samples(capsys: Capture) -> None:

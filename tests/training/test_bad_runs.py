@@ -121,7 +121,10 @@ def folder_vanishes() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "message"),
-    [(logs_cannot_grow, "a file cannot be written or read"), (folder_vanishes, "runs/tiny is gone: somebody removed")],
+    [
+        (logs_cannot_grow, "a file cannot be written or read"),
+        (folder_vanishes, "runs/tiny/recipe.yaml is gone: somebody removed"),
+    ],
 )
 def test_logs_that_cannot_grow_and_a_folder_that_vanishes(tiny: Path, what: Callable[[], object], message: str) -> None:
     code, said = train(2, "stages.finetune.duration=40ba", "stages.finetune.checkpoint=40ba", what=what)
@@ -245,9 +248,7 @@ def test_what_ends_a_run_from_outside_is_told_apart() -> None:
     gone = ClientError({"Error": {"Code": "ExpiredToken", "Message": "expired"}}, "PutObject")
     assert "the GPU's memory is full" in (run.outside(torch.OutOfMemoryError("CUDA out of memory")) or "")
     assert "could not be sent to its bucket (An error occurred (ExpiredToken)" in (run.outside(gone) or "")
-    assert "a checkpoint is gone" in (run.outside(AssertionError("Expected file to have been saved.")) or "")
     assert run.outside(RuntimeError("a mistake")) is None
-    assert run.outside(AssertionError("a mistake")) is None
     with pytest.raises(torch.OutOfMemoryError), resuming("runs/x/ep0-ba1"):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -258,7 +259,7 @@ def test_a_logger_that_is_not_installed_is_named(tiny: Path) -> None:
 
 
 def test_an_option_that_a_callback_refuses_is_named(tiny: Path) -> None:
-    with pytest.raises(RunError, match=r"stages\.finetune\.callbacks\.SpeedMonitor: .*; received .*'window_size': 'x'"):
+    with pytest.raises(RunError, match=r"stages\.finetune\.callbacks\.SpeedMonitor: .*; its options are window_size"):
         ssmvl.train(tiny, *SMALL, "stages.finetune.callbacks={SpeedMonitor: {window_size: x}}")
 
 

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer import Callback, Logger, State
 from ranks import two_ranks
+from torch.multiprocessing import ProcessRaisedException
 
 import ssmvl
 from ssmvl.checkpoints import read_tensors
 from ssmvl.errors import RecipeError, RunError
+from ssmvl.training import trainer
 from ssmvl.training.checkpoints import BucketStore
 from ssmvl.training.resuming import newest_whole, surplus
 
@@ -113,11 +116,42 @@ def test_checkpoints_of_earlier_launches_are_removed_too(tiny: Path, capfd: pyte
     shutil.rmtree(MODEL)
     (folder / "ep0-ba6-rank0.pt").unlink()
     said = train(tiny, 1, capfd, elsewhere, "stages.finetune.keep=1")
-    assert (
-        "changed since this run began, for what is trained from now on: stages.finetune.keep: 3 there, 1 here" in said
-    )
+    assert "unlike runs/tiny/recipe.yaml, stages.finetune.keep: 3 there, 1 here; this counts from now on" in said
     assert "resumed at step 4," in said
     assert {path.name for path in folder.iterdir()} == {"ep0-ba6-rank0.pt"}
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_optimizer_goes_on_with_the_options_of_now(
+    tiny: Path, ranks: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it would be, had it had them from its beginning."""
+
+    class Options(Callback):
+        def batch_end(self, state: State, logger: Logger) -> None:
+            if state.timestamp.batch.value == 5:
+                (optimizer,), (scheduler,) = state.optimizers, state.schedulers
+                keys = ("lr", "weight_decay", "betas")
+                print([[group[key] for key in keys] for group in optimizer.param_groups], scheduler.base_lrs, "at 5")
+
+    watchers = trainer._watchers
+    monkeypatch.setattr(trainer, "_watchers", lambda *given: [*watchers(*given), Options()])
+
+    def at_5(said: str) -> str:
+        return next(line for line in said.splitlines() if line.endswith("at 5"))
+
+    now = "stages.finetune.optimizer={lr: 0.004, weight_decay: 0.2, betas: [0.8, 0.9]}"
+    wanted = at_5(train(tiny, ranks, capfd, now, "run=now"))
+    began = at_5(train(tiny, ranks, capfd, "stages.finetune.optimizer.weight_decay=0.1"))
+    shutil.rmtree(MODEL)
+    newest(CHECKPOINTS).unlink()
+    said = train(tiny, ranks, capfd, now)
+    assert "resumed at step 4," in said
+    assert at_5(said) == wanted != began
+    shutil.rmtree(MODEL)
+    newest(CHECKPOINTS).unlink()
+    with pytest.raises(RunError if ranks == 1 else ProcessRaisedException, match=r"groups|param_groups"):
+        train(tiny, ranks, capfd, "stages.finetune.optimizer.lr_of={connector: 0.001}")
 
 
 def test_a_bucket_is_looked_at_like_a_folder(
