@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 from ssmvl.build import build_model, build_processor, same_modules
@@ -86,14 +85,15 @@ def export(
 
 
 def _require_free(out: str | Path) -> None:
-    with suppress(FileNotFoundError, NotADirectoryError):  # the latter is told where it is written
-        try:
-            taken = sorted(path.name for path in user_path(out).iterdir())
-        except PermissionError as error:
-            raise CheckpointError(f"{out} cannot be read ({error})") from error
-        if taken:
-            what = f"{out} holds {short(', '.join(taken))}"
-            raise CheckpointError(f"{what}; nothing there is replaced: name a folder that is empty or not there yet")
+    try:
+        taken = sorted(path.name for path in user_path(out).iterdir())
+    except (FileNotFoundError, NotADirectoryError):  # a file in the way is told where the folder is written
+        return
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be read ({error})") from error
+    if taken:
+        what = f"{out} holds {short(', '.join(taken))}"
+        raise CheckpointError(f"{what}; nothing there is replaced: name a folder that is empty or not there yet")
 
 
 def _run_recipe(checkpoint: Path) -> Path:

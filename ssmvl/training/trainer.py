@@ -62,11 +62,6 @@ def stage_trainer(
     stage, world = plan.stages[name], dist.get_world_size()
     joined = checkpoint is not None and checkpoint.endswith(".pt")
     sharded = (world > 1 and stage.sharding == "fsdp2") or (checkpoint is not None and not joined)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is experimental
-        fsdp = FSDP2Config(
-            mixed_precision="FULL", state_dict_type="full" if joined else "sharded", load_monolith_rank0_only=joined
-        )
     reproducibility.seed_all(plan.seed)
     vlm = _model(recipe, stage, start, sharded)
     processor = build_processor(recipe, vlm.model)
@@ -83,6 +78,9 @@ def stage_trainer(
     callbacks += _named("callbacks", name, stage.callbacks)
     with warnings.catch_warnings(), resuming(checkpoint):
         warnings.simplefilter("ignore")  # Composer's own deprecations; nothing a user could act on
+        fsdp = FSDP2Config(
+            mixed_precision="FULL", state_dict_type="full" if joined else "sharded", load_monolith_rank0_only=joined
+        )
         trainer = Trainer(
             model=vlm,
             train_dataloader=DataSpec(
