@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,6 +106,7 @@ def _store_error() -> type[BaseException]:
 def main(argv: Sequence[str]) -> int:
     """`argv` is the recipe and its overrides; a mistake is printed without a traceback and gives exit code 2."""
     _end_with_launcher()
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch, of what itself does to save shards
     # TensorBoard writes in a thread, which prints what its next call raises.
     threading.excepthook = lambda said: None if said.exc_value and outside(said.exc_value) else _print(said)
     try:
