@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -30,8 +31,10 @@ def test_recipes_weights_and_plugins_are_found_from_any_folder(
     target = ["-e", str(ROOT)] if editable else [str(ROOT)]
     subprocess.run([environment / "python", "-m", "pip", "install", "-q", "--no-deps", *target], check=True)
 
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
     def run(*command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, check=False)
 
     asked = run(str(environment / "python"), "-c", ASK)
     assert asked.returncode == 0, asked.stderr
