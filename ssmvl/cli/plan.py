@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         console.print(_heading(name, plan))
         console.print(_table(memory, options.memory, limit), "")
         console.print(_verdict(name, plan, memory.total(), limit))
-        console.print(_time(plan, options), "")
+        console.print(_time(plan, options) + "\n")
     console.print(
         "Memory: fp32 weights under bf16 autocast, the torch backend (the kernels of mamba_ssm keep less); in the worst"
         f" case, where each sample has one image and max_text_tokens, all supervised. {MARGIN:.0%} of a GPU is left for"
