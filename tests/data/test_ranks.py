@@ -65,6 +65,7 @@ def test_a_number_that_ranks_cannot_share_repeats_as_few_as_possible(tmp_path: P
     assert max(count.values()) <= 2
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_order_with_any_number_of_workers(tmp_path: Path) -> None:
     folder = write(tmp_path / "shards", 48)
     first = run(folder, tmp_path / "first", 2, batch=4, workers=0)

@@ -171,6 +171,7 @@ def test_living_process_keeps_its_segments(start: Start) -> None:
     assert living.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_name_that_a_living_process_looked_at_in_a_run_that_ended(start: Start) -> None:
     ended, prefix = start()
     start()  # maps the segments of the first one, and keeps them when they are deleted
