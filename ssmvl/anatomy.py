@@ -211,6 +211,15 @@ def autocast_on_meta(device_type: str, *args: Any, **kwargs: Any) -> AbstractCon
     return nullcontext() if device_type == "meta" else AUTOCAST(device_type, *args, **kwargs)
 
 
+def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """An operation as a mode is given it; one that only fills a tensor is left out: it takes time and does nothing."""
+    if torch.Tag.pointwise in func.tags and func._schema.is_mutable:
+        filled = kwargs.get("out", args[0] if func._schema.name.endswith("_") else None)
+        if filled is not None and filled.numel():  # an empty one would be given its size
+            return filled
+    return func(*args, **kwargs)
+
+
 class _Meter(TorchDispatchMode):
     """Adds up FLOPs and collects the parameters that operations take."""
 
@@ -221,7 +230,7 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
+        output = run_on_meta(func, args, kwargs)
         if func.overloadpacket in FORMULAS:
             self.flops += FORMULAS[func.overloadpacket](*args, **kwargs, out_val=output)
         for given in (*args, *kwargs.values()):

@@ -10,6 +10,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssmvl.anatomy import run_on_meta
+
 CASTS, ACTIVATIONS, LOGITS, GRADIENTS = "bf16 weights", "activations", "logits and loss", "gradients"
 
 
@@ -31,7 +33,7 @@ class Ledger(TorchDispatchMode):
         self.moments += Counter(), Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        output = run_on_meta(func, args, kwargs or {})
         for made in output if isinstance(output, list | tuple) else (output,):
             if isinstance(made, Tensor) and _key(made) not in self._held:
                 self._enter(made, LOGITS if made.shape == self._logits else ACTIVATIONS, 1)
