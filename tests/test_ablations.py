@@ -137,12 +137,6 @@ def test_every_mistake_of_a_file_is_reported(write: Write, text: str, expected: 
 # Commands
 
 
-def test_check_takes_every_shipped_entry(hub: Hub, capsys: Capture) -> None:
-    assert main(["check", str(ROOT / "recipes/ablations.yaml")]) == 0
-    expected = [f"{PREFIX}{entry.name}: no problem found" for entry in shipped_ablations()]
-    assert capsys.readouterr().out.splitlines() == [*expected, NOT_CHECKED]
-
-
 def test_check_prints_a_line_for_each_entry_and_all_problems(write: Write, capsys: Capture) -> None:
     rows = {"good": "seed=1", "two": "model.conector=mlp, stages.align.batch=0", "shape": "model.language.width=7"}
     rows |= {"no_override": "x", "no_recipe": "seed=2"}

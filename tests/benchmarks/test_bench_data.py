@@ -32,6 +32,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 compare = suite.compare
 
 
+@pytest.mark.slow
 def test_rows(rows: dict[str, Any]) -> None:
     assert list(rows) == [
         "convert, folder",

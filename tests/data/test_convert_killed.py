@@ -41,7 +41,7 @@ def kill_after(number: int, made: Path, out: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in (out / "train").glob("part-*/*")}
 
 
-@pytest.mark.parametrize("number", [1, 7])
+@pytest.mark.parametrize("number", [1, pytest.param(7, marks=pytest.mark.slow)])
 def test_killed_and_run_again(number: int, made: Path, whole: dict[str, str], tmp_path: Path) -> None:
     finished = kill_after(number, made, tmp_path)
     assert len(finished) >= 3 * number

@@ -90,7 +90,8 @@ def goes_on(number: int, step: int, *options: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "sharding"), [(1, "fsdp2"), (2, "fsdp2"), pytest.param(2, "ddp", marks=pytest.mark.slow)]
+    ("number", "sharding"),
+    [(2, "fsdp2"), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, "fsdp2"), (2, "ddp")])],
 )
 def test_a_full_disk_while_a_checkpoint_is_written(tiny: Path, number: int, sharding: str) -> None:
     option = f"stages.finetune.sharding={sharding}"

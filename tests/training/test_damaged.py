@@ -68,6 +68,7 @@ def flip(tiny: Path, bucket: str) -> None:
     send(bad, f"{bucket}/data/train", [NAME])
 
 
+@pytest.mark.slow
 def test_two_stages_train_from_one_bucket_what_they_train_from_a_folder(tiny: Path, remote: str) -> None:
     local = f"{{name: shards, folder: {tiny.parent / 'data'}}}"
     found = {}

@@ -86,7 +86,8 @@ def test_a_file_in_the_way_of_the_folder_is_named(tiny: Path) -> None:
         ssmvl.train(tiny)
 
 
-def test_a_yaml_file_that_is_no_recipe_gets_one_message(tiny: Path, composer: Composer) -> None:
+@pytest.mark.slow
+def test_a_yaml_file_that_is_no_recipe_ends_the_launcher(tiny: Path, composer: Composer) -> None:
     Path("other.yaml").write_text("[1, 2]")
     output, _ = (process := composer("other.yaml")).communicate(timeout=60)
     assert process.returncode == 2
@@ -95,7 +96,12 @@ def test_a_yaml_file_that_is_no_recipe_gets_one_message(tiny: Path, composer: Co
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "cannot be read"), ("model: {}\nstages: {}", "encoders: ModelParts needs")]
+    ("text", "message"),
+    [
+        ("a: [", "cannot be read"),
+        ("[1, 2]", "this is no recipe"),
+        ("model: {}\nstages: {}", "encoders: ModelParts needs"),
+    ],
 )
 def test_a_recipe_with_mistakes_gets_one_message(
     tiny: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
