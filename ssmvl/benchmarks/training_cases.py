@@ -44,7 +44,7 @@ def training_cases(size: TrainingSize) -> Iterator[Row]:
         rows = [_overhead("run / bare loop", recipe, size)]
         if threads > 1:
             torch.set_num_threads(threads - 1)  # of the bare loop too
-            rows.append(_overhead("run / bare loop, a core for data", apart, size))
+            rows.append(_overhead("run, a core for data", apart, size))
             torch.set_num_threads(threads)
         rows.append(_start(recipe))
     yield from rows  # back in the folder of the caller

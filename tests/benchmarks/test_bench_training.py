@@ -27,7 +27,7 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "--suite", "training", "--json", "rows.json"]) == 0
     rows = {row["case"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
-    assert list(rows) == ["run / bare loop", "run / bare loop, a core for data", "start"]
+    assert list(rows) == ["run / bare loop", "run, a core for data", "start"]
     assert asked == list(rows)[:2]
     assert all(row["value"] > 0 and row["case"] in bench.BARS for row in rows.values())
     assert rows["start"]["limit"] == suite.START
