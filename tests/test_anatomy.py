@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import ssmvl
-from ssmvl.anatomy import PartCost, describe
+from ssmvl.anatomy import PartCost, describe, run_on_meta
 from ssmvl.connectors.projectors import MlpConnector
 from ssmvl.errors import ContractError
 from ssmvl.interfaces import Grid, ImageSpec
@@ -258,3 +258,18 @@ def test_meta_does_nothing_position_by_position() -> None:
             model.backbone(torch.empty(1, length, 32, device="meta"))
         counts.append(calls.count)
     assert counts[0] == counts[1]
+
+
+def test_what_is_left_out_on_meta_gives_what_torch_gives() -> None:
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return run_on_meta(func, args, kwargs or {})
+
+    x, column, full, empty = (torch.ones(shape, device="meta") for shape in ((2, 3), (2, 1), (2, 3), (0,)))
+    with Mode():
+        assert x.mul_(column) is x
+        assert torch.mul(column, x, out=full) is full
+        assert torch.mul(column, x, out=torch.empty_like(empty)).shape == (2, 3)
+        assert torch.ops.aten.silu_backward.grad_input(x, x, grad_input=torch.empty_like(empty)).shape == (2, 3)
+        assert (column + x).shape == (2, 3)
+        assert x.t_().shape == (3, 2)
