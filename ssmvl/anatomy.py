@@ -215,9 +215,16 @@ def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     """An operation as a mode is given it; one that only fills a tensor is left out: it takes time and does nothing."""
     if torch.Tag.pointwise in func.tags and func._schema.is_mutable:
         filled = kwargs.get("out", args[0] if func._schema.name.endswith("_") else None)
-        if filled is not None and filled.numel():  # an empty one would be given its size
+        given = (one.shape for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
+        if filled is not None and all(_fits(shape, filled.shape) for shape in given):
             return filled
     return func(*args, **kwargs)
+
+
+def _fits(shape: torch.Size, filled: torch.Size) -> bool:
+    """Whether one is broadcast to the other; where not, torch makes that larger, or says what is wrong."""
+    sizes = zip(reversed(shape), reversed(filled), strict=False)
+    return len(shape) <= len(filled) and all(mine in (1, its) for mine, its in sizes)
 
 
 class _Meter(TorchDispatchMode):

@@ -273,3 +273,8 @@ def test_what_is_left_out_on_meta_gives_what_torch_gives() -> None:
         assert torch.ops.aten.silu_backward.grad_input(x, x, grad_input=torch.empty_like(empty)).shape == (2, 3)
         assert (column + x).shape == (2, 3)
         assert x.t_().shape == (3, 2)
+        with pytest.raises(RuntimeError, match="broadcast"):
+            x.add_(full)
+    values = torch.ones(2)
+    assert run_on_meta(torch.ops.aten.exp_.default, (values,), {}) is values
+    assert values.tolist() == [1, 1]  # not run

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
+from typing import Any
 
 from composer import Callback, Logger, State
 from composer.utils import dist
@@ -26,6 +28,14 @@ class LossGuard(Callback):
     def __init__(self, jump: float | None) -> None:
         self._jump = math.inf if jump is None else jump
         self._before: deque[float] = deque(maxlen=BEFORE)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As text, because a sharded checkpoint is read into as many tensors and keys as are there already."""
+        return {"before": json.dumps(list(self._before))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the losses before a checkpoint: what stopped a run stops it again."""
+        self._before.extend(json.loads(state["before"]))
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Look at one step."""

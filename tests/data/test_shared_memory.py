@@ -33,14 +33,16 @@ print([sample["id"] for sample in dataset], flush=True)
 MANY = """
 import multiprocessing, sys
 from pathlib import Path
+from ssmvl.data import shared_memory
 from ssmvl.data.streams import SampleStream
 
+shared_memory.WAIT = 100  # other tests hold the lock while they start a process
 forked = multiprocessing.get_context("fork")
 together = forked.Barrier(6)
 
 def run():
     for _ in range(3):
-        together.wait(60)
+        together.wait(100)
         stream = SampleStream(Path(sys.argv[1]), None, batch_size=1)
 
 processes = [forked.Process(target=run, daemon=True) for _ in range(6)]

@@ -89,7 +89,7 @@ def test_a_damaged_shard_in_the_bucket_ends_every_rank(
 ) -> None:
     flip(tiny, bucket)
     process = composer("-n", ranks, "tiny.yaml", *only(remote, "duration=1ep"))
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
     assert f"error: {bucket}/data/train/{NAME} does not have the xxh64 hash" in output
     assert "Traceback" not in output

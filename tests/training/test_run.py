@@ -89,7 +89,7 @@ def test_a_file_in_the_way_of_the_folder_is_named(tiny: Path) -> None:
 @pytest.mark.slow
 def test_a_yaml_file_that_is_no_recipe_ends_the_launcher(tiny: Path, composer: Composer) -> None:
     Path("other.yaml").write_text("[1, 2]")
-    output, _ = (process := composer("other.yaml")).communicate(timeout=60)
+    output, _ = (process := composer("other.yaml")).communicate(timeout=300)
     assert process.returncode == 2
     assert "this is no recipe" in output
     assert "Traceback" not in output

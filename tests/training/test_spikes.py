@@ -40,9 +40,11 @@ def test_a_jump_ends_it_unless_any_is_allowed(tiny: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(spikes, "BEFORE", 2)
     loss, calls = ComposerVLM.loss, itertools.count()
     monkeypatch.setattr(ComposerVLM, "loss", lambda self, *given: loss(self, *given) + 9 * (next(calls) % 8 == 4))
-    with pytest.raises(RunError, match=r"step 5: the loss is 1\d\.\d+, at most 2 more than the largest of the 2 steps"):
-        ssmvl.train(tiny, *ONE_STAGE)
-    assert not Path("runs/tiny/finetune/checkpoints/ep0-ba5-rank0.pt").exists()
+    for first in (0, 4):  # of this launch, which goes on at the checkpoint of the fourth
+        calls = itertools.count(first)
+        with pytest.raises(RunError, match=r"step 5: the loss is 1\d\.\d+, at most 2 more than the largest of the 2 s"):
+            ssmvl.train(tiny, *ONE_STAGE)
+        assert not Path("runs/tiny/finetune/checkpoints/ep0-ba5-rank0.pt").exists()
     calls = itertools.count()
     ssmvl.train(tiny, *ONE_STAGE, "run=any", "stages.finetune.loss_jump=null")
     with pytest.raises(RecipeError, match=r"stages\.finetune\.loss_jump"):

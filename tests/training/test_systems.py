@@ -130,7 +130,7 @@ def test_two_ranks_train_what_one_does_and_wait_for_no_image(
         Path(f"{name}.yaml").write_text(recipe.to_yaml())
     script = Path(__file__).with_name("systems_script.py")
     process = composer("-n", "2", str(script), *(f"{name}.yaml" for name in alone), "report.json")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     reports = json.loads(Path("report.json").read_text())
     for name, expected in alone.items():
