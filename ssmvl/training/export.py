@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ssmvl.build import build_model, build_processor, same_modules
 from ssmvl.checkpoints.layouts import SAME
@@ -13,6 +16,9 @@ from ssmvl.hub import user_path
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.saved import ABOUT_FILE, save_folder
 from ssmvl.training.resuming import CHECKPOINT, damage, newest_whole
+from ssmvl.training.stores import BucketStore
+
+GIVE_RECIPE = "give it with --recipe: the run folder, such as runs/NAME, or a recipe (in Python recipe=)"
 
 
 def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path, list[str]]:
@@ -43,8 +49,8 @@ def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path,
             raise CheckpointError(f"{path} holds {what}\n{allowed}" if passed else f"{path} holds {what}; {allowed}")
         return newest, list(passed.values())
     if not path.exists():
-        advice = "; copy it here first" if is_remote(str(name)) else ""
-        raise CheckpointError(f"{name}: no such file or folder on this machine{advice}")
+        advice = " on this machine; of buckets s3:// is read, copy it here first" if is_remote(str(name)) else ""
+        raise CheckpointError(f"{name}: no such file or folder{advice}")
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path} holds weights that need no export: ssmvl.load reads the folder of a saved model")
     if why := damage(path, trust_pickle):
@@ -54,11 +60,12 @@ def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path,
 
 def export(
     checkpoint: str | Path, out: str | Path, recipe: str | Path | Recipe | None = None, trust_pickle: bool = False
-) -> tuple[Path, list[str]]:
+) -> tuple[str, list[str]]:
     """Save the model of a checkpoint as a folder that `ssmvl.load` reads.
 
     Args:
-        checkpoint: see `find_checkpoint`.
+        checkpoint: see `find_checkpoint`; or the URL of either in S3. What lies there is fetched whole, and removed
+            again, to where temporary files lie (`TMPDIR`).
         out: the folder; empty, or not there yet.
         recipe: of the run; by default the one in the run folder that the checkpoint lies in.
         trust_pickle: whether the index of a sharded checkpoint, which is a pickle, is read whatever it holds: that may
@@ -71,8 +78,16 @@ def export(
         CheckpointError: there is none, it is damaged or refused, no recipe was found, the model of the recipe has other
             tensors, or `out` is not empty or cannot be written.
         RecipeError: every mistake of the recipe.
+        RunError: the bucket cannot be reached, or there is no room for what is fetched.
     """
     _require_free(out)
+    if str(checkpoint).startswith("s3://"):
+        if recipe is None:
+            raise CheckpointError(f"{checkpoint} does not lie in a run folder, so its recipe is unknown; {GIVE_RECIPE}")
+        recipe = load_recipe(recipe)  # before much is fetched
+        with _fetched(str(checkpoint), trust_pickle) as (path, name, passed):
+            export(path, out, recipe, trust_pickle)
+            return name, passed
     path, passed = find_checkpoint(checkpoint, trust_pickle)
     found = load_recipe(_recipe_of(path) if recipe is None else recipe)
     model = build_model(found, device="meta")
@@ -81,7 +96,25 @@ def export(
     SAME.check(model, tensors, f"{path}, with the recipe {found.source},")
     same_modules(_run_recipe(path), model, found)
     save_folder(out, {name: tensors[name] for name in SAME.sources(model)}, found, processor)
-    return path, passed
+    return str(path), passed
+
+
+@contextmanager
+def _fetched(url: str, trust_pickle: bool) -> Iterator[tuple[Path, str, list[str]]]:
+    """A checkpoint of a bucket on this machine, its URL, and what is wrong with newer ones."""
+    parent, _, last = url.rstrip("/").rpartition("/")
+    stage, name = (parent, last) if CHECKPOINT.fullmatch(last) else (url.rstrip("/"), "")
+    store = BucketStore(stage)
+    with TemporaryDirectory(prefix="ssmvl-export-") as made:
+        folder = Path(made, "stage", "checkpoints")  # as in a run folder, but without a recipe
+        folder.mkdir(parents=True)
+        try:
+            store.draw(folder)
+            path, passed = find_checkpoint(folder / name, trust_pickle)
+            store.fetch(path)
+            yield path, f"{stage}/{path.name}", [text.replace(str(folder), stage) for text in passed]
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(folder), stage)) from error
 
 
 def _require_free(out: str | Path) -> None:
@@ -105,8 +138,6 @@ def _run_recipe(checkpoint: Path) -> Path:
 def _recipe_of(checkpoint: Path) -> Path:
     path = _run_recipe(checkpoint)
     if not path.is_file():
-        raise CheckpointError(
-            f"{checkpoint} does not lie in a run folder ({path} is not there), so its recipe is unknown; "
-            "give it with --recipe: the run folder, such as runs/NAME, or a recipe (in Python recipe=)"
-        )
+        what = f"{checkpoint} does not lie in a run folder ({path} is not there)"
+        raise CheckpointError(f"{what}, so its recipe is unknown; {GIVE_RECIPE}")
     return path

@@ -25,8 +25,8 @@ from ssmvl.loading import open_weights
 from ssmvl.recipe import Recipe
 from ssmvl.saved import ABOUT_FILE, save_folder
 from ssmvl.training.agreement import every_rank, first_rank, patient
-from ssmvl.training.checkpoints import remove_old
 from ssmvl.training.folder import RunFolder
+from ssmvl.training.old_checkpoints import remove_old
 from ssmvl.training.report import report
 from ssmvl.training.stages import Plan
 from ssmvl.training.trainer import read_questions, stage_store, stage_trainer

@@ -29,15 +29,16 @@ from ssmvl.text.processor import Processor
 from ssmvl.training.accuracy import WINDOW, AnswerAccuracy
 from ssmvl.training.agreement import every_rank, patient
 from ssmvl.training.belonging import Identity, resuming
-from ssmvl.training.checkpoints import BucketStore, FolderStore, OldCheckpoints, Store
 from ssmvl.training.composer_classes import composer_class
 from ssmvl.training.composer_model import ComposerVLM, UnusedParameters, adamw
 from ssmvl.training.damaged import DamagedSamples
 from ssmvl.training.evaluating import StageEvaluator
 from ssmvl.training.folder import RunFolder
+from ssmvl.training.old_checkpoints import OldCheckpoints
 from ssmvl.training.progress import ProgressBar
 from ssmvl.training.spikes import LossGuard
 from ssmvl.training.stages import Plan, Stage, StageEvaluation, is_under
+from ssmvl.training.stores import BucketStore, FolderStore, Store
 from ssmvl.training.watching import Norms, Pace
 
 

@@ -18,8 +18,9 @@ import ssmvl
 from ssmvl.checkpoints import read_tensors
 from ssmvl.errors import RecipeError, RunError
 from ssmvl.training import trainer
-from ssmvl.training.checkpoints import BucketStore
+from ssmvl.training.export import export
 from ssmvl.training.resuming import newest_whole, surplus
+from ssmvl.training.stores import BucketStore
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
 ONE_STAGE = (
@@ -219,8 +220,10 @@ def test_checkpoints_in_a_bucket(
     assert f"stage finetune: passes over a checkpoint: {bucket}/all/tiny/finetune/ep0-ba6" in said
     assert "stage finetune: resumed at step 4," in said
     assert "unlike" not in said
-    found, _ = read_tensors(MODEL / "model.safetensors")
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    export(f"{bucket}/all/tiny/finetune", "exported", recipe="runs/tiny")
+    for model in (MODEL, Path("exported")):
+        found, _ = read_tensors(model / "model.safetensors")
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 def test_a_bucket_that_is_not_there_is_named_before_training(tiny: Path, bucket: str) -> None:

@@ -1,4 +1,4 @@
-"""Where a stage's checkpoints lie, in a folder or a bucket: which it goes on from, and how many are kept."""
+"""Where a stage's checkpoints lie, a folder or a bucket: the newest whole one, and old ones. Imports no Composer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from composer import Callback, Logger, State
-from composer.callbacks import CheckpointSaver
-from composer.utils import dist
-from tqdm.auto import tqdm
-
 from ssmvl.checkpoints.run_files import INDEX_FILE
 from ssmvl.data.remote import hint
-from ssmvl.errors import RunError
+from ssmvl.errors import MissingDependencyError, RunError
 from ssmvl.training.resuming import CHECKPOINT, newest_whole, surplus
 
 TAIL = 1 << 20  # bytes at the end of a file that hold its directory
@@ -63,14 +58,17 @@ class BucketStore:
         place: URL of the folder.
 
     Raises:
-        RunError: boto3 cannot be used as it is set up here.
+        MissingDependencyError: boto3 is not installed.
+        RunError: it cannot be used as it is set up here.
     """
 
     local_copies = 0  # that Composer keeps, once they are uploaded
 
     def __init__(self, place: str) -> None:
-        import boto3
-
+        try:
+            import boto3
+        except ImportError as error:
+            raise MissingDependencyError("checkpoints in a bucket need boto3: pip install 'ssmvl[train]'") from error
         self.place = place
         self._bucket, _, path = place.removeprefix("s3://").partition("/")
         self._prefix = f"{path}/"
@@ -87,7 +85,7 @@ class BucketStore:
         Raises:
             RunError: the bucket cannot be reached.
         """
-        with self._outline() as outline:
+        with self._reached(), self._outline() as outline:
             found, passed = newest_whole(outline)
             for path in passed:
                 for name in path.iterdir() if path.is_dir() else ():
@@ -101,7 +99,7 @@ class BucketStore:
         Raises:
             RunError: the bucket cannot be reached.
         """
-        with self._outline() as outline:
+        with self._reached(), self._outline() as outline:
             for path in surplus(outline, kept):
                 for name in path.iterdir() if path.is_dir() else [path]:
                     self._remove(outline, name)
@@ -109,20 +107,46 @@ class BucketStore:
     def _remove(self, outline: Path, path: Path) -> None:
         self._client.delete_object(Bucket=self._bucket, Key=self._prefix + str(path.relative_to(outline)))
 
+    def draw(self, folder: Path) -> None:
+        """Make files as large as the objects, of which they hold the indices and directories alone.
+
+        Raises:
+            RunError: the bucket cannot be reached, or `folder` cannot be written.
+        """
+        with self._reached():
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
+            for found in [found for page in pages for found in page.get("Contents", [])]:
+                path = PurePosixPath(found["Key"].removeprefix(self._prefix))
+                marker = found["Key"].endswith("/")  # consoles make such objects to show a folder
+                if not marker and CHECKPOINT.fullmatch(path.parts[0]) and ".." not in path.parts:
+                    self._draw(folder / path, found)
+
+    def fetch(self, checkpoint: Path) -> None:
+        """Fetch all of a checkpoint in place of what was drawn.
+
+        Raises:
+            RunError: the bucket cannot be reached, or `checkpoint` cannot be written.
+        """
+        with self._reached():
+            for file in checkpoint.iterdir() if checkpoint.is_dir() else [checkpoint]:
+                key = self._prefix + str(file.relative_to(checkpoint.parent))
+                self._client.download_file(self._bucket, key, str(file))
+
     @contextmanager
     def _outline(self) -> Iterator[Path]:
-        """A folder of files that are as large as the objects, of which it holds the indices and directories alone."""
+        with tempfile.TemporaryDirectory() as name:
+            self.draw(Path(name))
+            yield Path(name)
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
         try:
-            with tempfile.TemporaryDirectory() as name:
-                pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
-                for found in [found for page in pages for found in page.get("Contents", [])]:
-                    path = PurePosixPath(found["Key"].removeprefix(self._prefix))
-                    marker = found["Key"].endswith("/")  # consoles make such objects to show a folder
-                    if not marker and CHECKPOINT.fullmatch(path.parts[0]) and ".." not in path.parts:
-                        self._draw(Path(name) / path, found)
-                yield Path(name)
+            yield
         except RunError:
             raise
+        except OSError as error:  # none of botocore's errors is one
+            advice = "TMPDIR names another folder for temporary files"
+            raise RunError(f"{self.place}: what is read of it cannot be kept here ({error}); {advice}") from error
         except Exception as error:  # botocore makes its classes of errors as it meets them
             raise RunError(f"{self.place} cannot be used ({error}){hint(self.place)}") from error
 
@@ -137,44 +161,3 @@ class BucketStore:
 
 
 Store = FolderStore | BucketStore
-
-
-class OldCheckpoints(Callback):
-    """Removes them, on the first rank, once a newer one has been saved. Composer forgets those of earlier launches.
-
-    On every rank also what Composer made on this machine to send it to a bucket: it removes the first rank's alone.
-
-    Args:
-        store: where they are.
-        kept: how many whole ones stay.
-    """
-
-    def __init__(self, store: Store, kept: int) -> None:
-        self._store, self._kept = store, kept
-        self._saved: Any = None
-
-    def batch_start(self, state: State, logger: Logger) -> None:
-        """Look whether one was saved after the step before."""
-        (saver,) = (callback for callback in state.callbacks if isinstance(callback, CheckpointSaver))
-        if saver.last_checkpoint_batch != self._saved:
-            self._saved = saver.last_checkpoint_batch
-            self._clean(Path(saver.folder))
-
-    def fit_end(self, state: State, logger: Logger) -> None:
-        """After the last; others may still be on their way to a bucket."""
-        (saver,) = (callback for callback in state.callbacks if isinstance(callback, CheckpointSaver))
-        self._clean(Path(saver.folder))
-
-    def _clean(self, made: Path) -> None:
-        for path in made.iterdir() if self._store.local_copies == 0 else ():
-            shutil.rmtree(path, ignore_errors=True)
-        if dist.get_global_rank() == 0:
-            remove_old(self._store, self._kept)
-
-
-def remove_old(store: Store, kept: int) -> None:
-    """Remove those older than the newest `kept` whole ones, or say why not: the next save tries again."""
-    try:
-        store.remove_old(kept)
-    except (RunError, OSError) as error:
-        tqdm.write(f"an old checkpoint could not be removed: {error}")
