@@ -10,8 +10,8 @@
     images           {ImageSpec: uint8 (I, 3, S, S)}
     num_tokens, num_labels, num_places, num_images     lists of how many of these each sample has
 
-A plain mapping, because Composer moves only mappings and sequences to a device. Few tensors, because a loader's worker
-hands over each of them as a file of its own, and each is copied to the device alone.
+A plain mapping, because Composer moves only mappings and sequences to a device. Few tensors, because each is copied to
+the device alone.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def _overhead(case: str, recipe: Recipe, size: TrainingSize) -> Row:
         return _rate(ends)
 
     with redirect_stdout(io.StringIO()):  # its progress
-        row = compare(case, "steps/s", bare, run, rounds=3)
+        row = compare(case, "steps/s", bare, run)
     trainer.close()
     return row
 

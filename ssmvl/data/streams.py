@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from time import time_ns
 from typing import Any
 
+import torch
 from streaming import Stream as MosaicStream
 from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.distributed import get_local_world_size, get_world_size
 from streaming.base.format import reader_from_json
 
-from ssmvl.batch import collate
+from ssmvl.batch import COUNTS, Batch, collate
 from ssmvl.data.cache import ShardError, fetch_shard
 from ssmvl.data.mix import Loader
 from ssmvl.data.shards import unpack
@@ -159,7 +160,8 @@ class TrainLoader(StreamingDataLoader):
     def __iter__(self) -> Iterator[Any]:
         """The batches of an epoch, or of what is left of it."""
         try:
-            yield from super().__iter__()
+            for batch in super().__iter__():
+                yield {key: torch.from_numpy(value) if key in COUNTS else value for key, value in batch.items()}
         except DataError as error:  # from a worker with its traceback
             text = str(error).rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")[2].rstrip()
             if get_world_size() == 1:
@@ -219,7 +221,7 @@ def train_loader(
     return TrainLoader(
         stream,
         batch_size=batch,
-        collate_fn=collate,
+        collate_fn=_collate,
         num_workers=workers,
         persistent_workers=workers > 0,
     )
@@ -265,6 +267,11 @@ def _checked(stream: Stream) -> _Checked:
     if isinstance(stream.place, Shards):
         return _Checked(remote=stream.place.remote, local=str(stream.place.local), **weight)
     return _Checked(local=str(stream.place), **weight)
+
+
+def _collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
+    """The batch with its numbers as arrays: a worker sends them in its message, but a tensor as a file of its own."""
+    return {key: value.numpy() if key in COUNTS else value for key, value in collate(samples).items()}
 
 
 def _workers() -> int:

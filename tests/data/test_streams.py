@@ -48,6 +48,19 @@ def png(brightness: int) -> bytes:
     return buffer.getvalue()
 
 
+def test_a_worker_sends_the_same_batches(folder: Path) -> None:
+    batches = train_loader(folder, PROCESSOR, batch=7, seed=0, loader=Loader(workers=1))
+    for found, wanted in zip(batches, epoch(folder), strict=True):
+        assert list(found) == list(wanted)
+        for key, value in wanted.items():
+            if isinstance(value, torch.Tensor):
+                assert found[key].dtype == value.dtype
+                assert torch.equal(found[key], value)
+            elif key != "images":
+                assert found[key] == value
+        assert all(torch.equal(found["images"][spec], pixels) for spec, pixels in wanted["images"].items())
+
+
 def shards_of(folder: Path, *records: dict[str, Any]) -> Path:
     ensure_shards(folder, lambda: records, len(records))
     return folder
