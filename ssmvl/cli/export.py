@@ -11,7 +11,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         metavar="CHECKPOINT",
         help="a file or folder of shards that a run wrote, or a stage's checkpoints, for the newest that is whole; "
-        "or the s3:// URL of one",
+        "or the s3:// URL of either, which needs --recipe",
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the model is saved")
     parser.add_argument("--recipe", help="the recipe, or the folder, of its run (default: the run folder it lies in)")

@@ -10,6 +10,7 @@ from pathlib import Path
 from time import time_ns
 from typing import Any
 
+import numpy as np
 import torch
 from streaming import Stream as MosaicStream
 from streaming import StreamingDataLoader, StreamingDataset
@@ -17,7 +18,7 @@ from streaming.base.dataset import _ShardState
 from streaming.base.distributed import get_local_world_size, get_world_size
 from streaming.base.format import reader_from_json
 
-from ssmvl.batch import COUNTS, Batch, collate
+from ssmvl.batch import collate
 from ssmvl.data.cache import ShardError, fetch_shard
 from ssmvl.data.mix import Loader
 from ssmvl.data.shards import unpack
@@ -161,7 +162,7 @@ class TrainLoader(StreamingDataLoader):
         """The batches of an epoch, or of what is left of it."""
         try:
             for batch in super().__iter__():
-                yield {key: torch.from_numpy(value) if key in COUNTS else value for key, value in batch.items()}
+                yield {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
         except DataError as error:  # from a worker with its traceback
             text = str(error).rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")[2].rstrip()
             if get_world_size() == 1:
@@ -269,9 +270,9 @@ def _checked(stream: Stream) -> _Checked:
     return _Checked(local=str(stream.place), **weight)
 
 
-def _collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
-    """The batch with its numbers as arrays: a worker sends them in its message, but a tensor as a file of its own."""
-    return {key: value.numpy() if key in COUNTS else value for key, value in collate(samples).items()}
+def _collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch, but its numbers as arrays: a worker sends them in its message, and each tensor as a file of its own."""
+    return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in collate(samples).items()}
 
 
 def _workers() -> int:

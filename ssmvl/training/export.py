@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from torch import Tensor
 
 from ssmvl.build import build_model, build_processor, same_modules
 from ssmvl.checkpoints.layouts import SAME
@@ -15,8 +17,10 @@ from ssmvl.errors import CheckpointError, short
 from ssmvl.hub import user_path
 from ssmvl.recipe import Recipe, load_recipe
 from ssmvl.saved import ABOUT_FILE, save_folder
+from ssmvl.text.processor import Processor
 from ssmvl.training.resuming import CHECKPOINT, damage, newest_whole
 from ssmvl.training.stores import BucketStore
+from ssmvl.vlm import VisionLanguageModel
 
 GIVE_RECIPE = "give it with --recipe: the run folder, such as runs/NAME, or a recipe (in Python recipe=)"
 
@@ -45,7 +49,8 @@ def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path,
             if (path / ABOUT_FILE).is_file():
                 raise CheckpointError(f"{path} is a saved model already: ssmvl.load reads it")
             what = "no whole checkpoint:\n  " + "\n  ".join(passed.values()) if passed else "no checkpoint of a run"
-            allowed = "name a stage's folder, such as runs/NAME/STAGE/checkpoints, or one in it, such as ep0-ba500"
+            stages = "runs/NAME/STAGE/checkpoints (in a bucket s3://BUCKET/FOLDER/NAME/STAGE)"
+            allowed = f"name a stage's folder, such as {stages}, or one in it, such as ep0-ba500"
             raise CheckpointError(f"{path} holds {what}\n{allowed}" if passed else f"{path} holds {what}; {allowed}")
         return newest, list(passed.values())
     if not path.exists():
@@ -64,10 +69,10 @@ def export(
     """Save the model of a checkpoint as a folder that `ssmvl.load` reads.
 
     Args:
-        checkpoint: see `find_checkpoint`; or the URL of either in S3. What lies there is fetched whole, and removed
-            again, to where temporary files lie (`TMPDIR`).
+        checkpoint: see `find_checkpoint`; or the URL of either in S3 (or what `S3_ENDPOINT_URL` names), as a run
+            named it. The one that is read is fetched to where temporary files lie (`TMPDIR`), and removed again.
         out: the folder; empty, or not there yet.
-        recipe: of the run; by default the one in the run folder that the checkpoint lies in.
+        recipe: of the run; by default the one in the run folder that the checkpoint lies in. A URL needs it.
         trust_pickle: whether the index of a sharded checkpoint, which is a pickle, is read whatever it holds: that may
             run any code. Without it, what holds more than names, sizes and places of tensors is refused.
 
@@ -79,24 +84,42 @@ def export(
             tensors, or `out` is not empty or cannot be written.
         RecipeError: every mistake of the recipe.
         RunError: the bucket cannot be reached, or there is no room for what is fetched.
+        MissingDependencyError: boto3, which a bucket needs, is not installed.
     """
     _require_free(out)
     if str(checkpoint).startswith("s3://"):
         if recipe is None:
             raise CheckpointError(f"{checkpoint} does not lie in a run folder, so its recipe is unknown; {GIVE_RECIPE}")
-        recipe = load_recipe(recipe)  # before much is fetched
+        made = _built(load_recipe(recipe))  # before much is fetched
         with _fetched(str(checkpoint), trust_pickle) as (path, name, passed):
-            export(path, out, recipe, trust_pickle)
-            return name, passed
+            save_folder(out, _tensors(path, made, trust_pickle), made.recipe, made.processor)
+        return name, passed
     path, passed = find_checkpoint(checkpoint, trust_pickle)
-    found = load_recipe(_recipe_of(path) if recipe is None else recipe)
-    model = build_model(found, device="meta")
-    processor = build_processor(found, model)
-    tensors = model_tensors(path, trust_pickle)
-    SAME.check(model, tensors, f"{path}, with the recipe {found.source},")
-    same_modules(_run_recipe(path), model, found)
-    save_folder(out, {name: tensors[name] for name in SAME.sources(model)}, found, processor)
+    made = _built(load_recipe(_recipe_of(path) if recipe is None else recipe))
+    tensors = _tensors(path, made, trust_pickle)
+    same_modules(_run_recipe(path), made.model, made.recipe)
+    save_folder(out, tensors, made.recipe, made.processor)
     return str(path), passed
+
+
+class _Built(NamedTuple):
+    """What a recipe says, its model without weights."""
+
+    recipe: Recipe
+    model: VisionLanguageModel
+    processor: Processor
+
+
+def _built(recipe: Recipe) -> _Built:
+    model = build_model(recipe, device="meta")
+    return _Built(recipe, model, build_processor(recipe, model))
+
+
+def _tensors(path: Path, made: _Built, trust_pickle: bool) -> dict[str, Tensor]:
+    """What the model is saved with, of a checkpoint that has that and nothing else."""
+    tensors = model_tensors(path, trust_pickle)
+    SAME.check(made.model, tensors, f"{path}, with the recipe {made.recipe.source},")
+    return {name: tensors[name] for name in SAME.sources(made.model)}
 
 
 @contextmanager
@@ -105,16 +128,14 @@ def _fetched(url: str, trust_pickle: bool) -> Iterator[tuple[Path, str, list[str
     parent, _, last = url.rstrip("/").rpartition("/")
     stage, name = (parent, last) if CHECKPOINT.fullmatch(last) else (url.rstrip("/"), "")
     store = BucketStore(stage)
-    with TemporaryDirectory(prefix="ssmvl-export-") as made:
-        folder = Path(made, "stage", "checkpoints")  # as in a run folder, but without a recipe
-        folder.mkdir(parents=True)
+    with store.outline(name) as outline:
         try:
-            store.draw(folder)
-            path, passed = find_checkpoint(folder / name, trust_pickle)
+            path, passed = find_checkpoint(outline / name, trust_pickle)
             store.fetch(path)
-            yield path, f"{stage}/{path.name}", [text.replace(str(folder), stage) for text in passed]
+            find_checkpoint(path, trust_pickle)  # a run may have written or removed it meanwhile
+            yield path, f"{stage}/{path.name}", [text.replace(str(outline), stage) for text in passed]
         except CheckpointError as error:
-            raise CheckpointError(str(error).replace(str(folder), stage)) from error
+            raise CheckpointError(str(error).replace(str(outline), stage)) from error
 
 
 def _require_free(out: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Where a stage's checkpoints lie, a folder or a bucket: the newest whole one, and old ones. Imports no Composer."""
+"""Where a stage's checkpoints lie, a folder or a bucket: which is the newest, which go, one fetched. No Composer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -71,7 +71,7 @@ class BucketStore:
             raise MissingDependencyError("checkpoints in a bucket need boto3: pip install 'ssmvl[train]'") from error
         self.place = place
         self._bucket, _, path = place.removeprefix("s3://").partition("/")
-        self._prefix = f"{path}/"
+        self._prefix = f"{path}/" if path else ""
         try:
             self._client: Any = boto3.client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
         except Exception as error:  # a malformed endpoint, no region, no credentials: each has an error of its own
@@ -85,7 +85,7 @@ class BucketStore:
         Raises:
             RunError: the bucket cannot be reached.
         """
-        with self._reached(), self._outline() as outline:
+        with self.outline() as outline, self._reached():
             found, passed = newest_whole(outline)
             for path in passed:
                 for name in path.iterdir() if path.is_dir() else ():
@@ -99,7 +99,7 @@ class BucketStore:
         Raises:
             RunError: the bucket cannot be reached.
         """
-        with self._reached(), self._outline() as outline:
+        with self.outline() as outline, self._reached():
             for path in surplus(outline, kept):
                 for name in path.iterdir() if path.is_dir() else [path]:
                     self._remove(outline, name)
@@ -107,48 +107,53 @@ class BucketStore:
     def _remove(self, outline: Path, path: Path) -> None:
         self._client.delete_object(Bucket=self._bucket, Key=self._prefix + str(path.relative_to(outline)))
 
-    def draw(self, folder: Path) -> None:
-        """Make files as large as the objects, of which they hold the indices and directories alone.
+    @contextmanager
+    def outline(self, name: str = "") -> Iterator[Path]:
+        """A temporary folder of files as large as the objects, of which it holds the indices and directories alone.
+
+        Args:
+            name: of the only checkpoint that is looked at; all if empty.
 
         Raises:
-            RunError: the bucket cannot be reached, or `folder` cannot be written.
+            RunError: the bucket cannot be reached, or the folder cannot be written.
         """
-        with self._reached():
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
-            for found in [found for page in pages for found in page.get("Contents", [])]:
-                path = PurePosixPath(found["Key"].removeprefix(self._prefix))
-                marker = found["Key"].endswith("/")  # consoles make such objects to show a folder
-                if not marker and CHECKPOINT.fullmatch(path.parts[0]) and ".." not in path.parts:
-                    self._draw(folder / path, found)
+        with ExitStack() as stack:
+            with self._reached():
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ssmvl-")))
+                listing = self._client.get_paginator("list_objects_v2")
+                pages = listing.paginate(Bucket=self._bucket, Prefix=self._prefix + name)
+                for found in [found for page in pages for found in page.get("Contents", [])]:
+                    parts = PurePosixPath(found["Key"].removeprefix(self._prefix)).parts
+                    marker = found["Key"].endswith("/")  # consoles make such objects to show a folder
+                    if not marker and len(parts) in (1, 2) and CHECKPOINT.fullmatch(parts[0]) and ".." not in parts:
+                        self._draw(folder.joinpath(*parts), found)
+            yield folder
 
     def fetch(self, checkpoint: Path) -> None:
-        """Fetch all of a checkpoint in place of what was drawn.
+        """Fetch the whole of a checkpoint of an outline.
 
         Raises:
-            RunError: the bucket cannot be reached, or `checkpoint` cannot be written.
+            RunError: the bucket cannot be reached, or the outline cannot be written.
         """
-        with self._reached():
-            for file in checkpoint.iterdir() if checkpoint.is_dir() else [checkpoint]:
-                key = self._prefix + str(file.relative_to(checkpoint.parent))
-                self._client.download_file(self._bucket, key, str(file))
+        for file in checkpoint.iterdir() if checkpoint.is_dir() else [checkpoint]:
+            name = str(file.relative_to(checkpoint.parent))
+            with self._reached(f"/{name}"):
+                self._client.download_file(self._bucket, self._prefix + name, str(file))
 
     @contextmanager
-    def _outline(self) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory() as name:
-            self.draw(Path(name))
-            yield Path(name)
+    def _reached(self, file: str = "") -> Iterator[None]:
+        """What fails outside as a RunError: this machine's temporary folder, or the bucket."""
+        from botocore.exceptions import BotoCoreError
 
-    @contextmanager
-    def _reached(self) -> Iterator[None]:
         try:
             yield
-        except RunError:
-            raise
-        except OSError as error:  # none of botocore's errors is one
-            advice = "TMPDIR names another folder for temporary files"
-            raise RunError(f"{self.place}: what is read of it cannot be kept here ({error}); {advice}") from error
         except Exception as error:  # botocore makes its classes of errors as it meets them
-            raise RunError(f"{self.place} cannot be used ({error}){hint(self.place)}") from error
+            if isinstance(error, OSError) and not isinstance(error, BotoCoreError):  # of which some are both
+                what = f"what is read of it cannot be kept among temporary files ({error})"
+                advice = f"make room in {tempfile.tempdir}, or let TMPDIR name another folder that exists"
+                raise RunError(f"{self.place}{file}: {what}; {advice}") from error
+            why = getattr(error, "last_exception", error)  # of a download that was tried again and again
+            raise RunError(f"{self.place}{file} cannot be used ({why}){hint(self.place)}") from error
 
     def _draw(self, path: Path, found: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

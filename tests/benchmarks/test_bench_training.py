@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming war
 def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     asked: list[str] = []
 
-    def once(case: str, unit: str, *sides: object, rounds: int) -> object:
+    def once(case: str, unit: str, *sides: object) -> object:
         asked.append(case)
         return compare(case, unit, *sides, rounds=1)  # type: ignore[arg-type]
 

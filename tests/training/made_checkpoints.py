@@ -19,6 +19,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 import ssmvl
 from ssmvl.recipe import Recipe, load_recipe
 
+CHECKPOINTS = Path("runs/quickstart/align/checkpoints")
+FILE, SHARDS = CHECKPOINTS / "ep0-ba4-rank0.pt", CHECKPOINTS / "ep0-ba4"
+
 
 def state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What a trainer saves, in small: plain data, and some that is not."""
@@ -58,3 +61,17 @@ def write_shards(path: Path, content: dict[str, Any], change: Callable[[Metadata
         change(metadata)
         (path / ".metadata").write_bytes(pickle.dumps(metadata))
     return path
+
+
+WRITERS: dict[str, Callable[[Any], Path]] = {
+    "file": lambda content: write_file(FILE, content),
+    "shards": lambda content: write_shards(SHARDS, content),
+}
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return ssmvl.load(folder).model.state_dict()
+
+
+def equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -6,36 +6,27 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import torch
-from made_checkpoints import run_of, state, write_file, write_shards
+from made_checkpoints import CHECKPOINTS, FILE, SHARDS, WRITERS, equal, run_of, state, weights, write_file, write_shards
 from ranks import two_ranks
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import ssmvl
 from ssmvl.checkpoints import read_tensors
-from ssmvl.errors import CheckpointError, MissingDependencyError, RecipeError, RunError
+from ssmvl.errors import CheckpointError, RecipeError
 from ssmvl.recipe import load_recipe
 from ssmvl.training.export import export, find_checkpoint
 
 # Composer and streaming warn on their own account; torch where it saves shards of one rank.
 pytestmark = pytest.mark.filterwarnings("default")
-CHECKPOINTS, OUT = Path("runs/quickstart/align/checkpoints"), Path("out")
-FILE, SHARDS = CHECKPOINTS / "ep0-ba4-rank0.pt", CHECKPOINTS / "ep0-ba4"
-WRITERS: dict[str, Callable[[Any], Path]] = {
-    "file": lambda content: write_file(FILE, content),
-    "shards": lambda content: write_shards(SHARDS, content),
-}
+OUT = Path("out")
 
 
 @pytest.fixture
@@ -58,14 +49,6 @@ class Runs:
 RAN = Path("ran")
 MKDIR = Runs(os.makedirs, str(RAN), 0o777, True)
 COPY = Runs(shutil.copyfile, "runs/quickstart/recipe.yaml", str(RAN))
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return ssmvl.load(folder).model.state_dict()
-
-
-def equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_what_runs_left(tiny: Path) -> None:
@@ -238,71 +221,6 @@ def test_names_that_mean_no_checkpoint(tensors: dict[str, Tensor]) -> None:
         export(SHARDS, OUT)
     with pytest.raises(CheckpointError, match=r"recipe\.yaml cannot be read \(BadZipFile"):
         export("runs/quickstart/recipe.yaml", OUT)
-
-
-def upload(folder: Path, bucket: str) -> str:
-    """A stage's checkpoints as `checkpoints: s3://…` has them; their URL."""
-    client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
-    for path in folder.rglob("*"):
-        if path.is_file():
-            key = f"all/quickstart/align/{path.relative_to(folder)}"
-            client.upload_file(str(path), bucket.removeprefix("s3://"), key)
-    shutil.rmtree("runs/quickstart/align")
-    return f"{bucket}/all/quickstart/align"
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_from_a_bucket(
-    kind: str, tensors: dict[str, Tensor], bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = tmp_path / "made"
-    made.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(made))
-    whole = WRITERS[kind](state(tensors))
-    newer = whole.rename(whole.with_name(whole.name.replace("ba4", "ba5")))
-    WRITERS[kind](state(tensors))
-    os.truncate(max(newer.rglob("*"), default=newer), 1000)
-    url = upload(CHECKPOINTS, bucket)
-    name, (passed,) = export(url, OUT, recipe="runs/quickstart")
-    assert name == f"{url}/{whole.name}"
-    assert passed.startswith(f"{url}/{newer.name} ")
-    assert equal(weights(OUT), tensors)
-    assert export(f"{url}/{whole.name}/", "one", recipe="runs/quickstart") == (name, [])
-    assert equal(weights(Path("one")), tensors)
-    with pytest.raises(CheckpointError, match=rf"^{re.escape(passed)}$"):
-        export(f"{url}/{newer.name}", "none", recipe="runs/quickstart")
-    other = load_recipe("quickstart", "model.language.num_layers=3")
-    with pytest.raises(CheckpointError, match=rf"^{name}, with the recipe .*, does not fit the model"):
-        export(url, "none", recipe=other)
-    assert not Path("none").exists()
-    assert not list(made.iterdir())
-
-
-def test_what_a_bucket_does_not_have(tensors: dict[str, Tensor], bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match=r"s3://nowhere/x does not lie in a run folder, .*--recipe: the run"):
-        export("s3://nowhere/x", OUT)
-    with pytest.raises(RunError, match=r"^s3://nowhere/x cannot be used \(.*NoSuchBucket"):
-        export("s3://nowhere/x", OUT, recipe="quickstart")
-    with pytest.raises(CheckpointError, match=rf"^{bucket}/all holds no checkpoint of a run; name a stage's folder"):
-        export(f"{bucket}/all/", OUT, recipe="quickstart")
-    with pytest.raises(CheckpointError, match=rf"^{bucket}/all/ep0-ba4: no such file or folder$"):
-        export(f"{bucket}/all/ep0-ba4", OUT, recipe="quickstart")
-    monkeypatch.setitem(sys.modules, "boto3", None)
-    with pytest.raises(MissingDependencyError, match=r"need boto3: pip install 'ssmvl\[train\]'"):
-        export(bucket, OUT, recipe="quickstart")
-
-
-def test_no_room_for_what_is_fetched(tensors: dict[str, Tensor], bucket: str) -> None:
-    write_file(FILE, state(tensors))
-    url = upload(CHECKPOINTS, bucket)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # a writer is told so as it is of a full disk
-    try:
-        with pytest.raises(RunError, match=rf"^{url}: what is read .*File too large.*TMPDIR names another folder"):
-            export(url, OUT, recipe="runs/quickstart")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not OUT.exists()
 
 
 def test_a_folder_with_other_files_stays(tensors: dict[str, Tensor]) -> None:
