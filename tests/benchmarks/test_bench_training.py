@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from ssmvl.benchmarks import training_cases as suite
 from ssmvl.benchmarks.cases import compare
@@ -14,7 +16,16 @@ from ssmvl.cli import bench, main
 pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_threads")
 def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     asked: list[str] = []
 
