@@ -68,7 +68,7 @@ def written_out(p: Parameters, x: Tensor) -> Tensor:
     return linear(p, "projector.1.4", gelu(linear(p, "projector.1.2", h)))
 
 
-# In fp32 the rewrite itself loses up to 7e-6 of a gradient; the SSD, whose decays are differences of sums, 1.2e-5.
+# In fp32, of 16 draws on an AMD EPYC, the rewrite itself lost up to 7e-6 of a gradient, the connector up to 1.2e-5.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-5), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("grid", [Grid(1, 2, 3), Grid(1, 5, 3), Grid(1, 1, 7), Grid(1, 13, 11)])
 def test_msc_advanced_equals_two_explicit_passes(grid: Grid, dtype: torch.dtype, tolerance: float) -> None:
