@@ -41,6 +41,7 @@ def share_of_memory(weights: str, dtype: str, *overrides: str) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("width", "layers"), [(512, 8), pytest.param(1024, 48, marks=pytest.mark.slow)], ids=["small", "370m"]
 )

@@ -17,6 +17,7 @@ Capture = pytest.CaptureFixture[str]
 ALONE = "import sys\nsys.modules.update(composer=None, streaming=None)\nfrom ssmvl.cli import main\nsys.exit(main())"
 
 
+@pytest.mark.long
 def test_it_needs_no_composer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.chdir(tmp_path)
     _, tensors = run_of("quickstart")

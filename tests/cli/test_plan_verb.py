@@ -38,6 +38,7 @@ def test_a_plan_that_fits(capsys: Capture) -> None:
     assert "\x1b" not in shown
 
 
+@pytest.mark.long
 def test_what_makes_it_fit_is_said_and_does(capsys: Capture) -> None:
     words = ["plan", "quickstart", "stages.align=null", "stages.order=null", "stages.finetune.max_text_tokens=32"]
     machine = ["--gpus", "2", "--memory", "0.05"]
@@ -55,6 +56,7 @@ def test_a_smaller_microbatch_than_fits_is_told_the_largest(capsys: Capture) -> 
     assert "fits, as does stages.align.microbatch=64" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_nothing_makes_it_fit(capsys: Capture) -> None:
     one = ["stages.align=null", "stages.order=null", "stages.finetune.max_text_tokens=32"]
     assert main(["plan", "quickstart", *one, "--gpus", "1", "--memory", "0.001"]) == 1

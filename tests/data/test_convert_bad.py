@@ -215,6 +215,7 @@ def test_a_split_that_is_a_file(tmp_path: Path) -> None:
         convert([made], str(tmp_path / "out"))
 
 
+@pytest.mark.long
 def test_a_full_disk(tmp_path: Path) -> None:
     """No file may grow beyond 200 kB: the parts of short texts can be written, that of the images cannot."""
     made = source(tmp_path, 2_200)
@@ -237,6 +238,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert tree(out) == tree(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_worker_that_is_killed_ends_the_run(tmp_path: Path) -> None:
     made, out = source(tmp_path, 16_000), tmp_path / "out"
     process = start(made, "--out", out)

@@ -93,6 +93,7 @@ def test_the_settings_in_a_bucket_are_read_back(bucket: str, objects: Objects, t
         confirm(f"{bucket}/train", now, tmp_path / "temporary")
 
 
+@pytest.mark.long
 def test_another_conversion_to_the_same_bucket(bucket: str, objects: Objects, tmp_path: Path) -> None:
     process = start(source(tmp_path, 16_000), "--out", bucket)
     wait_until(lambda: any(name.endswith("part-00000/index.json") for name in objects()), process)
@@ -109,6 +110,7 @@ def test_a_folder_made_in_a_console(bucket: str, tmp_path: Path) -> None:
     assert convert([source(tmp_path, 10)], f"{bucket}/d").samples == 10
 
 
+@pytest.mark.long
 def test_a_bucket_that_vanishes_halfway(
     bucket: str, objects: Objects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def test_killed_at_ten_random_moments(made: Path, whole: dict[str, str], tmp_pat
     assert tree(tmp_path) == whole
 
 
+@pytest.mark.long
 def test_killed_while_sending(
     made: Path,
     whole: dict[str, str],
@@ -85,6 +86,7 @@ def test_killed_while_sending(
     assert tree(tmp_path) == {name: hash_ for name, hash_ in whole.items() if name != ".train.lock"}
 
 
+@pytest.mark.long
 def test_ctrl_c_leaves_at_once_and_cleanly(made: Path, whole: dict[str, str], tmp_path: Path) -> None:
     process = start(made, "--out", tmp_path)
     wait_until(lambda: parts(tmp_path / "train"), process)
@@ -100,6 +102,7 @@ def test_ctrl_c_leaves_at_once_and_cleanly(made: Path, whole: dict[str, str], tm
     assert tree(tmp_path) == whole
 
 
+@pytest.mark.long
 def test_workers_end_when_only_the_first_process_is_killed(made: Path, whole: dict[str, str], tmp_path: Path) -> None:
     process = start(made, "--out", tmp_path)
     wait_until(lambda: parts(tmp_path / "train"), process)

@@ -41,6 +41,7 @@ def run(folder: Path, out: Path, world: int, batch: int, workers: int) -> list[A
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_sample_comes_once_and_the_damaged_one_is_named(tmp_path: Path, world: int) -> None:
     folder = write(tmp_path / "shards", 48)
@@ -54,6 +55,7 @@ def test_every_sample_comes_once_and_the_damaged_one_is_named(tmp_path: Path, wo
         assert count == {str(i): 1 for i in range(48) if i not in (DAMAGED, DAMAGED + 1)}
 
 
+@pytest.mark.long
 def test_a_number_that_ranks_cannot_share_repeats_as_few_as_possible(tmp_path: Path) -> None:
     """46 samples over 4 ranks are 12 each: two samples come twice, which streaming documents."""
     seen = run(write(tmp_path / "shards", 46), tmp_path / "out", 4, batch=4, workers=0)

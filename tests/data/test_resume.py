@@ -54,6 +54,7 @@ CASES = [*((name, 0) for name in WEIGHTS), ("one", 2), ("two repeated", 2)]
 OFTEN = ("two repeated", 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("weights", "workers"), [case if case == OFTEN else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 )

@@ -171,6 +171,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+@pytest.mark.long
 def test_two_processes_at_once_write_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROCESS, str(tmp_path / "s")]
     first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

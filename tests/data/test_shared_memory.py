@@ -24,6 +24,8 @@ pytestmark = pytest.mark.skipif(not (SHM.is_dir() and Path("/proc/self/maps").ex
 PROCESS = """
 import sys
 from streaming import StreamingDataset
+print("imported", flush=True)
+sys.stdin.readline()
 dataset = StreamingDataset(local=sys.argv[1], batch_size=1)
 print(f"{dataset._shm_prefix_int:06}", flush=True)
 sys.stdin.readline()
@@ -33,10 +35,8 @@ print([sample["id"] for sample in dataset], flush=True)
 MANY = """
 import multiprocessing, sys
 from pathlib import Path
-from ssmvl.data import shared_memory
 from ssmvl.data.streams import SampleStream
 
-shared_memory.WAIT = 100  # other tests hold the lock while they start a process
 forked = multiprocessing.get_context("fork")
 together = forked.Barrier(6)
 
@@ -53,21 +53,21 @@ for process in processes:
 print([process.exitcode for process in processes])
 """
 
-Start = Callable[[], tuple["subprocess.Popen[str]", str]]
+Process = subprocess.Popen[str]
+Hold = Callable[[Process], str]
 
 
 @pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Starts a process that holds a dataset; gives it and its prefix. Segments of anybody else are out of sight."""
+def processes(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[Process]]:
+    """Processes, as many as the test says or one, that have imported streaming and hold nothing yet."""
     sample = {"id": "a", "type": "", "conversation": [], "images": []}
     ensure_shards(tmp_path / "shards", lambda: [sample], 1)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    processes: list[subprocess.Popen[str]] = []
-    prefixes: list[str] = []
-
-    def begin() -> tuple[subprocess.Popen[str], str]:
-        process = subprocess.Popen(
+    started = [
+        subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(tmp_path / "shards")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -76,15 +76,35 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
             env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
             start_new_session=True,
         )
-        processes.append(process)
-        assert process.stdout
-        prefixes.append(process.stdout.readline().strip())
+        for _ in range(getattr(request, "param", 1))
+    ]
+    try:
+        assert {line(process) for process in started} == {"imported"}
+        yield started
+    finally:
+        for process in started:
+            if process.returncode is None:
+                kill(process)
+
+
+@pytest.fixture
+def hold(processes: list[Process], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hold]:
+    """Has a process open a dataset; gives its prefix. Segments of anybody else are out of sight."""
+    prefixes: list[str] = []
+
+    def begin(process: Process) -> str:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+        prefixes.append(line(process))
         assert re.fullmatch(r"\d{6}", prefixes[-1])
         own = SEGMENT.pattern.replace(r"\d{6}", "|".join(prefixes))
         monkeypatch.setattr(shared_memory, "SEGMENT", re.compile(own))
-        return process, prefixes[-1]
+        return prefixes[-1]
 
-    with prefix_lock():  # other tests neither map these segments, nor remove them, nor take their names
+    # other tests neither map these segments, nor remove them, nor take their names; they wait `WAIT` for this one,
+    # which is why the imports are done before
+    with prefix_lock():
         yield begin
         for process in processes:
             if process.returncode is None:
@@ -94,7 +114,12 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
                 path.unlink()
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def line(process: Process) -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+def kill(process: Process) -> None:
     """Like a lost machine: python's resource tracker, which would tidy up, dies too."""
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=25)
@@ -104,6 +129,7 @@ def segments(prefix: str) -> set[str]:
     return {path.name for path in SHM.glob(f"{prefix}_*")}
 
 
+@pytest.mark.long
 def test_streams_that_begin_at_once_find_names_of_their_own(tmp_path: Path) -> None:
     ensure_shards(tmp_path, lambda: [{"id": "a", "type": "", "conversation": [], "images": []}], 1)
     command = [sys.executable, "-c", MANY, str(tmp_path)]
@@ -135,9 +161,9 @@ def test_every_name_of_streaming_is_known() -> None:
         assert not SEGMENT.match(name)
 
 
-def test_segments_of_a_killed_process_are_removed(start: Start) -> None:
-    process, prefix = start()
-    kill(process)
+def test_segments_of_a_killed_process_are_removed(processes: list[Process], hold: Hold) -> None:
+    prefix = hold(processes[0])
+    kill(processes[0])
     left = segments(prefix)
     assert f"{prefix}_locals" in left
     assert {path.name for path in stale_segments()} >= left
@@ -149,19 +175,22 @@ def test_segments_of_a_killed_process_are_removed(start: Start) -> None:
     assert not any(path.exists() for path in removed)
 
 
-def test_lock_files_of_a_killed_process_are_removed(start: Start) -> None:
-    process, prefix = start()
+def test_lock_files_of_a_killed_process_are_removed(processes: list[Process], hold: Hold) -> None:
+    prefix = hold(processes[0])
     lock = Path(tempfile.gettempdir(), f"{prefix}_barrier_filelock")
     lock.touch()
     assert lock not in stale_segments()
-    kill(process)
+    kill(processes[0])
     assert lock in clean_stale_segments()
     assert not lock.exists()
 
 
-def test_living_process_keeps_its_segments(start: Start) -> None:
-    living, prefix = start()  # first: streaming maps the segments of those that came before
-    dead, dead_prefix = start()
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [2], indirect=True)
+def test_living_process_keeps_its_segments(processes: list[Process], hold: Hold) -> None:
+    living, dead = processes
+    prefix = hold(living)  # first: streaming maps the segments of those that came before
+    dead_prefix = hold(dead)
     kill(dead)
     held = segments(prefix)
     assert f"{prefix}_locals" in held
@@ -174,21 +203,24 @@ def test_living_process_keeps_its_segments(start: Start) -> None:
 
 
 @pytest.mark.slow
-def test_a_name_that_a_living_process_looked_at_in_a_run_that_ended(start: Start) -> None:
-    ended, prefix = start()
-    start()  # maps the segments of the first one, and keeps them when they are deleted
+@pytest.mark.parametrize("processes", [3], indirect=True)
+def test_a_name_that_a_living_process_looked_at_in_a_run_that_ended(processes: list[Process], hold: Hold) -> None:
+    ended, living, dead = processes
+    prefix = hold(ended)
+    hold(living)  # maps the segments of the first one, and keeps them when they are deleted
     ended.terminate()
     ended.communicate(timeout=25)
-    dead, again = start()
-    assert again == prefix
+    assert hold(dead) == prefix
     kill(dead)
     assert {path.name for path in clean_stale_segments()} >= {f"{prefix}_locals"}
     assert segments(prefix) == set()
 
 
-def test_nothing_is_touched_where_proc_does_not_tell(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    process, prefix = start()
-    kill(process)
+def test_nothing_is_touched_where_proc_does_not_tell(
+    processes: list[Process], hold: Hold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = hold(processes[0])
+    kill(processes[0])
     left = segments(prefix)
     monkeypatch.setattr(Path, "exists", lambda path: False)
     assert clean_stale_segments() == []

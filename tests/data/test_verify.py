@@ -309,6 +309,7 @@ def test_problems_in_a_bucket_are_named_with_their_url(out: Path, bucket: str) -
         verify(f"{bucket}/nowhere")
 
 
+@pytest.mark.long
 def test_a_killed_process_ends_it_with_an_error(out: Path) -> None:
     (out / "train" / "shard.00002.mds").unlink()
     os.mkfifo(out / "train" / "shard.00002.mds")  # who opens it waits for a writer that never comes

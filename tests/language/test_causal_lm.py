@@ -263,6 +263,7 @@ def test_meta_gives_shapes_without_values(kind: str, monkeypatch: pytest.MonkeyP
         assert (hidden.shape, state.slots) == ((2, 5, 16), 10)
 
 
+@pytest.mark.long
 def test_the_first_model_of_a_process_may_be_on_meta() -> None:
     config = CONFIGS["llama"]
     code = (

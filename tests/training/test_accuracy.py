@@ -74,6 +74,7 @@ def test_questions_without_a_type() -> None:
     assert run([([""], [[True]])] * WINDOW) == [{"accuracy/all": 1.0}]
 
 
+@pytest.mark.long
 def test_a_run_logs_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssmvl.training.accuracy.WINDOW", 2)
     folder = ssmvl.train(tiny, "stages.finetune.microbatch=3")

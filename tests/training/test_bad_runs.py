@@ -89,6 +89,7 @@ def goes_on(number: int, step: int, *options: str) -> None:
     assert len(ssmvl.load(ROOT).generate(["hi"], max_new_tokens=2)) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "sharding"),
     [(2, "fsdp2"), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, "fsdp2"), (2, "ddp")])],
@@ -195,6 +196,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "option", "message"), OTHERS)
 def test_a_checkpoint_of_another_recipe(tiny: Path, number: int, option: str, message: str) -> None:
     code, said = train(number, option)

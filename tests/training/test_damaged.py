@@ -103,6 +103,7 @@ def test_a_bucket_that_vanished_is_named(tiny: Path, remote: str, bucket: str) -
         ssmvl.train(tiny, *only(remote, "duration=1ep"))
 
 
+@pytest.mark.long
 def test_damaged_samples_are_replaced_listed_and_summed_up(tiny: Path) -> None:
     scenes(Path("data/train"), 200, 5, 70)  # 1 %: no more than is allowed
     options = only("{name: shards, folder: data}", "duration=2ep", "loader.workers=1", "batch=20", "checkpoint=1ep")
@@ -116,6 +117,7 @@ def test_damaged_samples_are_replaced_listed_and_summed_up(tiny: Path) -> None:
     assert "damaged samples in the whole stage: 4" in output
 
 
+@pytest.mark.long
 def test_too_many_damaged_samples_end_every_rank(tiny: Path) -> None:
     scenes(Path("data/train"), 40, 5, 7)
 
@@ -138,6 +140,7 @@ def test_too_many_are_too_many_when_run_again(tiny: Path) -> None:
         assert not (Path("runs") / "tiny" / "model").exists()
 
 
+@pytest.mark.long
 def test_what_was_counted_before_a_checkpoint_is_counted_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the second epoch after its checkpoint, with more in the file than the checkpoint knows of."""
     monkeypatch.setattr(damaged, "SHARE", 0.1)

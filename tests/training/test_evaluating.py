@@ -41,6 +41,7 @@ def logged(run: str) -> dict[str, list[float]]:
     return {name: [event.value for event in events.Scalars(name)] for name in names}
 
 
+@pytest.mark.long
 def test_two_sharded_ranks_find_what_one_finds(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[list[Answered]] = []
     results = evaluation.results

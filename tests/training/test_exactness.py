@@ -43,6 +43,7 @@ def logged(run: str) -> dict[str, list[float]]:
     return {name: [event.value for event in found] for name, found in by_step.items()}
 
 
+@pytest.mark.long
 def test_twenty_steps_leave_the_same_weights(tiny: Path) -> None:
     def train(runs: dict[str, tuple[str, ...]]) -> None:
         for run, options in runs.items():

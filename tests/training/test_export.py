@@ -51,6 +51,7 @@ MKDIR = Runs(os.makedirs, str(RAN), 0o777, True)
 COPY = Runs(shutil.copyfile, "runs/quickstart/recipe.yaml", str(RAN))
 
 
+@pytest.mark.long
 def test_what_runs_left(tiny: Path) -> None:
     short = ("stages.align=null", "stages.order=null", "stages.finetune.duration=2ba", "evaluation=null")
     ssmvl.train(tiny, "run=one", *short)

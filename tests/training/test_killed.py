@@ -191,6 +191,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("first", "then"), [pytest.param(*change, marks=pytest.mark.slow) for change in CHANGES[1:]] + CHANGES[:1]
 )

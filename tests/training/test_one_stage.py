@@ -18,6 +18,7 @@ def weights(run: str) -> bytes:
     return Path(f"runs/{run}/model/model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_stages_of_two_launches_leave_what_those_of_one_do(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ssmvl.train(tiny, "run=whole")
     ssmvl.train(tiny, "stage=align")

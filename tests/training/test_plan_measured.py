@@ -122,6 +122,7 @@ MORE_ON_TWO = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("runs", [ONE_RANK, pytest.param(MORE_ON_ONE, marks=pytest.mark.slow)])
 def test_one_rank_holds_what_is_planned(runs: Sequence[tuple[str, ...]], tmp_path: Path) -> None:
     """In a process of its own: what it held at most is what the system says."""

@@ -162,6 +162,7 @@ def test_the_largest_microbatch_fits_and_twice_it_does_not() -> None:
     assert planned.largest(10 * sizes[64]) == 64
 
 
+@pytest.mark.long
 def test_remedies_fit_and_change_least_first() -> None:
     planned = plan("stages.finetune.sharding=ddp", gpus=4)
     limit = 0.5 * planned.memory().total()

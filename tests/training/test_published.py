@@ -60,6 +60,7 @@ def journey(layout: str, samples: int, bucket: str, folder: Path, ssmvl: Callabl
     assert list((folder / "cache").rglob("*.mds"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["llava_mix665k"])
 def test_from_published_files_to_training(
     layout: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -62,6 +62,7 @@ def train(tiny: Path, ranks: int, capfd: pytest.CaptureFixture[str], *options: s
     return two_ranks(lambda: ssmvl.train(tiny, *ONE_STAGE, *options), tiny.parent)[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_one_before_a_damaged_checkpoint_is_used(
     tiny: Path, ranks: int, capfd: pytest.CaptureFixture[str], tmp_path: Path
@@ -123,6 +124,7 @@ def test_checkpoints_of_earlier_launches_are_removed_too(tiny: Path, capfd: pyte
     assert {path.name for path in folder.iterdir()} == {"ep0-ba6-rank0.pt"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_optimizer_goes_on_with_the_options_of_now(
     tiny: Path, ranks: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,7 @@ def lr(value: float) -> str:
     return f"stages.finetune.optimizer.lr={value}"
 
 
+@pytest.mark.long
 def test_a_loss_that_is_no_number_ends_both_ranks(tiny: Path) -> None:
     def train() -> None:
         assert run.main(["tiny.yaml", *ONE_STAGE, lr(1e30)]) == 2
@@ -36,6 +37,7 @@ def test_a_loss_that_is_no_number_ends_both_ranks(tiny: Path) -> None:
     assert all(f"ba{step}" not in name for name in left)
 
 
+@pytest.mark.long
 def test_a_jump_ends_it_unless_any_is_allowed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spikes, "BEFORE", 2)
     loss, calls = ComposerVLM.loss, itertools.count()
