@@ -32,7 +32,7 @@ go_on_later() {
   echo "The time limit is near: job $SLURM_JOB_ID is requeued, and will go on from its newest checkpoint."
   scontrol requeue "$SLURM_JOB_ID"                                 # ends the step, then this script
   wait
-  exit
+  exit 0
 }
 trap go_on_later USR1
 
