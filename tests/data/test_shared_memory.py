@@ -25,7 +25,7 @@ PROCESS = """
 import sys
 from streaming import StreamingDataset
 print("imported", flush=True)
-sys.stdin.readline()
+sys.stdin.readline() or sys.exit()
 dataset = StreamingDataset(local=sys.argv[1], batch_size=1)
 print(f"{dataset._shm_prefix_int:06}", flush=True)
 sys.stdin.readline()
@@ -66,25 +66,24 @@ def processes(
     ensure_shards(tmp_path / "shards", lambda: [sample], 1)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(tmp_path / "shards")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
-            start_new_session=True,
-        )
-        for _ in range(getattr(request, "param", 1))
-    ]
+    started: list[Process] = []
     try:
+        for _ in range(getattr(request, "param", 1)):
+            process = subprocess.Popen(
+                [sys.executable, "-c", PROCESS, str(tmp_path / "shards")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+                start_new_session=True,
+            )
+            started.append(process)
         assert {line(process) for process in started} == {"imported"}
         yield started
     finally:
         for process in started:
-            if process.returncode is None:
-                kill(process)
+            kill(process)
 
 
 @pytest.fixture
@@ -96,19 +95,19 @@ def hold(processes: list[Process], monkeypatch: pytest.MonkeyPatch) -> Iterator[
         assert process.stdin
         process.stdin.write("\n")
         process.stdin.flush()
-        prefixes.append(line(process))
-        assert re.fullmatch(r"\d{6}", prefixes[-1])
+        prefix = line(process)
+        assert re.fullmatch(r"\d{6}", prefix)
+        prefixes.append(prefix)
         own = SEGMENT.pattern.replace(r"\d{6}", "|".join(prefixes))
         monkeypatch.setattr(shared_memory, "SEGMENT", re.compile(own))
-        return prefixes[-1]
+        return prefix
 
     # other tests neither map these segments, nor remove them, nor take their names; they wait `WAIT` for this one,
     # which is why the imports are done before
     with prefix_lock():
         yield begin
         for process in processes:
-            if process.returncode is None:
-                kill(process)
+            kill(process)
         for prefix in prefixes:
             for path in SHM.glob(f"{prefix}_*"):
                 path.unlink()
@@ -116,11 +115,15 @@ def hold(processes: list[Process], monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 def line(process: Process) -> str:
     assert process.stdout
-    return process.stdout.readline().strip()
+    said = process.stdout.readline().strip()
+    assert said, process.communicate(timeout=25)[1]
+    return said
 
 
 def kill(process: Process) -> None:
     """Like a lost machine: python's resource tracker, which would tidy up, dies too."""
+    if process.returncode is not None:
+        return
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=25)
 

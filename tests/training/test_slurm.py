@@ -25,7 +25,7 @@ exit "${{code:-0}}"
 """
 SCONTROL = """
 [ "$1 $2" = "show hostnames" ] && [ "$3" = "$SLURM_JOB_NODELIST" ] && printf '%s\\n' $HOSTS && exit
-[ "$1 $2" = "requeue $SLURM_JOB_ID" ] && exec kill "$(cat srun.pid)"
+[ "$1 $2" = "requeue $SLURM_JOB_ID" ] && touch requeued && exec kill "$(cat srun.pid)"
 exit 1
 """
 SHARDS = {"__0_0.distcp", "__1_0.distcp"}
@@ -89,6 +89,11 @@ def test_near_its_end_the_job_is_requeued(sbatch: Sbatch) -> None:
     done = sbatch({"srun": step}, "recipe.yaml")
     assert "job 123456 is requeued" in done.stdout
     assert done.returncode == 0
+    assert Path("requeued").exists()
+    Path("requeued").unlink()
+    refused = SCONTROL.replace("touch requeued", "exit 3")
+    assert sbatch({"srun": step, "scontrol": refused}, "recipe.yaml").returncode == 3
+    assert not Path("requeued").exists()
 
 
 @pytest.mark.netns
