@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ssmvl.checkpoints import write_tensors
-from ssmvl.data.digits import CELLS, digit_images, draw
+from ssmvl.data.scenes.digits import CELLS, digit_images, draw
 from ssmvl.vision.digit_vit import EMPTY, SHIPPED, VARIANTS, digit_vit
 
 STEPS, BATCH = 800, 128

@@ -10,10 +10,10 @@ import tempfile
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ssmvl.data.scenes import digit_scenes
+from ssmvl.data.scenes.scenes import digit_scenes
 from ssmvl.data.streams import read_records
-from ssmvl.text.prompts import MambaPrompt
-from ssmvl.text.tokenizers import END, WORDS
+from ssmvl.processing.prompts import MambaPrompt
+from ssmvl.processing.tokenizers import END, WORDS
 
 WORD = r" ?\d| ?[A-Za-z]+|[^\sA-Za-z\d]+ ?|\s+"
 

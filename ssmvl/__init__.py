@@ -8,29 +8,31 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ssmvl import _moved as _moved
+
 __version__ = "0.1.0"
 __all__ = ["build_model", "load", "train", "load_recipe", "list_components", "hookimpl", "__version__"]
 
 if TYPE_CHECKING:
-    from ssmvl.assistant import load
-    from ssmvl.build import build_model
+    from ssmvl.generation.assistant import load
+    from ssmvl.model.build import build_model
     from ssmvl.plugins import hookimpl
-    from ssmvl.recipe import load_recipe
+    from ssmvl.recipes.merge import load_recipe
     from ssmvl.registry import Entry
     from ssmvl.training.run import train
 
 _HOME = {
-    "build_model": "ssmvl.build",
-    "load": "ssmvl.assistant",
+    "build_model": "ssmvl.model.build",
+    "load": "ssmvl.generation.assistant",
     "train": "ssmvl.training.run",
-    "load_recipe": "ssmvl.recipe",
+    "load_recipe": "ssmvl.recipes.merge",
     "hookimpl": "ssmvl.plugins",
 }
 
 
 def list_components(kind: str | None = None) -> list[Entry]:
     """Every registered component, or those of one kind, sorted by kind and name."""
-    from ssmvl.core_plugin import components
+    from ssmvl.plugins import components
 
     return [entry for entry in components().entries() if kind in (None, entry.kind)]
 

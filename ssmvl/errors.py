@@ -24,6 +24,24 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+__all__ = [
+    "SsmvlError",
+    "Problem",
+    "RecipeError",
+    "UnknownComponentError",
+    "DuplicateComponentError",
+    "ContractError",
+    "ShapeError",
+    "DataError",
+    "CheckpointError",
+    "RunError",
+    "BackendError",
+    "MissingDependencyError",
+    "PluginWarning",
+    "nearest",
+    "short",
+]
+
 
 class SsmvlError(Exception):
     """Base of every error raised on purpose; the CLI prints it without a traceback and exits with 2."""

@@ -18,11 +18,41 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, runtime_
 import torch
 from torch import Tensor, nn
 
-from ssmvl.registry import Check as Check
-from ssmvl.registry import Count as Count
-from ssmvl.registry import Part as Part
-from ssmvl.registry import Register as Register
-from ssmvl.registry import Seed as Seed
+from ssmvl.registry import Check, Count, Part, Register, Seed
+
+__all__ = [
+    "Check",
+    "Count",
+    "Part",
+    "Register",
+    "Seed",
+    "IMAGE_PLACE",
+    "IGNORED",
+    "Message",
+    "MixerPart",
+    "EncoderPart",
+    "FusionPart",
+    "ConnectorPart",
+    "LanguageModelPart",
+    "PromptPart",
+    "Shards",
+    "Stream",
+    "Data",
+    "DatasetPart",
+    "Grid",
+    "Resize",
+    "ImageSpec",
+    "ScanOrder",
+    "ScanOrderPart",
+    "State",
+    "Mixer",
+    "VisionEncoder",
+    "Fusion",
+    "Connector",
+    "LanguageModel",
+    "Piece",
+    "Prompt",
+]
 
 IMAGE_PLACE, IGNORED = -1, -100  # the id at image places; the label of what is not supervised
 Message = Mapping[str, str]  # {"role": "user" | "assistant", "content": text}; `<image>` in a content is one image

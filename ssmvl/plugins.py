@@ -1,7 +1,11 @@
-"""Finding plugins: the pluggy hook, and entry points of the group `ssmvl` loaded one by one."""
+"""The table of all components: the core's, and those of installed plugins, which are loaded one by one.
+
+Nothing is imported until a component is used.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from importlib.metadata import Distribution, distributions
@@ -14,6 +18,31 @@ from ssmvl.registry import Entry, PluginFailure, Register, Registry
 GROUP = "ssmvl"
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
+"""Marks the function `ssmvl_register` of a plugin."""
+
+COMPONENTS = {
+    ("scan_order", "raster"): "ssmvl.scans:raster",
+    ("scan_order", "bsm"): "ssmvl.scans:bsm",
+    ("scan_order", "csm"): "ssmvl.scans:csm",
+    ("mixer", "mamba1"): "ssmvl.layers.mamba1:Mamba1Mixer",
+    ("mixer", "mamba2"): "ssmvl.layers.mamba2:Mamba2Mixer",
+    ("encoder", "timm"): "ssmvl.vision.encoders:timm_encoder",
+    ("encoder", "digit_vit"): "ssmvl.vision.digit_vit:digit_vit",
+    ("fusion", "channel"): "ssmvl.vision.fusion:ChannelFusion",
+    ("fusion", "sequence"): "ssmvl.vision.fusion:SequenceFusion",
+    ("connector", "mlp"): "ssmvl.connectors.projectors:MlpConnector",
+    ("language_model", "mamba1_lm"): "ssmvl.language.mamba_lm:Mamba1LM",
+    ("language_model", "mamba2_lm"): "ssmvl.language.mamba_lm:MambaLM",
+    ("checkpoint", "ssmvl"): "ssmvl.checkpoints.layouts:ssmvl_model",
+    ("checkpoint", "state_spaces"): "ssmvl.language.mamba_layouts:state_spaces",
+    ("checkpoint", "transformers_mamba"): "ssmvl.language.mamba_layouts:transformers_mamba",
+    ("prompt", "mamba"): "ssmvl.processing.prompts:MambaPrompt",
+    ("prompt", "plain"): "ssmvl.processing.prompts:PlainPrompt",
+    ("prompt", "vicuna"): "ssmvl.processing.prompts:VicunaPrompt",
+    ("dataset", "digit_scenes"): "ssmvl.data.scenes.scenes:digit_scenes",
+    ("dataset", "shards"): "ssmvl.data.shards:existing_shards",
+    ("dataset", "mix"): "ssmvl.data.mix:mix",
+}
 
 
 class Hooks:
@@ -22,6 +51,22 @@ class Hooks:
     @hookspec
     def ssmvl_register(self, register: Register) -> None:
         """Call `register(kind, name, target)` for each component; `target` is a factory or "module:attribute"."""
+
+
+class CorePlugin:
+    """The core's own components, entering through the same hook as anybody's."""
+
+    @hookimpl
+    def ssmvl_register(self, register: Register) -> None:
+        """Register the core's components."""
+        for (kind, name), target in COMPONENTS.items():
+            register(kind, name, target)
+
+
+@functools.cache
+def components() -> Registry:
+    """All components of the core and of every installed plugin; found once per process."""
+    return discover(CorePlugin())
 
 
 def discover(core: object) -> Registry:

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from ssmvl.errors import DuplicateComponentError, UnknownComponentError, nearest
 
+__all__ = ["Register", "Part", "Check", "Count", "Seed", "Entry"]
+
 Register = Callable[[str, str, "str | Callable[..., Any]"], None]
 """What a plugin's hook receives: `register(kind, name, target)`, target a factory or "module:attribute"."""
 

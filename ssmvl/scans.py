@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ssmvl.interfaces import Grid
 
+__all__ = ["raster", "bsm", "csm"]
+
 
 def raster(grid: Grid) -> Tensor:
     """Row by row, left to right. (1, L)."""

@@ -11,10 +11,12 @@ import pytest
 import torch
 from hub import hub as hub
 from s3 import bucket as bucket
+from s3 import delete as delete
 from s3 import objects as objects
+from s3 import put as put
 from s3 import s3_server as s3_server
 
-from ssmvl.core_plugin import components
+from ssmvl.plugins import components
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Trainings first: the worker that is done may take of the short tests that are left."""
-    items.sort(key=lambda item: item.path.name != "test_docs.py" and item.path.parent.name != "training")
+    items.sort(key=lambda item: item.path.name != "test_docs.py" and "training" not in item.path.parts)
 
 
 @pytest.fixture(autouse=True)

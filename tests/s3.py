@@ -48,6 +48,20 @@ def objects(s3_server: str, bucket: str) -> Callable[[], dict[str, bytes]]:
     return lambda: {key: client.get_object(Bucket=name, Key=key)["Body"].read() for key in _keys(client, name)}
 
 
+@pytest.fixture
+def put(s3_server: str, bucket: str) -> Callable[[str, bytes], None]:
+    """`put(name, content)` writes one object of the bucket."""
+    client, name = boto3.client("s3", endpoint_url=s3_server), bucket.removeprefix("s3://")
+    return lambda key, content: client.put_object(Bucket=name, Key=key, Body=content)
+
+
+@pytest.fixture
+def delete(s3_server: str, bucket: str) -> Callable[[str], None]:
+    """`delete(name)` removes one object of the bucket."""
+    client, name = boto3.client("s3", endpoint_url=s3_server), bucket.removeprefix("s3://")
+    return lambda key: client.delete_object(Bucket=name, Key=key)
+
+
 def _keys(client: Any, name: str) -> list[str]:
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=name)
     return [found["Key"] for page in pages for found in page.get("Contents", [])]

@@ -9,13 +9,13 @@ import torch
 from torch.nn import functional as F
 
 import ssmvl
-from ssmvl.assistant import Assistant
-from ssmvl.batch import collate, pack
-from ssmvl.build import build_processor
+from ssmvl.generation.assistant import Assistant
 from ssmvl.language.mamba_lm import Mamba1LM, MambaLM
+from ssmvl.model.build import build_processor
 from ssmvl.ops.backends import report
 from ssmvl.ops.selective_scan import selective_scan
 from ssmvl.ops.ssd import ssd
+from ssmvl.processing.batch import collate, pack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import ssmvl
-from ssmvl.training.dry_run import WorstBatch
-from ssmvl.training.planning import StagePlan
-from ssmvl.training.stages import check
+from ssmvl.training.planning.dry_run import WorstBatch
+from ssmvl.training.planning.plan import StagePlan
+from ssmvl.training.schema import check
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TEXT, SAMPLES = 512, 8

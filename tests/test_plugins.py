@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ssmvl.core_plugin import COMPONENTS, components
 from ssmvl.errors import DuplicateComponentError, PluginWarning, RecipeError, UnknownComponentError
-from ssmvl.plugins import discover, hookimpl
-from ssmvl.recipe import load_recipe
+from ssmvl.plugins import COMPONENTS, components, discover, hookimpl
+from ssmvl.recipes.merge import load_recipe
 from ssmvl.registry import Registry
 
 Install = Callable[[str, str], None]

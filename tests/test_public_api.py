@@ -1,11 +1,25 @@
+"""The public surface: what `__all__` lists, what docs/api.md says of it, and what plugins and documents import."""
+
 from __future__ import annotations
 
+import ast
+import importlib
+import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import ssmvl
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "make_api_docs.py"
+INTERNAL = "docs/architecture.md"  # describes private modules too
+PAGES = ["README.md", *sorted({str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")} - {INTERNAL})]
+PUBLIC = set(re.findall(r"^## (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
 
 
 @pytest.mark.parametrize("name", ssmvl.__all__)
@@ -33,3 +47,55 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     heavy = {"torch", "numpy", "omegaconf", "composer", "streaming", "transformers", "timm", "pluggy"}
     code = f"import sys, ssmvl; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_the_page_is_what_the_modules_declare(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, str(SCRIPT), str(tmp_path / "api.md")], check=True)
+    made, kept = (tmp_path / "api.md").read_text(), (ROOT / "docs" / "api.md").read_text()
+    assert kept == made, "run python scripts/make_api_docs.py"
+
+
+def test_import_linter_forbids_plugins_every_private_module() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (contract,) = (each for each in contracts if each["name"] == "plugins import the public API only")
+    assert contract["forbidden_modules"] == sorted(private_modules(ROOT / "ssmvl", "ssmvl"))
+
+
+def private_modules(folder: Path, package: str) -> Iterator[str]:
+    """Modules without public names; a package that holds none is one entry. import-linter looks into packages."""
+    for path in folder.iterdir():
+        name = f"{package}.{path.stem}"
+        public = any(module == name or module.startswith(f"{name}.") for module in PUBLIC)
+        if (path / "__init__.py").is_file() and public:
+            yield from private_modules(path, name)
+        elif ((path / "__init__.py").is_file() or path.suffix == ".py") and path.stem != "__init__" and not public:
+            yield name
+
+
+def imports(code: str) -> Iterator[tuple[str, str]]:
+    """Module and name of each `from ssmvl… import name`."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and re.match(r"ssmvl(\.|$)", node.module or ""):
+            yield from ((str(node.module), alias.name) for alias in node.names)
+
+
+def is_public(module: str, name: str) -> bool:
+    return f"{module}.{name}" in PUBLIC or (module in PUBLIC and name in importlib.import_module(module).__all__)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("plugins/*/**/*.py")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_plugins_import_public_names_only(path: Path) -> None:
+    assert [found for found in imports(path.read_text()) if not is_public(*found)] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_show_public_names_only(page: str) -> None:
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    shown = [found for block in blocks for found in imports(block)]
+    dotted = re.findall(r"`(ssmvl(?:\.[a-z_]\w*)*)\.([A-Za-z_]\w*)[`(]", text)  # `ssmvl.ops.ssd.ssd`
+    shown += [(module, name) for module, name in dotted if module in PUBLIC or module == "ssmvl"]
+    assert [found for found in shown if not is_public(*found)] == []
+    assert all(hasattr(importlib.import_module(module), name) for module, name in shown)

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from ssmvl.core_plugin import COMPONENTS, components
 from ssmvl.errors import DuplicateComponentError, UnknownComponentError
+from ssmvl.plugins import COMPONENTS, components
 from ssmvl.registry import INJECTED, Entry, PluginFailure, Registry
 
 

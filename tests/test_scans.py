@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssmvl.core_plugin import components
 from ssmvl.errors import ContractError
 from ssmvl.interfaces import Grid
 from ssmvl.ops.reorder import along, inverse, path_table
+from ssmvl.plugins import components
 from ssmvl.scans import bsm, csm, raster
 from ssmvl.testing import check_scan_order
 

@@ -10,5 +10,5 @@ def ssmvl_register(register: Register) -> None:
     register("connector", "msc_basic", "ssmvl_ml_mamba.connectors:msc_basic")
     register("connector", "msc_advanced", "ssmvl_ml_mamba.connectors:msc_advanced")
     register("prompt", "zephyr", "ssmvl_ml_mamba.prompts:ZephyrPrompt")
-    register("checkpoint", "ml_mamba_release", "ssmvl_ml_mamba.layouts:ml_mamba_release")
-    register("checkpoint", "cobra_release", "ssmvl_ml_mamba.layouts:cobra_release")
+    register("checkpoint", "ml_mamba_release", "ssmvl_ml_mamba.released_weights:ml_mamba_release")
+    register("checkpoint", "cobra_release", "ssmvl_ml_mamba.released_weights:cobra_release")

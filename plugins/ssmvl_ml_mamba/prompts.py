@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ssmvl.interfaces import Message, Piece
-from ssmvl.text.prompts import learned, stripped
+from ssmvl.processing.prompts import learned, stripped
 
 
 class ZephyrPrompt:

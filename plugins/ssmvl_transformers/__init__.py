@@ -8,4 +8,4 @@ from ssmvl.registry import Register
 def ssmvl_register(register: Register) -> None:
     """Register the language model and the layout of its weights."""
     register("language_model", "causal_lm", "ssmvl_transformers.causal_lm:CausalLM")
-    register("checkpoint", "transformers", "ssmvl_transformers.layouts:transformers_causal_lm")
+    register("checkpoint", "transformers", "ssmvl_transformers.causal_lm_layout:transformers_causal_lm")

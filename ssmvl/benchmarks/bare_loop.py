@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssmvl.benchmarks.cases import Row, operations
 from ssmvl.benchmarks.limits import Shape, seconds
 from ssmvl.benchmarks.memory import build
+from ssmvl.benchmarks.model_cases import Row, operations
 from ssmvl.language.mamba_lm import MambaLM
 from ssmvl.ops.backends import report
-from ssmvl.training.preparing import checkpoint_activations
+from ssmvl.training.activation_checkpointing import checkpoint_activations
 
 # Dense bf16 products, TFLOP/s, from the makers' data sheets, by the name that CUDA gives the card.
 PEAKS: Mapping[str, float] = {
@@ -66,15 +66,16 @@ def loop_cases(device: str, loops: tuple[Loop, ...] = LOOPS) -> Iterator[Row]:
         for backend in usable:
             with patch.dict(os.environ, SSMVL_BACKEND=backend):
                 try:
-                    rows = _measure(loop, f"{loop.name}, {backend}", device, peak)
+                    rows = measure(loop, f"{loop.name}, {backend}", device, peak)
                 except torch.OutOfMemoryError:
                     rows = None
                 if rows is None:  # outside `except`, which would keep what did not fit
-                    rows = _measure(loop, f"{loop.name}, {backend}, checkpointed", device, peak, checkpointing=True)
+                    rows = measure(loop, f"{loop.name}, {backend}, checkpointed", device, peak, checkpointing=True)
             yield from rows
 
 
-def _measure(loop: Loop, case: str, device: str, peak: float | None, checkpointing: bool = False) -> list[Row]:
+def measure(loop: Loop, case: str, device: str, peak: float | None, checkpointing: bool = False) -> list[Row]:
+    """Time, MFU and, on a GPU, peak memory of one loop."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

@@ -22,14 +22,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ssmvl.batch import num_samples
-from ssmvl.benchmarks.cases import Row, compare
 from ssmvl.benchmarks.limits import seconds
+from ssmvl.benchmarks.model_cases import Row, compare
 from ssmvl.errors import DataError, MissingDependencyError
 from ssmvl.interfaces import ImageSpec
-from ssmvl.text.processor import Processor
-from ssmvl.text.prompts import MambaPrompt
-from ssmvl.text.tokenizers import byte_tokenizer
+from ssmvl.processing.batch import num_samples
+from ssmvl.processing.decoding import open_image
+from ssmvl.processing.processor import Processor
+from ssmvl.processing.prompts import MambaPrompt
+from ssmvl.processing.tokenizers import byte_tokenizer
 
 MEMORY = 1.5e9  # bytes that a conversion may take, all its processes together
 SAMPLE_EVERY = 0.2  # seconds
@@ -51,7 +52,7 @@ def data_cases(size: DataSize) -> Iterator[Row]:
     """Every row, one after the other; needs some 4 GB in the folder for temporary files."""
     with TemporaryDirectory(prefix="ssmvl-bench-") as name:
         folder = Path(name)
-        pictures = _write_pictures(folder, size)
+        pictures = write_pictures(folder, size)
         yield from _convert(folder, pictures, size)
         yield _verify(folder, pictures, size)
         yield _load(folder, pictures, size)
@@ -60,7 +61,7 @@ def data_cases(size: DataSize) -> Iterator[Row]:
 
 def _convert(folder: Path, pictures: list[Path], size: DataSize) -> Iterator[Row]:
     """Megabytes of images a second, against reading, hashing and writing the same files as often."""
-    from ssmvl.data.convert import convert
+    from ssmvl.data.conversion.convert import convert
 
     source, out, copies = folder / "pictures.json", folder / "converted", folder / "copies"
     named = pictures * size.repeats
@@ -83,8 +84,8 @@ def _convert(folder: Path, pictures: list[Path], size: DataSize) -> Iterator[Row
 
 def _verify(folder: Path, pictures: list[Path], size: DataSize) -> Row:
     """Images a second, against decoding them."""
-    from ssmvl.data.convert import convert
-    from ssmvl.data.verify import verify
+    from ssmvl.data.conversion.convert import convert
+    from ssmvl.data.inspection.verify import verify
 
     source = folder / "once.json"
     _write_records(source, pictures)
@@ -116,7 +117,7 @@ class _Bare(Dataset[NDArray[np.uint8]]):
         return len(self.images)
 
     def __getitem__(self, at: int) -> NDArray[np.uint8]:
-        with Image.open(io.BytesIO(self.images[at])) as image:
+        with open_image(self.images[at]) as image:
             return np.array(image.resize((self.side, self.side), Image.Resampling.BICUBIC))
 
 
@@ -150,16 +151,16 @@ def _memory(folder: Path, size: DataSize) -> Iterator[Row]:
     """Memory and speed of converting a JSON of the papers' largest size: without images, and with images in a zip."""
     for case, images in (("texts", None), ("images in a zip", folder / "many.zip")):
         source, out = folder / "many.json", folder / "many"
-        _write_conversations(source, images, size.conversations)
+        write_conversations(source, images, size.conversations)
         shutil.rmtree(out, ignore_errors=True)
         options = ["--out", str(out), "--workers", str(size.workers), *(["--images", str(images)] if images else [])]
         start = time.perf_counter()
-        peak = _peak([sys.executable, "-c", SSMVL, "data", "convert", str(source), *options])
+        peak = peak_memory([sys.executable, "-c", SSMVL, "data", "convert", str(source), *options])
         yield Row(f"convert, {case}", size.conversations / (time.perf_counter() - start), "1/s")
         yield Row(f"memory, {case}", peak / 1e6, "MB", MEMORY / 1e6, peak / MEMORY)
 
 
-def _peak(command: list[str]) -> int:
+def peak_memory(command: list[str]) -> int:
     """Bytes that a command and its processes hold at most, what they share counted once."""
     try:
         import psutil
@@ -210,11 +211,11 @@ def _copy(folder: Path, numbered: tuple[int, Path]) -> None:
 
 
 def _decode(path: Path) -> None:
-    with Image.open(path) as image:
+    with open_image(path) as image:
         image.load()
 
 
-def _write_pictures(folder: Path, size: DataSize) -> list[Path]:
+def write_pictures(folder: Path, size: DataSize) -> list[Path]:
     """JPEGs in a folder and in a zip."""
     paths = [folder / "pictures" / f"{number:06}.jpg" for number in range(size.pictures)]
     paths[0].parent.mkdir()
@@ -244,7 +245,7 @@ def _record(name: str, image: str | None, texts: list[str]) -> dict[str, Any]:
     return {"id": name, **({"image": image} if image else {}), "conversations": turns}
 
 
-def _write_conversations(path: Path, images: Path | None, count: int) -> None:
+def write_conversations(path: Path, images: Path | None, count: int) -> None:
     """Records of some 1.5 KB in LLaVA's layout, each with an image of its own if there is a zip for them."""
     rng = np.random.default_rng(0)
     words = ["".join(letters) for letters in rng.choice(list("abcdefghiklmnoprstuvwy"), (2000, 6))]

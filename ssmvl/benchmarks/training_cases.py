@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ssmvl.benchmarks.cases import Row, compare
+from ssmvl.benchmarks.model_cases import Row, compare
 from ssmvl.errors import BackendError, RunError
-from ssmvl.recipe import Recipe, load_recipe
+from ssmvl.recipes.merge import Recipe, load_recipe
 
 START = 15.0  # seconds that a run may take from its command to its first step
 LEFT_OUT = 2  # first steps after a start
@@ -54,9 +54,10 @@ def _overhead(case: str, recipe: Recipe, size: TrainingSize) -> Row:
     """Steps a second of a run, against a loop over batches that are there: forward, backward, clipping, AdamW."""
     from composer import Callback, State
 
-    from ssmvl.training.composer_model import ComposerVLM, adamw
+    from ssmvl.training.composer_model import ComposerVLM
+    from ssmvl.training.optimizer import adamw
+    from ssmvl.training.schema import check
     from ssmvl.training.session import Session
-    from ssmvl.training.stages import check
 
     class Clock(Callback):
         """When each step ended."""
@@ -112,7 +113,7 @@ def _start(recipe: Recipe) -> Row:
 
 
 def _model(recipe: Recipe) -> Any:
-    from ssmvl.build import build_model
+    from ssmvl.model.build import build_model
 
     return build_model(recipe, weights="recipe")
 

@@ -1,16 +1,26 @@
-"""Weights in files: our own folders and everybody's layouts, read strictly; of a pickle, its tensors only."""
+"""The one way to read and write weights: safetensors, tensors of a pickle, and layouts, applied strictly."""
 
-from ssmvl.checkpoints.files import BYTES as BYTES
-from ssmvl.checkpoints.files import WEIGHTS_FILE as WEIGHTS_FILE
-from ssmvl.checkpoints.files import flush as flush
-from ssmvl.checkpoints.files import read_tensors as read_tensors
-from ssmvl.checkpoints.files import write_folder as write_folder
-from ssmvl.checkpoints.files import write_tensors as write_tensors
-from ssmvl.checkpoints.files import written_whole as written_whole
-from ssmvl.checkpoints.foreign import Foreign as Foreign
-from ssmvl.checkpoints.foreign import open_checkpoint as open_checkpoint
-from ssmvl.checkpoints.foreign import read_json as read_json
-from ssmvl.checkpoints.layouts import Layout as Layout
-from ssmvl.checkpoints.layouts import copy_into as copy_into
-from ssmvl.checkpoints.layouts import need as need
-from ssmvl.checkpoints.modules import settings as settings
+from functools import partial
+
+from ssmvl._moved import moved_name
+from ssmvl.checkpoints.files import BYTES, WEIGHTS_FILE, read_tensors, write_folder, write_tensors
+from ssmvl.checkpoints.foreign import Foreign, open_checkpoint, read_json
+from ssmvl.checkpoints.layouts import Layout, copy_into, need
+from ssmvl.checkpoints.modules import module_settings
+
+__all__ = [
+    "Layout",
+    "need",
+    "copy_into",
+    "module_settings",
+    "Foreign",
+    "open_checkpoint",
+    "read_tensors",
+    "write_tensors",
+    "write_folder",
+    "read_json",
+    "WEIGHTS_FILE",
+    "BYTES",
+]
+
+__getattr__ = partial(moved_name, __name__)

@@ -6,8 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -16,24 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssmvl.errors import CheckpointError
+from ssmvl.files import flush, written_whole
 
-WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS_FILE, SHARD_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SHARD = 5 * 10**9  # bytes of one file, as hubs prefer
 BYTES = "surrogateescape"  # text read so is written as the bytes it was
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name to write under; renamed to `path` at the end, so a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        flush(partial)
-        partial.replace(path)
-        flush(path.parent)
-    finally:
-        if path.parent.is_dir():
-            partial.unlink(missing_ok=True)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -59,7 +45,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
     """Write a folder of tensor files and text files; an older such folder is replaced once this one is whole.
 
-    Up to `SHARD` bytes of tensors lie in `WEIGHTS_FILE`; more in several files, which `INDEX_FILE` lists.
+    Up to `SHARD` bytes of tensors lie in `WEIGHTS_FILE`; more in several files, which `SHARD_INDEX_FILE` lists.
 
     Args:
         folder: holds nothing but such files, or does not exist.
@@ -94,7 +80,9 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], texts: Mapping[str
 
 def _ours(name: str, texts: Mapping[str, str]) -> bool:
     return (
-        name in texts or name == INDEX_FILE or re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name) is not None
+        name in texts
+        or name == SHARD_INDEX_FILE
+        or re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name) is not None
     )
 
 
@@ -111,14 +99,5 @@ def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         write_tensors(folder / name, {key: kept[key] for key in inside}, {"format": "pt"})  # transformers wants it
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        with written_whole(folder / INDEX_FILE) as file:
+        with written_whole(folder / SHARD_INDEX_FILE) as file:
             file.write_text(json.dumps(index, indent=2) + "\n")
-
-
-def flush(path: Path) -> None:
-    """Fsync a file or a folder, so that a rename after it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

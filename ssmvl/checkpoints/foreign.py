@@ -13,13 +13,18 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor
 
-from ssmvl.checkpoints.files import INDEX_FILE, WEIGHTS_FILE, read_tensors
+from ssmvl.checkpoints.files import SHARD_INDEX_FILE, WEIGHTS_FILE, read_tensors
+from ssmvl.checkpoints.hub import user_path
 from ssmvl.errors import CheckpointError, short
-from ssmvl.hub import user_path
 
 TORCH_FILES = (".bin", ".pt", ".pth")
 POINTER = b"version https://git-lfs"
-FIRST = (INDEX_FILE, WEIGHTS_FILE, "pytorch_model.bin.index.json", "pytorch_model.bin")  # of a folder, in this order
+FIRST = (
+    SHARD_INDEX_FILE,
+    WEIGHTS_FILE,
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)  # of a folder, in this order
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmvl.binding import Bound
+from ssmvl.recipes.binding import Bound
 
 # Torch's state of training, and what timm and transformers note beside a model and compute nothing with.
 NOTES = {"training", "pretrained_cfg", "default_cfg", "generation_config"}
@@ -19,7 +19,7 @@ FUNCTIONS = (partial, Bound, FunctionType, BuiltinFunctionType, MethodType, type
 VALUES = (bool, int, float, str, torch.dtype)
 
 
-def settings(module: nn.Module) -> dict[str, object]:
+def module_settings(module: nn.Module) -> dict[str, object]:
     """The kind of each submodule and the plain values that it keeps, by dotted name; no tensors.
 
     Plain are truth values, numbers, texts, dtypes, tuples, lists (as tuples), and functions with the options bound to

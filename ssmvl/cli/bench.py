@@ -26,9 +26,9 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from ssmvl.benchmarks.bare_loop import loop_cases
-    from ssmvl.benchmarks.cases import cases
     from ssmvl.benchmarks.data_cases import DataSize, data_cases
     from ssmvl.benchmarks.limits import Shape, machine
+    from ssmvl.benchmarks.model_cases import cases
     from ssmvl.benchmarks.training_cases import TrainingSize, training_cases
 
     if options.suite == "cuda" and not torch.cuda.is_available():

@@ -6,17 +6,17 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssmvl.cli.common import recipe_arguments as arguments
+from ssmvl.cli.common import recipe_arguments
 from ssmvl.errors import Problem, RecipeError
 
-__all__ = ["arguments", "run"]
+arguments = recipe_arguments
 
 
 def run(options: argparse.Namespace) -> int:
     """Print that the recipe is right, or every problem."""
-    from ssmvl.recipe import load_recipe
-    from ssmvl.recipe_files import read_yaml
-    from ssmvl.training.stages import check
+    from ssmvl.recipes.files import read_yaml
+    from ssmvl.recipes.merge import load_recipe
+    from ssmvl.training.schema import check
 
     path = Path(options.recipe)
     if path.suffix in (".yaml", ".yml") and path.is_file() and isinstance(read_yaml(path), list):
@@ -29,9 +29,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _check_ablations(path: Path, overrides: Sequence[str]) -> int:
     """A line for each entry; then the problems of all of them, as one error."""
-    from ssmvl.ablations import PREFIX, read_ablations
-    from ssmvl.recipe import load_recipe
-    from ssmvl.training.stages import check
+    from ssmvl.recipes.ablations import PREFIX, read_ablations
+    from ssmvl.recipes.merge import load_recipe
+    from ssmvl.training.schema import check
 
     problems: list[Problem] = []
     notes: dict[str, None] = {}

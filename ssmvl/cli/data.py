@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ssmvl.errors import DataError
+
+if TYPE_CHECKING:
+    from ssmvl.processing.processor import Processor
 
 CONVERT = """Write published files as shards to OUT/train. A run that was killed is continued by the same command."""
 VERIFY = """Look at every byte of shards: sizes, hashes, records, images. Exit code 2 if there is a problem."""
@@ -49,7 +55,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Do it; 2 if `verify` finds problems."""
     if options.action == "convert":
-        from ssmvl.data.convert import convert
+        from ssmvl.data.conversion.convert import convert
 
         found = convert(
             options.sources,
@@ -61,16 +67,28 @@ def run(options: argparse.Namespace) -> int:
         )
         print(found)
     elif options.action == "verify":
-        from ssmvl.data.verify import verify
+        from ssmvl.data.inspection.verify import verify
 
         checked = verify(options.folder, options.workers)
         print(checked)
         return 2 if checked.problems else 0
     else:
-        from ssmvl.data.inspect import inspect
+        from ssmvl.data.inspection.inspect import inspect
 
-        inspect(options.folder, options.recipe, options.stage, options.samples, options.png)
+        inspect(options.folder, _reader(options), options.samples, options.png)
     return 0
+
+
+def _reader(options: argparse.Namespace) -> tuple[Processor, str] | None:
+    """The processor of the recipe's stage, and what to call it; None without a recipe."""
+    if options.recipe is None:
+        if options.png or options.stage:
+            raise DataError("what a model reads depends on its recipe; give one: --recipe NAME")
+        return None
+    from ssmvl.recipes.merge import load_recipe
+    from ssmvl.training.schema import stage_processor
+
+    return stage_processor(load_recipe(options.recipe), options.stage)
 
 
 def _positive(text: str) -> int:

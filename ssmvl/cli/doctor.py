@@ -19,9 +19,9 @@ def run(options: argparse.Namespace) -> int:
     """Print the report; 1 where a plugin or a core package is broken."""
     import torch
 
-    from ssmvl.core_plugin import components
     from ssmvl.data.shared_memory import clean_stale_segments, stale_segments
     from ssmvl.ops.backends import describe
+    from ssmvl.plugins import components
 
     print(f"python          {platform.python_version()} on {platform.platform()}")
     missing = [name for name in PACKAGES if not _print_version(name, "MISSING: pip install -e .")]

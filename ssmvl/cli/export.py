@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Save the model; say which checkpoint it is of, and which newer ones are damaged."""
-    from ssmvl.training.export import export
+    from ssmvl.training.checkpoints.export import export
 
     path, passed = export(options.checkpoint, options.out, options.recipe, options.trust_pickle)
     for text in passed:

@@ -15,7 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the answer."""
-    from ssmvl.assistant import load
+    from ssmvl.generation.assistant import load
 
     assistant = load(options.folder)
     (answer,) = assistant.generate([options.prompt], [options.image], max_new_tokens=options.max_new_tokens)

@@ -17,9 +17,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print kind, name and source of every component, then conflicts and plugins that failed."""
-    from ssmvl.ablations import PREFIX, shipped_ablations
-    from ssmvl.core_plugin import components
-    from ssmvl.recipe import recipe_names
+    from ssmvl.plugins import components
+    from ssmvl.recipes.ablations import PREFIX, shipped_ablations
+    from ssmvl.recipes.files import recipe_names
 
     registry = components()
     rows = [(entry.kind, entry.name, entry.source) for entry in registry.entries() if entry.kind != "recipe"]

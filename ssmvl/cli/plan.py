@@ -11,7 +11,7 @@ from ssmvl.cli.common import recipe_arguments
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ssmvl.training.planning import Setting, StagePlan
+    from ssmvl.training.planning.plan import Setting, StagePlan
 
 GB, MINUTE, HOUR = 1e9, 60, 3600
 
@@ -30,8 +30,8 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan of each stage; 1 if one of them does not fit."""
     from rich.console import Console
 
-    from ssmvl.recipe import load_recipe
-    from ssmvl.training.planning import MARGIN, stage_plans
+    from ssmvl.recipes.merge import load_recipe
+    from ssmvl.training.planning.plan import MARGIN, stage_plans
 
     plans = stage_plans(load_recipe(options.recipe, *options.overrides), options.gpus)
     console = Console(highlight=False, soft_wrap=True)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ssmvl.ablations import Ablation
-    from ssmvl.anatomy import PartCost
-    from ssmvl.vlm import VisionLanguageModel
+    from ssmvl.model.costs import PartCost
+    from ssmvl.model.vlm import VisionLanguageModel
+    from ssmvl.recipes.ablations import Ablation
 
 MOST_CELLS = 10_000
 
@@ -39,8 +39,8 @@ def run(options: argparse.Namespace) -> int:
         options.refuse("--grid and --png belong to --scan")
     if options.params is not None:
         return _print_costs(options.recipe, *options.overrides, *options.params)
-    from ssmvl.ablations import PREFIX, find_ablation
-    from ssmvl.recipe import load_recipe
+    from ssmvl.recipes.ablations import PREFIX, find_ablation
+    from ssmvl.recipes.merge import load_recipe
 
     recipe = load_recipe(options.recipe, *options.overrides)
     if options.recipe.startswith(PREFIX):
@@ -60,8 +60,8 @@ def _about(entry: Ablation) -> str:
 def _print_costs(recipe: str, *overrides: str) -> int:
     from rich.console import Console
 
-    from ssmvl.anatomy import TEXT_POSITIONS, describe
-    from ssmvl.build import build_model
+    from ssmvl.model.build import build_model
+    from ssmvl.model.costs import TEXT_POSITIONS, describe
 
     model = build_model(recipe, *overrides, device="meta")
     costs = describe(model)
@@ -115,11 +115,11 @@ def _figures(costs: list[PartCost]) -> Table:
 def _draw(name: str, sides: tuple[int, ...], png: Path | None) -> int:
     from rich.console import Console
 
-    from ssmvl.binding import bind_part
+    from ssmvl.drawing.scan_paths import terminal_drawing, write_png
     from ssmvl.errors import RecipeError
     from ssmvl.interfaces import Grid
     from ssmvl.ops.reorder import path_table
-    from ssmvl.pictures.scan_paths import terminal_drawing, write_png
+    from ssmvl.recipes.binding import bind_part
 
     order, problems = bind_part(name, "scan_order", "--scan")
     if problems:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from ssmvl.cli.common import recipe_arguments as arguments
+from ssmvl.cli.common import recipe_arguments
 
-__all__ = ["arguments", "run"]
+arguments = recipe_arguments
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ssmvl.interfaces import Grid
 
+__all__ = ["fused_mlp", "PositionwiseConnector", "MlpConnector"]
+
 
 def fused_mlp(in_width: int, out_width: int) -> nn.Sequential:
     """Linear(in -> 4 in), GELU, Linear(-> out), GELU, Linear(-> out), xavier-normal. Source: ML-Mamba, Cobra."""

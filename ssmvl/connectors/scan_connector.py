@@ -10,6 +10,8 @@ from ssmvl.interfaces import Grid, ScanOrder
 from ssmvl.layers.block import Block
 from ssmvl.layers.paths import PathTables
 
+__all__ = ["ScanConnector"]
+
 
 class ScanConnector(nn.Module):
     """stem -> blocks, each scanning along all paths -> projector.

@@ -1,1 +1,1 @@
-"""Shards, written and streamed; the only room that imports streaming."""
+"""Shards, read as streams of samples; the only room that imports streaming."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ssmvl.checkpoints import written_whole
 from ssmvl.errors import DataError
+from ssmvl.files import written_whole
 
 TIMEOUT = 120.0  # seconds to wait for an answer
 

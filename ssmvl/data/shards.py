@@ -22,6 +22,8 @@ from ssmvl.interfaces import Shards
 if TYPE_CHECKING:
     from streaming import MDSWriter
 
+__all__ = ["ensure_shards", "existing_shards"]
+
 COLUMNS = {"id": "str", "type": "str", "conversation": "json", "images": "bytes", "image_sizes": "json"}
 HASH = "xxh64"
 SHARD_BYTES = 1 << 22
@@ -136,13 +138,13 @@ def shard_writer(folder: Path, size: int) -> MDSWriter:
     return Writer(out=str(folder.absolute()), columns=COLUMNS, hashes=[HASH], size_limit=size)
 
 
-def pack(record: dict[str, Any]) -> dict[str, Any]:
+def pack_record(record: dict[str, Any]) -> dict[str, Any]:
     """A record with its images apart -> as it stands in a shard, one value for each of `COLUMNS`."""
     sizes = [len(image) for image in record["images"]]
     return {**record, "images": b"".join(record["images"]), "image_sizes": sizes}
 
 
-def unpack(record: dict[str, Any]) -> dict[str, Any]:
+def unpack_record(record: dict[str, Any]) -> dict[str, Any]:
     """A record as it stands in a shard -> with its images apart."""
     images, start = [], 0
     for size in record["image_sizes"]:
@@ -208,4 +210,4 @@ def _write(folder: Path, records: Iterable[dict[str, Any]], total: int, what: st
     folder.mkdir(parents=True)
     with shard_writer(folder, SHARD_BYTES) as writer:
         for record in tqdm(records, desc=what, total=total, unit=" samples"):
-            writer.write(pack(record))
+            writer.write(pack_record(record))

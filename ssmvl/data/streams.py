@@ -18,15 +18,15 @@ from streaming.base.dataset import _ShardState
 from streaming.base.distributed import get_local_world_size, get_world_size
 from streaming.base.format import reader_from_json
 
-from ssmvl.batch import collate
 from ssmvl.data.cache import ShardError, fetch_shard
 from ssmvl.data.mix import Loader
-from ssmvl.data.shards import unpack
+from ssmvl.data.shards import unpack_record
 from ssmvl.data.shared_memory import prefix_lock
 from ssmvl.data.workers import cores
 from ssmvl.errors import DataError
 from ssmvl.interfaces import Data, Shards, Stream
-from ssmvl.text.processor import Processor
+from ssmvl.processing.batch import collate
+from ssmvl.processing.processor import Processor
 
 PATIENCE = 100  # damaged samples in a row that are skipped
 
@@ -85,7 +85,7 @@ class SampleStream(StreamingDataset):
             shard, in_shard = self.spanner[place]
             name = f"number {in_shard} of {self.shards[shard].raw_data.basename}"
             try:
-                record = unpack(self._stored(place))
+                record = unpack_record(self._stored(place))
                 name = str(record["id"])
                 processor = self._processors[self.stream_per_shard[shard]]
                 sample = processor.encode(record["conversation"], record["images"], train=True)
@@ -254,7 +254,7 @@ def _read(place: Path | Shards) -> list[dict[str, Any]]:
     # as streaming's LocalDataset does, which leaves the index file open
     readers = [reader_from_json(str(folder), None, shard) for shard in shards]
     try:
-        return [unpack(reader[at]) for reader in readers for at in range(len(reader))]
+        return [unpack_record(reader[at]) for reader in readers for at in range(len(reader))]
     except (OSError, ValueError, IndexError) as error:
         raise DataError(f"{folder}: a shard cannot be read, or only as compressed ({error}); write it anew") from error
 

@@ -12,13 +12,15 @@ from torch.nn import functional as F
 
 from ssmvl.errors import ContractError
 from ssmvl.interfaces import Count, Mixer, MixerPart
-from ssmvl.language.layouts import HF_LAYOUT, HF_MODELS
+from ssmvl.language.mamba_layouts import HF_LAYOUT, HF_MODELS
 from ssmvl.language.state import RecurrentState
 from ssmvl.layers.block import Block, scale_residual
 from ssmvl.layers.mamba1 import Mamba1Mixer
 from ssmvl.layers.mamba2 import Mamba2Mixer
 from ssmvl.layers.norm import RMSNorm
 from ssmvl.ops.checks import check_rows
+
+__all__ = ["MambaLM", "Mamba1LM"]
 
 STRETCH = 1024  # positions of a prefill that pass through the layers at once
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from ssmvl.checkpoints import read_tensors, write_tensors
 from ssmvl.errors import CheckpointError, ShapeError
 
+__all__ = ["RecurrentState"]
+
 FORMAT_VERSION = "1"
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ssmvl.interfaces import Mixer
 
+__all__ = ["Block", "scale_residual"]
+
 
 class Block(nn.Module):
     """x + mixer(norm(x)); then, where there is an MLP, x + mlp(mlp_norm(x)). The residual keeps the dtype of x.

@@ -14,6 +14,8 @@ from ssmvl.layers.selective import selective_arguments, selective_parameters
 from ssmvl.ops.causal_conv import causal_conv, causal_conv_step
 from ssmvl.ops.selective_scan import selective_scan, selective_scan_step
 
+__all__ = ["Mamba1Mixer"]
+
 
 class Mamba1State(NamedTuple):
     """What one mixer remembers: conv (B, W-1, E) in the weights' dtype, ssm (B, E, S) in fp32 at least."""

@@ -16,6 +16,8 @@ from ssmvl.layers.paths import PathFolding, PathParameters
 from ssmvl.ops.causal_conv import causal_conv, causal_conv_step
 from ssmvl.ops.ssd import ssd, ssd_step
 
+__all__ = ["Mamba2Mixer"]
+
 
 class Mamba2State(NamedTuple):
     """What one mixer remembers: conv (B, W-1, C) in the weights' dtype, ssm (B, H, P, S) in fp32 at least."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+__all__ = ["SwiGLU"]
+
 
 class SwiGLU(nn.Module):
     """w3(SiLU(w1 x) * (w2 x)), three Linear(D -> D) with bias; (*, D) -> (*, D). Source: ML-Mamba §3.3, released code.

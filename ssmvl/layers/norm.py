@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from ssmvl.errors import ShapeError
 from ssmvl.ops.rms_norm import rms_norm
 
+__all__ = ["RMSNorm", "GatedRMSNorm"]
+
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last axis, computed in fp32 at least; (*, D) -> (*, D) in the weight's dtype.

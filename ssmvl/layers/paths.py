@@ -12,6 +12,8 @@ from ssmvl.errors import ShapeError
 from ssmvl.interfaces import Grid, ScanOrder
 from ssmvl.ops.reorder import along, inverse, path_table
 
+__all__ = ["PathFolding", "PathParameters", "PathTables"]
+
 PathParameters = Literal["own", "shared"]
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ssmvl.layers.discretisation import initial_dt_bias, negative_exp
 from ssmvl.layers.paths import per_path
 
+__all__ = ["selective_parameters", "selective_arguments"]
+
 
 def selective_parameters(
     inner: int, count: int, *, d_state: int, dt_rank: int

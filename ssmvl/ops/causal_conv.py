@@ -11,6 +11,8 @@ from ssmvl.ops.backends import choose
 from ssmvl.ops.checks import check_axes, check_floats, check_rows
 from ssmvl.ops.precision import without_autocast
 
+__all__ = ["causal_conv", "causal_conv_step"]
+
 
 def causal_conv(
     x: Tensor,

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ssmvl.errors import ShapeError
 
+__all__ = ["check_axes", "check_rows", "check_floats", "check_groups"]
+
 
 def check_axes(
     op: str, tensors: Mapping[str, tuple[Tensor | None, str]], sizes: Mapping[str, int] | None = None

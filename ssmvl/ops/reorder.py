@@ -8,6 +8,8 @@ from torch import Tensor
 from ssmvl.errors import ContractError
 from ssmvl.interfaces import Grid, ScanOrder
 
+__all__ = ["path_table", "inverse", "along"]
+
 
 def path_table(order: ScanOrder, grid: Grid) -> Tensor:
     """The paths of `order` over `grid`, checked: (K, L) int64 on the CPU, each row a permutation of range(L).

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from ssmvl.ops.precision import backward_without_autocast, without_autocast
 
+__all__ = ["rms_norm"]
+
 TILE = 2**18  # numbers whose intermediate values stay in the cache
 FEW = 2**15  # numbers for which one call of torch's own is faster than tiles, as in decoding
 

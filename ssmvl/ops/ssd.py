@@ -21,6 +21,8 @@ from ssmvl.ops.checks import check_axes, check_groups, check_rows
 from ssmvl.ops.precision import without_autocast
 from ssmvl.ops.steps import LOWEST, prepare, step_sizes
 
+__all__ = ["ssd", "ssd_step"]
+
 
 def ssd(
     x: Tensor,

@@ -10,10 +10,10 @@ options bound by `functools.partial`. It returns nothing; what breaks the contra
 """
 
 from ssmvl.testing.checkpoints import check_checkpoint
+from ssmvl.testing.prompts import check_prompt
 from ssmvl.testing.runs import check_dataset, check_recipe
 from ssmvl.testing.scan_orders import check_scan_order
 from ssmvl.testing.sequence import check_language_model, check_mixer
-from ssmvl.testing.text import check_prompt
 from ssmvl.testing.vision import check_connector, check_encoder, check_fusion
 
 __all__ = [

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ssmvl.checkpoints import Layout
 from ssmvl.errors import CheckpointError, ContractError
+from ssmvl.model.vlm import VisionLanguageModel
 from ssmvl.testing.common import name_of, require
-from ssmvl.vlm import VisionLanguageModel
 
 STRANGER = "some.other.weight"
 

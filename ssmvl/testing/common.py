@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmvl.build import checked
 from ssmvl.errors import ContractError
+from ssmvl.model.build import checked
 
 TOLERANCE = 1e-4  # share of the largest value expected; sums of fp32 in another order differ by some 1e-6
 

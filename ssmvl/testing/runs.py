@@ -9,11 +9,11 @@ from typing import Any
 
 from ssmvl.errors import ContractError, DataError
 from ssmvl.interfaces import Data, ImageSpec, Shards, Stream
-from ssmvl.recipe import Recipe, load_recipe
+from ssmvl.processing.processor import Processor
+from ssmvl.processing.prompts import MambaPrompt
+from ssmvl.processing.tokenizers import byte_tokenizer
+from ssmvl.recipes.merge import Recipe, load_recipe
 from ssmvl.testing.common import name_of, require
-from ssmvl.text.processor import Processor
-from ssmvl.text.prompts import MambaPrompt
-from ssmvl.text.tokenizers import byte_tokenizer
 
 
 def check_dataset(dataset: Callable[..., Data], *, splits: Sequence[str] = ("train", "test")) -> None:
@@ -58,7 +58,7 @@ def check_recipe(recipe: str | Path | Recipe) -> None:
     Raises:
         RecipeError: every mistake.
     """
-    from ssmvl.training.stages import check
+    from ssmvl.training.schema import check
 
     check(load_recipe(recipe))
 

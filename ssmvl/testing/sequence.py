@@ -23,7 +23,7 @@ from ssmvl.testing.common import (
     require_units,
     seeded,
 )
-from ssmvl.testing.reading import LENGTH, ROWS, Reader, check_reader
+from ssmvl.testing.states import LENGTH, ROWS, Reader, check_reader
 
 GRID = Grid(1, 3, 4)  # of LENGTH positions
 

@@ -1,1 +1,1 @@
-"""Stages, runs and Composer; the only room that imports Composer."""
+"""Stages and runs; the only room that imports Composer."""

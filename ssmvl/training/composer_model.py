@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
-import torch
 from composer import Algorithm, Event, Logger, State
 from composer.models import ComposerModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ssmvl.anatomy import StepFlops
-from ssmvl.batch import Batch, pack, pad
 from ssmvl.interfaces import LanguageModel
-from ssmvl.training.preparing import checkpoint_activations, freeze_others
-from ssmvl.training.stages import Optimizer, is_under
-from ssmvl.vlm import VisionLanguageModel
+from ssmvl.model.costs import StepFlops
+from ssmvl.model.vlm import VisionLanguageModel
+from ssmvl.processing.batch import Batch, pack, pad
+from ssmvl.training.activation_checkpointing import checkpoint_activations
+from ssmvl.training.freezing import freeze_others
 
 
 class ComposerVLM(ComposerModel):
@@ -87,16 +86,3 @@ class UnusedParameters(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Nothing."""
-
-
-def adamw(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; A_log, D, dt_bias, norms and biases without weight decay."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            prefixes = [prefix for prefix in options.lr_of if is_under(name.removeprefix("model."), prefix)]
-            lr = options.lr_of[max(prefixes, key=len)] if prefixes else options.lr
-            decay = options.weight_decay if parameter.ndim > 1 and not name.endswith(".A_log") else 0.0
-            groups.setdefault((lr, decay), []).append(parameter)
-    listed: list[dict[str, Any]] = [{"params": p, "lr": lr, "weight_decay": d} for (lr, d), p in groups.items()]
-    return torch.optim.AdamW(listed, lr=options.lr, betas=options.betas)

@@ -9,11 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from ssmvl.evaluation import Answered, results, table
-from ssmvl.pictures.contact_sheet import Cell, draw_contact_sheet
-from ssmvl.pictures.curves import draw_curves
-from ssmvl.training.folder import RunFolder
-from ssmvl.vision.transforms import read_image
+from ssmvl.drawing.contact_sheet import Cell, draw_contact_sheet
+from ssmvl.drawing.training_curves import draw_curves
+from ssmvl.evaluation.results import results, table
+from ssmvl.evaluation.runner import Answered
+from ssmvl.processing.transforms import read_image
+from ssmvl.training.run_folder import RunFolder
 
 CELLS = 6  # of each type on the contact sheet, the first ones of the test set
 

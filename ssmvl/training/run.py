@@ -23,9 +23,11 @@ from torch.distributed import DistBackendError, DistNetworkError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ssmvl.errors import MissingDependencyError, RunError, SsmvlError, short
-from ssmvl.recipe import Recipe, load_recipe
-from ssmvl.training.folder import RunFolder
-from ssmvl.training.stages import check
+from ssmvl.recipes.merge import Recipe, load_recipe
+from ssmvl.training.run_folder import RunFolder
+from ssmvl.training.schema import check
+
+__all__ = ["train"]
 
 DISK = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOENT ENOTDIR ESTALE".split()}
 SAVED = "What was saved stays, and the same command goes on at the newest checkpoint that is whole"

@@ -14,21 +14,21 @@ from composer import Trainer
 from composer.utils import dist, get_device
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ssmvl import evaluation
-from ssmvl.assistant import load
-from ssmvl.build import build_model, build_processor
 from ssmvl.checkpoints.layouts import SAME
 from ssmvl.data.shared_memory import clean_stale_segments
 from ssmvl.data.workers import cores
 from ssmvl.errors import Problem, RecipeError, RunError
-from ssmvl.loading import open_weights
-from ssmvl.recipe import Recipe
-from ssmvl.saved import ABOUT_FILE, save_folder
-from ssmvl.training.agreement import every_rank, first_rank, patient
-from ssmvl.training.folder import RunFolder
-from ssmvl.training.old_checkpoints import remove_old
+from ssmvl.evaluation.runner import Evaluation, ask
+from ssmvl.generation.assistant import load
+from ssmvl.model.build import build_model, build_processor
+from ssmvl.model.loading import open_weights
+from ssmvl.model.saved import ABOUT_FILE, save_folder
+from ssmvl.recipes.merge import Recipe
+from ssmvl.training.checkpoints.pruning import remove_old
+from ssmvl.training.distributed import every_rank, first_rank, patient
 from ssmvl.training.report import report
-from ssmvl.training.stages import Plan
+from ssmvl.training.run_folder import RunFolder
+from ssmvl.training.schema import Plan
 from ssmvl.training.trainer import read_questions, stage_store, stage_trainer
 
 WAIT = 600.0  # seconds that ranks wait for each other while they train, as torch has it for GPUs
@@ -61,7 +61,7 @@ class Session:
                 signal.signal(signal.SIGTERM, handler)
         if dist.get_local_rank() == 0:
             clean_stale_segments()
-        finished = first_rank(self._prepare)
+        finished = first_rank(self.prepare)
         every_rank(self.folder.require_seen)
         for name in self._asked():
             if name in finished:
@@ -79,7 +79,7 @@ class Session:
         return self.folder.stages if self.plan.stage is None else [self.plan.stage]
 
     @property
-    def _evaluation(self) -> evaluation.Evaluation | None:
+    def _evaluation(self) -> Evaluation | None:
         """What follows the last stage, where this launch comes to it."""
         last = self.folder.stages[-1:]
         return self.plan.evaluation if last and self._asked()[-1:] == last else None
@@ -89,7 +89,7 @@ class Session:
         before = self.folder.stages[: self.folder.stages.index(name)]
         return self.plan.stages[name].init_from or (self.folder.model(before[-1]) if before else "recipe")
 
-    def _prepare(self) -> list[str]:
+    def prepare(self) -> list[str]:
         """The stages that are finished; finds what the others will read, and makes the run folder this run's."""
         self.folder.require_no_other(self.recipe)
         finished = [name for name in self.plan.stages if (self.folder.model(name) / ABOUT_FILE).is_file()]
@@ -147,10 +147,10 @@ class Session:
         """A stage under Composer; see `stage_trainer`."""
         return stage_trainer(self.recipe, self.plan, self.folder, name, self._start(name), checkpoint)
 
-    def _evaluate(self, options: evaluation.Evaluation, model: Path) -> None:
+    def _evaluate(self, options: Evaluation, model: Path) -> None:
         records = read_questions(options)
         self._say(f"asking {len(records)} test questions")
-        mine = evaluation.ask(load(model), records, range(self.rank, len(records), self.world), options)
+        mine = ask(load(model), records, range(self.rank, len(records), self.world), options)
         parts = dist.all_gather_object(mine, patient())
         if self.rank == 0:
             answered = [parts[place % self.world][place // self.world] for place in range(len(records))]

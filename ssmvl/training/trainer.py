@@ -9,37 +9,37 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from composer import Callback, DataSpec, Time, Trainer
-from composer.algorithms import GradientClipping
+from composer import Callback, DataSpec, Trainer
 from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator, SpeedMonitor
 from composer.loggers import TensorboardLogger
-from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
 from composer.profiler import Profiler, cyclic_schedule
 from composer.utils import dist, reproducibility
 from composer.utils.parallelism import FSDP2Config
 
-from ssmvl.anatomy import StepFlops
-from ssmvl.batch import num_samples, num_tokens, split_batch
-from ssmvl.build import build_model, build_processor
 from ssmvl.data.streams import TrainLoader, read_records, train_loader
 from ssmvl.errors import ContractError, MissingDependencyError, RunError
-from ssmvl.evaluation import Evaluation
-from ssmvl.recipe import Recipe
-from ssmvl.text.processor import Processor
-from ssmvl.training.accuracy import WINDOW, AnswerAccuracy
-from ssmvl.training.agreement import every_rank, patient
-from ssmvl.training.belonging import Identity, resuming
+from ssmvl.evaluation.runner import Evaluation
+from ssmvl.model.build import build_model, build_processor
+from ssmvl.model.costs import StepFlops
+from ssmvl.processing.batch import num_samples, num_tokens, split_batch
+from ssmvl.processing.processor import Processor
+from ssmvl.recipes.merge import Recipe
+from ssmvl.training.callbacks.accuracy import WINDOW, AnswerAccuracy
+from ssmvl.training.callbacks.damaged_samples import DamagedSamples
+from ssmvl.training.callbacks.evaluator import StageEvaluator
+from ssmvl.training.callbacks.loss_guard import LossGuard
+from ssmvl.training.callbacks.metrics import Norms, Pace
+from ssmvl.training.callbacks.progress_bar import ProgressBar
+from ssmvl.training.checkpoints.identity import Identity, resuming
+from ssmvl.training.checkpoints.pruning import OldCheckpoints
+from ssmvl.training.checkpoints.stores import BucketStore, FolderStore, Store
 from ssmvl.training.composer_classes import composer_class
-from ssmvl.training.composer_model import ComposerVLM, UnusedParameters, adamw
-from ssmvl.training.damaged import DamagedSamples
-from ssmvl.training.evaluating import StageEvaluator
-from ssmvl.training.folder import RunFolder
-from ssmvl.training.old_checkpoints import OldCheckpoints
-from ssmvl.training.progress import ProgressBar
-from ssmvl.training.spikes import LossGuard
-from ssmvl.training.stages import Plan, Stage, StageEvaluation, is_under
-from ssmvl.training.stores import BucketStore, FolderStore, Store
-from ssmvl.training.watching import Norms, Pace
+from ssmvl.training.composer_model import ComposerVLM, UnusedParameters
+from ssmvl.training.distributed import every_rank, patient
+from ssmvl.training.freezing import is_under
+from ssmvl.training.optimizer import adamw, cosine_schedule, gradient_clipping, restore_options
+from ssmvl.training.run_folder import RunFolder
+from ssmvl.training.schema import Plan, Stage, StageEvaluation
 
 
 def stage_trainer(
@@ -91,8 +91,8 @@ def stage_trainer(
                 get_num_tokens_in_batch=num_tokens,
             ),
             optimizers=optimizer,
-            schedulers=_cosine(stage.warmup),
-            algorithms=[GradientClipping("norm", 1.0), *([UnusedParameters()] if encoders else [])],
+            schedulers=cosine_schedule(stage.warmup),
+            algorithms=[gradient_clipping(), *([UnusedParameters()] if encoders else [])],
             max_duration=stage.duration,
             device_train_microbatch_size=stage.microbatch or batch,
             accumulate_train_batch_on_tokens=True,
@@ -117,21 +117,8 @@ def stage_trainer(
         )
     fsdp.state_dict_type = "sharded"
     if checkpoint is not None:
-        _as_asked(trainer, asked)
+        restore_options(trainer, asked)
     return trainer
-
-
-def _as_asked(trainer: Trainer, asked: list[dict[str, Any]]) -> None:
-    """Give the optimizer the recipe's options again: a checkpoint brings those of the launch that wrote it."""
-    (optimizer,), (scheduler,) = trainer.state.optimizers, trainer.state.schedulers
-    if len(asked) != len(scheduler.base_lrs) or any("lr" not in group for group in optimizer.param_groups):
-        what = "the optimizer groups parameters otherwise than in the checkpoint, which has no state for these groups"
-        raise RunError(f"{what}; leave lr_of as it was, and weight_decay 0 or not 0, or give the run a name of its own")
-    for group, options, peak in zip(optimizer.param_groups, asked, scheduler.base_lrs, strict=True):
-        if peak != options["lr"]:  # else it stays, bit by bit
-            group["lr"] *= options["lr"] / peak if peak else 0.0
-        group |= {name: options[name] for name in ("weight_decay", "betas")}
-    scheduler.base_lrs = [options["lr"] for options in asked]
 
 
 def stage_store(folder: RunFolder, name: str) -> Store:
@@ -208,8 +195,3 @@ def _profiler(folder: Path) -> Profiler:
         torch_prof_remote_file_name=None,
         torch_prof_overwrite=True,
     )
-
-
-def _cosine(warmup: str) -> ComposerScheduler:
-    """To zero at the end of the stage. Composer warns of each step of a warm-up that is none."""
-    return CosineAnnealingWithWarmupScheduler(warmup) if Time.from_input(warmup).value else CosineAnnealingScheduler()

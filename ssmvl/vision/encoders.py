@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ssmvl.checkpoints import WEIGHTS_FILE, copy_into
 from ssmvl.errors import CheckpointError, ContractError
 from ssmvl.interfaces import Count, Grid, ImageSpec, Resize
-from ssmvl.vision.sources import (
+from ssmvl.vision.pretrained import (
     FAILURES,
     Trained,
     WeightsFile,
@@ -31,6 +31,8 @@ from ssmvl.vision.sources import (
     similar,
     weights_file,
 )
+
+__all__ = ["Encoder", "VitEncoder", "timm_encoder"]
 
 FREE = (  # of a folder's model_args, with all rates of dropout: no feature depends on them
     *("img_size", "dynamic_img_size", "dynamic_img_pad", "weight_init", "fix_init"),

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ssmvl.errors import ShapeError
 from ssmvl.interfaces import Grid
 
+__all__ = ["ChannelFusion", "SequenceFusion"]
+
 
 class ChannelFusion(nn.Module):
     """Features joined on the channel axis, patch by patch.

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssmvl.benchmarks import bare_loop
 from ssmvl.benchmarks.bare_loop import LOOPS, PEAKS, Loop, loop_cases, token_operations
-from ssmvl.benchmarks.cases import Row
 from ssmvl.benchmarks.memory import build
+from ssmvl.benchmarks.model_cases import Row
 from ssmvl.language.mamba_lm import MambaLM
-from ssmvl.training.preparing import checkpoint_activations
+from ssmvl.training.activation_checkpointing import checkpoint_activations
 
 TOY = (Loop("toy", width=64, num_layers=2, rows=2, length=40, num_tokens=500),)
 
@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_checkpointed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_share_of_a_known_card_is_the_flops_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = bare_loop._measure(TOY[0], "toy", "cpu", peak=2.0)[0]
+    row = bare_loop.measure(TOY[0], "toy", "cpu", peak=2.0)[0]
     flops = 3 * token_operations(build(TOY[0].shape, "meta"), TOY[0].shape)
     assert row.limit == pytest.approx(2e12 / flops)
     assert row.of_limit == pytest.approx(row.value * flops / 2e12)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssmvl.benchmarks import cases, limits, memory
+from ssmvl.benchmarks import limits, memory, model_cases
 from ssmvl.cli import main
 from ssmvl.ops import rms_norm
 
@@ -33,9 +33,9 @@ MEDIUM = TINY._replace(width=512, head_dim=64, d_state=16)
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits.Shape, "__new__", lambda cls: TINY)
-    monkeypatch.setattr(cases, "read_rate", lambda device: 1e9)
-    monkeypatch.setattr(cases.shutil, "which", lambda name: None)  # no compilation
-    monkeypatch.setattr(cases, "peak", lambda shape, device: 10**6)
+    monkeypatch.setattr(model_cases, "read_rate", lambda device: 1e9)
+    monkeypatch.setattr(model_cases.shutil, "which", lambda name: None)  # no compilation
+    monkeypatch.setattr(model_cases, "peak", lambda shape, device: 10**6)
 
 
 def test_prints_a_table_and_writes_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

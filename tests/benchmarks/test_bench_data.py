@@ -54,7 +54,7 @@ def test_rows(rows: dict[str, Any]) -> None:
 
 
 def test_pictures_are_of_the_size_of_photographs_and_differ(tmp_path: Path) -> None:
-    paths = suite._write_pictures(tmp_path, TINY)
+    paths = suite.write_pictures(tmp_path, TINY)
     sizes = [path.stat().st_size for path in paths]
     assert len({path.read_bytes() for path in paths}) == len(sizes) == 40
     assert 15_000 < min(sizes) < max(sizes) < 70_000
@@ -63,7 +63,7 @@ def test_pictures_are_of_the_size_of_photographs_and_differ(tmp_path: Path) -> N
 
 
 def test_conversations_are_as_long_as_the_papers(tmp_path: Path) -> None:
-    suite._write_conversations(tmp_path / "many.json", tmp_path / "many.zip", 200)
+    suite.write_conversations(tmp_path / "many.json", tmp_path / "many.zip", 200)
     records = json.loads((tmp_path / "many.json").read_text())
     assert len({record["id"] for record in records}) == 200
     assert 1300 < (tmp_path / "many.json").stat().st_size / 200 < 1800
@@ -76,9 +76,9 @@ def test_conversations_are_as_long_as_the_papers(tmp_path: Path) -> None:
 def test_the_peak_is_that_of_all_processes() -> None:
     child = "import sys, time; held = bytearray(200_000_000); time.sleep(1)"
     parent = f"import subprocess, sys; held = bytearray(100_000_000); subprocess.run([sys.executable, '-c', '{child}'])"
-    assert 290e6 < suite._peak([sys.executable, "-c", parent]) < 400e6
+    assert 290e6 < suite.peak_memory([sys.executable, "-c", parent]) < 400e6
 
 
 def test_a_command_that_fails_is_an_error() -> None:
     with pytest.raises(DataError, match="no such thing"):
-        suite._peak([sys.executable, "-c", "raise SystemExit('no such thing')"])
+        suite.peak_memory([sys.executable, "-c", "raise SystemExit('no such thing')"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssmvl.benchmarks import training_cases as suite
-from ssmvl.benchmarks.cases import compare
+from ssmvl.benchmarks.model_cases import compare
 from ssmvl.cli import bench, main
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account

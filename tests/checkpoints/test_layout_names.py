@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ssmvl
-from ssmvl.core_plugin import components
+from ssmvl.plugins import components
 
 Shapes = dict[str, tuple[int, ...]]
 WIDTH, INNER, LAYERS, FEATURES = 2560, 5120, 64, 1024 + 1152

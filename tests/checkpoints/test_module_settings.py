@@ -11,9 +11,9 @@ from timm.layers.activations import GELU
 from torch import nn
 from torch.nn import functional as F
 
-from ssmvl.binding import Bound
-from ssmvl.checkpoints import settings
+from ssmvl.checkpoints import module_settings
 from ssmvl.layers.paths import PathFolding, PathTables
+from ssmvl.recipes.binding import Bound
 from ssmvl.scans import bsm
 
 
@@ -57,7 +57,7 @@ class Model(nn.Module):
     ],
 )
 def test_a_plain_value(value: object, shown: object) -> None:
-    found = settings(Model(value))
+    found = module_settings(Model(value))
     assert found["inner.value"] == shown
     assert found[""] == f"{__name__}.Model"
     assert (found["inner"], found["inner.in_features"]) == ("Linear", 2)
@@ -69,7 +69,7 @@ def test_objects_and_mappings_are_walked_once() -> None:
     model.paths = PathTables(bsm)
     model.itself = {"a": {"b": 1}, "model": model}
     model.itself["self"] = model.itself
-    found = settings(model)
+    found = module_settings(model)
     assert {name: value for name, value in found.items() if not name.startswith("inner")} == {
         "": f"{__name__}.Model",
         "again.count": 2,
@@ -84,12 +84,12 @@ def test_objects_and_mappings_are_walked_once() -> None:
 def test_what_is_no_setting() -> None:
     model = Model(None)
     model._private, model.table, model.pretrained_cfg = 1, torch.ones(2), {"url": "x"}
-    before = settings(model)
-    assert before == settings(model.eval())
+    before = module_settings(model)
+    assert before == module_settings(model.eval())
     assert not {"inner.value", "_private", "table", "pretrained_cfg.url", "training"} & before.keys()
 
 
 def test_the_two_gelus_are_one_and_the_approximated_is_another() -> None:
-    exact, theirs, other = (settings(module) for module in (nn.GELU(), GELU(), nn.GELU("tanh")))
+    exact, theirs, other = (module_settings(module) for module in (nn.GELU(), GELU(), nn.GELU("tanh")))
     assert exact == theirs
     assert exact != other

@@ -12,7 +12,7 @@ import pytest
 
 import ssmvl
 from ssmvl.cli import VERBS, main
-from ssmvl.recipe import load_recipe
+from ssmvl.recipes.merge import load_recipe
 
 Install = Callable[[str, str], None]
 Capture = pytest.CaptureFixture[str]
@@ -198,7 +198,7 @@ def test_generate_prints_the_answer(capsys: Capture, monkeypatch: pytest.MonkeyP
             asked.append((prompts, images, max_new_tokens))
             return ["a digit"]
 
-    monkeypatch.setattr("ssmvl.assistant.load", lambda folder: asked.append(folder) or Parrot())
+    monkeypatch.setattr("ssmvl.generation.assistant.load", lambda folder: asked.append(folder) or Parrot())
     assert main(["generate", "runs/x", "--prompt", "What?", "--image", "x.png", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out == "a digit\n"
     assert asked == ["runs/x", (["What?"], ["x.png"], 5)]
@@ -229,5 +229,5 @@ def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ssmvl.recipe.load_recipe", interrupted)
+    monkeypatch.setattr("ssmvl.recipes.merge.load_recipe", interrupted)
     assert main(["show", "quickstart"]) == 130

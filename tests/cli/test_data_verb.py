@@ -81,3 +81,9 @@ def test_what_cannot_be_converted_leaves_with_2(tmp_path: Path, capsys: Capture)
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert "none.json" in said
+
+
+@pytest.mark.parametrize("option", ["--png", "--stage"])
+def test_what_depends_on_a_recipe_asks_for_one(option: str, capsys: Capture) -> None:
+    assert main(["data", "inspect", "anywhere", option, "x"]) == 2
+    assert capsys.readouterr().err.strip().endswith("give one: --recipe NAME")

@@ -17,9 +17,9 @@ import torch
 from ssmvl.data.mix import Loader
 from ssmvl.data.streams import train_loader
 from ssmvl.interfaces import ImageSpec
-from ssmvl.text.processor import Processor
-from ssmvl.text.prompts import MambaPrompt
-from ssmvl.text.tokenizers import byte_tokenizer
+from ssmvl.processing.processor import Processor
+from ssmvl.processing.prompts import MambaPrompt
+from ssmvl.processing.tokenizers import byte_tokenizer
 
 folder, out, spec = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 world = spec["world"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from published import draw
 
-from ssmvl.data.sources import open_sources
+from ssmvl.data.conversion.sources import open_sources
 from ssmvl.errors import DataError
 
 TALK = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
@@ -19,7 +19,7 @@ IMAGE = draw(0).data
 PYTHON = """
 import resource, sys
 from pathlib import Path
-from ssmvl.data.sources import open_sources
+from ssmvl.data.conversion.sources import open_sources
 """
 
 

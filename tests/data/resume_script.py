@@ -12,9 +12,9 @@ from pathlib import Path
 from ssmvl.data.mix import Loader
 from ssmvl.data.streams import TrainLoader, train_loader
 from ssmvl.interfaces import ImageSpec, Stream
-from ssmvl.text.processor import Processor
-from ssmvl.text.prompts import MambaPrompt
-from ssmvl.text.tokenizers import byte_tokenizer
+from ssmvl.processing.processor import Processor
+from ssmvl.processing.prompts import MambaPrompt
+from ssmvl.processing.tokenizers import byte_tokenizer
 
 BATCH = 4
 root, spec = Path(sys.argv[1]), json.loads(sys.argv[2])

@@ -11,16 +11,16 @@ from streaming import StreamingDataset
 
 from ssmvl.data import shards
 from ssmvl.data.cache import ShardError
-from ssmvl.data.inspect import inspect
+from ssmvl.data.inspection.inspect import inspect
 from ssmvl.data.mix import Loader
 from ssmvl.data.remote import send
 from ssmvl.data.shards import ensure_shards, existing_shards
 from ssmvl.data.streams import SampleStream, read_records, train_loader
 from ssmvl.errors import DataError
 from ssmvl.interfaces import ImageSpec, Shards
-from ssmvl.text.processor import Processor
-from ssmvl.text.prompts import MambaPrompt
-from ssmvl.text.tokenizers import byte_tokenizer
+from ssmvl.processing.processor import Processor
+from ssmvl.processing.prompts import MambaPrompt
+from ssmvl.processing.tokenizers import byte_tokenizer
 
 PROCESSOR = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), places=2)
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
@@ -159,7 +159,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(
     with pytest.raises(DataError, match=r"lists '\.\./\.\./shard\.00001\.mds', which lies outside"):
         ask(url, tmp_path)
     with pytest.raises(DataError, match=r"shard\.00001\.mds: the index names a file outside of its folder"):
-        inspect(url, None, None, 0, None)
+        inspect(url, None, 0, None)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

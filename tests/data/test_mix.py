@@ -11,8 +11,8 @@ from ssmvl.data.mix import Share, mix
 from ssmvl.data.shards import ensure_shards
 from ssmvl.errors import DataError, RecipeError
 from ssmvl.interfaces import Stream
-from ssmvl.recipe import load_recipe
-from ssmvl.training.stages import Plan, check
+from ssmvl.recipes.merge import load_recipe
+from ssmvl.training.schema import Plan, check
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
 

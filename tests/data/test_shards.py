@@ -15,7 +15,16 @@ from streaming import MDSWriter
 from streaming.base.hashing import get_hash
 
 from ssmvl.data import shards
-from ssmvl.data.shards import COLUMNS, HASH, ensure_shards, existing_shards, find_damage, pack, shard_writer, unpack
+from ssmvl.data.shards import (
+    COLUMNS,
+    HASH,
+    ensure_shards,
+    existing_shards,
+    find_damage,
+    pack_record,
+    shard_writer,
+    unpack_record,
+)
 from ssmvl.data.streams import read_records
 from ssmvl.errors import DataError, MissingDependencyError
 from ssmvl.testing import check_dataset
@@ -63,7 +72,7 @@ def test_the_writer_writes_what_that_of_streaming_writes(tmp_path: Path, size: i
     for writer in (shard_writer(tmp_path / "ours", size), theirs):
         with writer:
             for record in RECORDS * 3:
-                writer.write(pack(record))
+                writer.write(pack_record(record))
     ours, others = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("ours", "theirs"))
     assert ours == others
     assert (len(ours) > 2) == (size == 200)
@@ -193,7 +202,7 @@ def test_existing_shards_are_those_in_the_folder_of_the_split(tmp_path: Path) ->
         ensure_shards(tmp_path / split, lambda records=records: records, 1)
     assert read_records(existing_shards("test", folder=str(tmp_path)))[0]["id"] == "test"
     assert existing_shards("train", folder=str(tmp_path)) == tmp_path / "train"
-    assert check_dataset(partial(existing_shards, folder=str(tmp_path))) is None
+    check_dataset(partial(existing_shards, folder=str(tmp_path)))
 
 
 def test_existing_shards_that_are_not_there_say_what_is_expected(tmp_path: Path) -> None:
@@ -247,7 +256,7 @@ def test_unpack_cuts_images_apart(images: list[bytes]) -> None:
         "images": b"".join(images),
         "image_sizes": [len(image) for image in images],
     }
-    assert unpack(stored) == {"id": "x", "type": "t", "conversation": TALK, "images": images}
+    assert unpack_record(stored) == {"id": "x", "type": "t", "conversation": TALK, "images": images}
 
 
 def test_without_streaming_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

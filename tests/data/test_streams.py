@@ -12,18 +12,18 @@ import torch
 from PIL import Image
 from streaming import StreamingDataset
 
-from ssmvl.batch import COUNTS, Batch, collate, num_samples
 from ssmvl.data.cache import ShardError
 from ssmvl.data.mix import Loader
-from ssmvl.data.scenes import digit_scenes
+from ssmvl.data.scenes.scenes import digit_scenes
 from ssmvl.data.shards import ensure_shards
 from ssmvl.data.shared_memory import prefix_lock
 from ssmvl.data.streams import SampleStream, read_records, train_loader
 from ssmvl.errors import DataError
 from ssmvl.interfaces import ImageSpec, Shards, Stream
-from ssmvl.text.processor import Processor
-from ssmvl.text.prompts import MambaPrompt, PlainPrompt
-from ssmvl.text.tokenizers import byte_tokenizer
+from ssmvl.processing.batch import COUNTS, Batch, collate, num_samples
+from ssmvl.processing.processor import Processor
+from ssmvl.processing.prompts import MambaPrompt, PlainPrompt
+from ssmvl.processing.tokenizers import byte_tokenizer
 
 SPEC, SIZE, POSITIONS = ImageSpec(8), 14, ("label_positions", "image_positions")
 PROCESSOR = Processor(byte_tokenizer(), MambaPrompt(), (SPEC,), places=2)

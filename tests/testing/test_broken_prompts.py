@@ -9,9 +9,9 @@ import pytest
 
 from ssmvl.errors import ContractError
 from ssmvl.interfaces import Message, Piece
+from ssmvl.processing.prompts import MambaPrompt, PlainPrompt
+from ssmvl.processing.tokenizers import END
 from ssmvl.testing import check_prompt
-from ssmvl.text.prompts import MambaPrompt, PlainPrompt
-from ssmvl.text.tokenizers import END
 
 
 class LearnsTheQuestion(MambaPrompt):

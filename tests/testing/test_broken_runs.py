@@ -93,8 +93,8 @@ def test_a_broken_record_is_refused(records: list[dict[str, Any]], message: str,
 
 
 def test_the_data_set_that_they_are_made_of_is_not(tmp_path: Path) -> None:
-    assert check_dataset(partial(records_in, folder=tmp_path)) is None
-    assert check_dataset(partial(has_one_split, folder=tmp_path), splits=["train"]) is None
+    check_dataset(partial(records_in, folder=tmp_path))
+    check_dataset(partial(has_one_split, folder=tmp_path), splits=["train"])
 
 
 RECIPE = """
@@ -117,7 +117,7 @@ def recipe(folder: Path, connector: str = "msc_basic", head_dim: str = "64", tra
 
 
 def test_a_recipe_passes(tmp_path: Path) -> None:
-    assert check_recipe(recipe(tmp_path)) is None
+    check_recipe(recipe(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,6 @@ def test_a_broken_connector_is_refused(connector: Any, message: str) -> None:
 
 
 def test_what_they_are_made_of_is_not_refused() -> None:
-    assert check_encoder(Patches) is None
-    assert check_fusion(partial(ChannelFusion, order=["b", "name"]), widths={"name": 3, "b": 4}) is None
-    assert check_connector(MlpConnector, in_width=3, out_width=5, grids=(Grid(1, 1, 2), Grid(2, 3, 1))) is None
+    check_encoder(Patches)
+    check_fusion(partial(ChannelFusion, order=["b", "name"]), widths={"name": 3, "b": 4})
+    check_connector(MlpConnector, in_width=3, out_width=5, grids=(Grid(1, 1, 2), Grid(2, 3, 1)))

@@ -17,7 +17,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.metadata import Metadata
 
 import ssmvl
-from ssmvl.recipe import Recipe, load_recipe
+from ssmvl.recipes.merge import Recipe, load_recipe
 
 CHECKPOINTS = Path("runs/quickstart/align/checkpoints")
 FILE, SHARDS = CHECKPOINTS / "ep0-ba4-rank0.pt", CHECKPOINTS / "ep0-ba4"

@@ -12,11 +12,11 @@ from PIL import Image
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from ssmvl.batch import collate
-from ssmvl.build import build_model
-from ssmvl.recipe import load_recipe
+from ssmvl.model.build import build_model
+from ssmvl.processing.batch import collate
+from ssmvl.recipes.merge import load_recipe
+from ssmvl.training.schema import check
 from ssmvl.training.session import Session
-from ssmvl.training.stages import check
 
 recipe = load_recipe(sys.argv[1], "stages.finetune.init_from=recipe")
 plan, _ = check(recipe)

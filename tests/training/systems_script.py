@@ -12,9 +12,9 @@ from pathlib import Path
 from composer.utils import dist, get_device
 from torch.distributed.tensor import DTensor
 
-from ssmvl.recipe import load_recipe
+from ssmvl.recipes.merge import load_recipe
+from ssmvl.training.schema import check
 from ssmvl.training.session import Session
-from ssmvl.training.stages import check
 
 dist.initialize_dist(get_device(None))
 reports = {}

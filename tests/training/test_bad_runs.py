@@ -19,10 +19,10 @@ from torch import multiprocessing
 
 import ssmvl
 from ssmvl.errors import MissingDependencyError, RunError
-from ssmvl.recipe import load_recipe
+from ssmvl.recipes.merge import load_recipe
 from ssmvl.training import run, session, trainer
-from ssmvl.training.belonging import resuming
-from ssmvl.training.folder import RunFolder
+from ssmvl.training.checkpoints.identity import resuming
+from ssmvl.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed warn on their own
 SMALL = (

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import ssmvl
-from ssmvl.batch import collate
-from ssmvl.build import build_processor
-from ssmvl.training.composer_model import ComposerVLM, adamw
-from ssmvl.training.stages import Optimizer
+from ssmvl.model.build import build_processor
+from ssmvl.processing.batch import collate
+from ssmvl.training.composer_model import ComposerVLM
+from ssmvl.training.optimizer import Optimizer, adamw
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer warns at import
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TINY
 from killed_script import ranks, record
+from tiny_recipe import TINY
 
 from ssmvl.data import shards
-from ssmvl.data.scenes import digit_scenes
+from ssmvl.data.scenes.scenes import digit_scenes
 from ssmvl.data.shards import ensure_shards
 from ssmvl.data.streams import read_records
 from ssmvl.training import run

@@ -10,11 +10,11 @@ from ranks import two_ranks
 
 import ssmvl
 from ssmvl.errors import ContractError, DataError, SsmvlError
-from ssmvl.recipe import load_recipe
-from ssmvl.text.tokenizers import byte_tokenizer
-from ssmvl.training.agreement import first_rank
+from ssmvl.processing.tokenizers import byte_tokenizer
+from ssmvl.recipes.merge import load_recipe
+from ssmvl.training.distributed import first_rank
+from ssmvl.training.schema import check
 from ssmvl.training.session import Session
-from ssmvl.training.stages import check
 
 BIG = "model.language.weights=owner/big"
 pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
@@ -53,7 +53,7 @@ def test_what_the_first_rank_misses_ends_both(tiny: Path) -> None:
 
     def prepare() -> None:
         with pytest.raises(SsmvlError) as caught:
-            first_rank(Session(found, check(found)[0])._prepare)
+            first_rank(Session(found, check(found)[0]).prepare)
         print(f"{caught.type.__name__}: {caught.value}", flush=True)
 
     missing = "no_align/train/index.json: there is no such file"

@@ -13,11 +13,11 @@ from PIL import Image
 
 import ssmvl
 from ssmvl.checkpoints import read_tensors, write_tensors
-from ssmvl.data.scenes import digit_scenes
+from ssmvl.data.scenes.scenes import digit_scenes
 from ssmvl.data.shards import ensure_shards
 from ssmvl.data.streams import read_records
-from ssmvl.pictures.curves import read_scalars
-from ssmvl.recipe import Recipe
+from ssmvl.drawing.training_curves import read_scalars
+from ssmvl.recipes.merge import Recipe
 
 pytestmark = pytest.mark.filterwarnings(
     "default"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import ssmvl
 from ssmvl.checkpoints import write_tensors
-from ssmvl.data.digits import CELLS, digit_images, draw
+from ssmvl.data.scenes.digits import CELLS, digit_images, draw
 from ssmvl.vision.digit_vit import EMPTY, SHIPPED, VARIANTS, digit_vit
 from ssmvl.vision.encoders import VitEncoder
 

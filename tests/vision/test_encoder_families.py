@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from ssmvl_open_clip.encoders import open_clip_encoder
 
-from ssmvl.build import build_model
 from ssmvl.errors import ContractError, RecipeError
 from ssmvl.interfaces import Grid
+from ssmvl.model.build import build_model
 from ssmvl.vision.digit_vit import digit_vit
 from ssmvl.vision.encoders import NEVER_RUN, VitEncoder, timm_encoder
-from ssmvl.vision.open_clip_encoders import open_clip_encoder
 
 Moved = Callable[[Any], Any]
 

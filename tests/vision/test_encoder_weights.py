@@ -16,8 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from torch import nn
 
-from ssmvl import hub
-from ssmvl.checkpoints import write_tensors
+from ssmvl.checkpoints import hub, write_tensors
 from ssmvl.errors import CheckpointError
 from ssmvl.vision.encoders import VitEncoder, timm_encoder
 

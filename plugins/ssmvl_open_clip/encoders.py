@@ -1,0 +1,154 @@
+"""Vision towers of open_clip: CLIP, SigLIP, SigLIP 2. No text tower is kept, none of full size is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
+from open_clip.model import resize_pos_embed
+from open_clip.timm_model import TimmModel
+from open_clip.transform import PreprocessCfg
+from open_clip.transformer import VisionTransformer
+from torch import Tensor
+
+from ssmvl.errors import CheckpointError, ContractError, nearest
+from ssmvl.interfaces import Count, Grid, Resize
+from ssmvl.vision.encoders import Encoder, VitEncoder
+from ssmvl.vision.pretrained import Trained, parse_weights, require_statistics, settled_tag, similar, weights_file
+
+TOWER = "visual."  # of names in open_clip's files
+# Of a vision config: positions are resampled; how it was initialised; what is dropped in training.
+FREE = ("image_size", "timm_model_pretrained", "patch_dropout", "timm_drop", "timm_drop_path")
+
+
+class ClipEncoder(Encoder):
+    """Patch features of open_clip's own VisionTransformer: second-to-last block, no final norm, class token dropped.
+
+    Takes the arguments of `Encoder`.
+
+    Source: Prismatic VLMs (arXiv 2402.07865) §3: second-to-last layer.
+    """
+
+    part = "visual"
+    visual: Any
+
+    def layout(self, tower: Any) -> tuple[int, int, Grid]:
+        """A tower's number of blocks, 0 if it is no ViT; its width; the grid of its patches."""
+        if not isinstance(tower, VisionTransformer):
+            return 0, 0, Grid(0, 0, 0)
+        return len(tower.transformer.resblocks), tower.transformer.width, Grid(1, *tower.grid_size)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Normalised (I, 3, S, S), I > 0 -> (I, N, D)."""
+        (features,) = self.visual.forward_intermediates(
+            x,
+            indices=[len(self.visual.transformer.resblocks) - 2],
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+        )["image_intermediates"]
+        return features
+
+    def adapted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """By open_clip's function, which wants whole models' names."""
+        named = {TOWER + name: tensor for name, tensor in tensors.items()}
+        resize_pos_embed(named, self)
+        return {name.removeprefix(TOWER): tensor for name, tensor in named.items()}
+
+
+def open_clip_encoder(
+    model: str, *, image_size: Count | None = None, resize: Resize = "resize-naive", weights: str = "none"
+) -> Encoder:
+    """The vision tower of one of open_clip's models. Nothing is read or fetched before `load_weights`.
+
+    Args:
+        model: open_clip's name, with or without a tag, e.g. `ViT-L-14-336-quickgelu` or `ViT-L-14:laion2b_s32b_b82k`;
+            the tag decides mean and std, the model's first one if none is written.
+        image_size: side in pixels; the model's own if None.
+        resize: how an image is brought to that size; bicubic, whatever interpolation the tag names.
+        weights: `none`; a safetensors file of open_clip's, of which only `visual.*` is used, and the tag written where
+            the model's tags differ in mean, std or QuickGELU; a tag of open_clip's, fetched from the hub;
+            `local-dir:FOLDER`, a folder with `open_clip_config.json` and `open_clip_model.safetensors`.
+
+    Raises:
+        ContractError: open_clip has no such model or tag, its tower is no ViT or cannot be run on such images, a file's
+            tag is not known, or the tag's weights and the model differ in QuickGELU.
+    """
+    name, _, tag = model.partition(":")
+    if name not in open_clip.list_models():
+        known = similar(name, open_clip.list_models())
+        raise ContractError(f"open_clip has no model {name!r}; similar names there: {known}")
+    config = open_clip.get_model_config(name)
+    quick, trained = config.get("quick_gelu", False), _tags(name)
+    source = parse_weights(weights, trained, name)
+    tag = settled_tag(source, tag, model, f"{name}:", trained, quick)
+    if tag and tag not in trained:
+        raise ContractError(f"open_clip has no weights {tag!r} of {name!r}.{nearest(tag, trained)}")
+    if tag and trained[tag].quick != quick:
+        right = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"
+        raise ContractError(
+            f"the weights {tag!r} were trained with{'out' if quick else ''} QuickGELU, {name!r} is built "
+            f"with{'' if quick else 'out'} it: answers would be silently wrong; write model: {right}"
+        )
+    default = PreprocessCfg()
+    mean, std, _ = trained[tag or next(iter(trained))] if trained else (default.mean, default.std, quick)
+    names = (HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME)
+    file = weights_file(source, partial(_hub, name, tag), names, partial(_agrees, name, mean, std))
+    size = image_size or config["vision_cfg"]["image_size"]
+    tower = _tower(config, size)
+    if isinstance(tower, TimmModel):
+        return VitEncoder(tower.trunk, size=size, mean=mean, std=std, resize=resize, file=file, prefix=f"{TOWER}trunk.")
+    return ClipEncoder(tower, size=size, mean=mean, std=std, resize=resize, file=file, prefix=TOWER)
+
+
+def _tags(name: str) -> dict[str, Trained]:
+    """open_clip's pretrained weights of a model, by tag."""
+    found, default = {}, PreprocessCfg()
+    for tag in open_clip.list_pretrained_tags_by_model(name):
+        config = open_clip.get_pretrained_cfg(name, tag)
+        mean, std = config.get("mean", default.mean), config.get("std", default.std)
+        found[tag] = Trained(tuple(mean), tuple(std), config.get("quick_gelu", False))
+    return found
+
+
+def _tower(config: Mapping[str, Any], size: int) -> Any:
+    """The vision tower of a model, beside a text tower of one token and width 1."""
+    vision = {**config["vision_cfg"], "image_size": size}
+    text = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=1, heads=1, layers=1)
+    tower = open_clip.CLIP(config["embed_dim"], vision, text, quick_gelu=config.get("quick_gelu", False)).visual
+    if isinstance(tower, TimmModel):
+        tower.set_input_size(size)  # it leaves timm's model at its own size
+    return tower
+
+
+def _hub(name: str, tag: str) -> tuple[str, str]:
+    """The repository and the file of a tag."""
+    config = open_clip.get_pretrained_cfg(name, tag)
+    repo, slash, file = config["hf_hub"].rpartition("/")
+    if not slash or file:  # a repository without a file name holds open_clip's own safetensors
+        raise ContractError(
+            f"open_clip has {name}:{tag} as a pickle only, which is not read; see {config['hf_hub'] or config['url']}"
+        )
+    return repo, HF_SAFE_WEIGHTS_NAME
+
+
+def _agrees(name: str, mean: Sequence[float], std: Sequence[float], path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a folder of open_clip's whose config says that its weights are those of another encoder."""
+    theirs, own = _what_counts(config.get("model_cfg", config)), _what_counts(open_clip.get_model_config(name))
+    wrong = [f"{key} is {theirs[key]!r}, {name} has {own[key]!r}" for key in own if theirs[key] != own[key]]
+    if wrong:
+        raise CheckpointError(f"{path}: its weights are those of another model: {'; '.join(wrong)}")
+    fitting = {tag: need for tag, need in _tags(name).items() if need.quick == own["quick_gelu"]}
+    require_statistics(path, config.get("preprocess_cfg", {}), mean, std, f"{name}:", fitting)
+
+
+def _what_counts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a model's config that decides what its vision tower computes."""
+    vision = asdict(open_clip.CLIPVisionCfg(**config["vision_cfg"]))
+    whole = {"embed_dim": config["embed_dim"], "quick_gelu": config.get("quick_gelu", False)}
+    return whole | {f"vision_cfg.{key}": value for key, value in vision.items() if key not in FREE}

@@ -1,0 +1,73 @@
+"""Old import paths: each still works, with a DeprecationWarning that names the new path. See CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+REMOVED_IN = "0.4"
+MODULES = {  # with what lies in them
+    "ssmvl.assistant": "ssmvl.generation.assistant",
+    "ssmvl.build": "ssmvl.model.build",
+    "ssmvl.recipe": "ssmvl.recipes.merge",
+    "ssmvl.text": "ssmvl.processing",
+    "ssmvl.vision.open_clip_encoders": "ssmvl_open_clip.encoders",
+    "ssmvl.vision.sources": "ssmvl.vision.pretrained",
+    "ssmvl.vision.transforms": "ssmvl.processing.transforms",
+    "ssmvl.vlm": "ssmvl.model.vlm",
+}
+NAMES = {  # of modules that stay
+    "ssmvl.checkpoints": {
+        "flush": ("ssmvl.files", "flush"),
+        "settings": ("ssmvl.checkpoints", "module_settings"),
+        "written_whole": ("ssmvl.files", "written_whole"),
+    },
+}
+
+
+class MovedModules(MetaPathFinder, Loader):
+    """Imports a moved module under its old name."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """A spec for an old name, nothing else."""
+        if new := _moved(name):
+            _warn(name, new)
+            return ModuleSpec(name, self)
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Register the moved module itself under the old name, so that its classes stay the same objects."""
+        sys.modules[module.__name__] = importlib.import_module(_moved(module.__name__))
+
+
+def moved_name(module: str, name: str) -> Any:
+    """The attribute that a module used to have.
+
+    Raises:
+        AttributeError: it never had one of that name.
+    """
+    if name not in NAMES[module]:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    home, new = NAMES[module][name]
+    _warn(f"{module}.{name}", f"{home}.{new}")
+    return getattr(importlib.import_module(home), new)
+
+
+def _moved(name: str) -> str:
+    """The new name of a module; empty if it has not moved."""
+    old = next((old for old in MODULES if f"{name}.".startswith(f"{old}.")), None)
+    return "" if old is None else MODULES[old] + name.removeprefix(old)
+
+
+def _warn(old: str, new: str) -> None:
+    text = f"{old} has moved to {new}; the old path will be removed in ssmvl {REMOVED_IN}"
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
+
+
+sys.meta_path.insert(0, MovedModules())  # first, because the old parent's own path must not be searched

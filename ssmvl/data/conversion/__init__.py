@@ -1,0 +1,1 @@
+"""Conversion of published data sets (JSON, parquet, tars) to shards."""

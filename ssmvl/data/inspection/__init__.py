@@ -1,0 +1,1 @@
+"""Inspection of shards: verification, statistics, and how a model reads them."""

@@ -1,0 +1,68 @@
+"""Loss and accuracy of a run over time, drawn from its TensorBoard logs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssmvl.files import written_whole
+
+LOSS, ACCURACY = "loss/train/total", "accuracy/"
+SMOOTH = 5  # logged values that one point of a curve is the mean of
+Curve = dict[int, float]
+
+
+def draw_curves(logs: Mapping[str, Path], picture: Path) -> None:
+    """Draw loss and accuracy by type of question into a PNG, stage after stage.
+
+    Args:
+        logs: the TensorBoard folder of each stage, in their order; one that is not there is left out.
+        picture: the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = dict(zip((LOSS, ACCURACY), figure.subplots(1, 2), strict=True))
+    curves: dict[str, Curve] = {}
+    start = 0
+    for stage, folder in logs.items():
+        scalars = read_scalars(folder) if folder.is_dir() else {}
+        for name, curve in scalars.items():
+            curves.setdefault(name, {}).update({start + step: value for step, value in curve.items()})
+        for each in axes.values():
+            each.axvline(start, color="0.8", linewidth=1, zorder=0)
+            each.text(start, 1.01, f" {stage}", transform=each.get_xaxis_transform(), color="0.4", parse_math=False)
+        start += max((max(curve) for curve in scalars.values()), default=0)
+    lines: dict[str, Any] = {}
+    for name, curve in sorted(curves.items()):
+        if name == LOSS or name.startswith(ACCURACY):
+            each = axes[LOSS if name == LOSS else ACCURACY]
+            steps = sorted(curve)
+            (line,) = each.plot(steps, _smooth([curve[s] for s in steps]), linewidth=1.2)
+            lines[name.removeprefix(ACCURACY)] = line
+    axes[LOSS].set(xlabel="step", ylabel="loss per supervised token", yscale="log")
+    axes[ACCURACY].set(xlabel="step", ylabel="right answers in training", ylim=(0, 1.02))
+    lines.pop(LOSS, None)
+    if lines:
+        legend = axes[ACCURACY].legend(lines.values(), lines.keys(), frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    with written_whole(picture) as partial:
+        figure.savefig(partial, dpi=140, format="png")
+
+
+def read_scalars(folder: Path) -> dict[str, Curve]:
+    """{name: {step: value}} of one TensorBoard folder; where a resumed run wrote a step again, its later value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+def _smooth(values: list[float]) -> list[float]:
+    padded = np.pad(values, SMOOTH // 2, mode="edge")
+    return list(np.convolve(padded, np.ones(SMOOTH) / SMOOTH, mode="valid"))

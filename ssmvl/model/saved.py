@@ -1,0 +1,115 @@
+"""The folder a model is saved in: weights, recipe, tokenizer, format version and model card; whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssmvl import __version__
+from ssmvl.checkpoints import BYTES, write_folder
+from ssmvl.checkpoints.hub import local
+from ssmvl.errors import CheckpointError
+from ssmvl.processing.processor import Processor
+from ssmvl.processing.tokenizers import CONFIG_FILE, TOKENIZER_FILE, config_text
+from ssmvl.recipes.merge import Recipe
+
+FORMAT_VERSION = 1
+ABOUT_FILE, CARD_FILE = "ssmvl.json", "README.md"
+OURS = "<!-- Written by ssmvl. Saving again writes it anew, unless this line is deleted. -->"
+CARD = """---
+library_name: ssmvl
+pipeline_tag: image-text-to-text
+tags: [state-space-model, mamba]
+---
+# {run}
+
+{ours}
+
+A vision-language model out of the blocks of ssmvl: encoders {encoders}; fusion {fusion}; connector {connector};
+language model {language}; prompt {prompt}. `recipe.yaml` says how it is built and how it was trained.
+
+```python
+import ssmvl
+
+assistant = ssmvl.load("path or id of this folder")
+print(assistant.generate(["What is in the image?"], ["image.png"]))
+```
+"""
+
+
+def save_folder(folder: str | Path, tensors: Mapping[str, Tensor], recipe: Recipe, processor: Processor) -> None:
+    """Write what `saved_folder` finds; an older such folder stays until the new one is complete.
+
+    A model card that lies there and is not ours stays.
+
+    Raises:
+        CheckpointError: see `write_files`.
+    """
+    card = Path(folder).expanduser() / CARD_FILE
+    about = {"format_version": FORMAT_VERSION, "ssmvl": __version__, "torch": torch.__version__}
+    texts = {
+        "recipe.yaml": recipe.to_yaml(),
+        CARD_FILE: card.read_bytes().decode(errors=BYTES) if card.is_file() and not is_ours(card) else _card(recipe),
+        ABOUT_FILE: json.dumps(about, indent=2) + "\n",
+    }
+    write_files(folder, tensors, texts | tokenizer_files(processor))
+
+
+def write_files(folder: str | Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
+    """`write_folder`, of a folder as a user names it.
+
+    Raises:
+        CheckpointError: the folder holds other files, which would be lost; a file is in its way; or it cannot be
+            written.
+    """
+    try:
+        write_folder(Path(folder).expanduser(), tensors, texts)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written as a folder ({error})") from error
+
+
+def is_ours(card: str | Path) -> bool:
+    """Whether a model card has the line with which ours says that it may be replaced."""
+    return OURS.encode() in Path(card).read_bytes()
+
+
+def tokenizer_files(processor: Processor) -> dict[str, str]:
+    """The processor's tokenizer as two files that we and transformers read, by name."""
+    return {TOKENIZER_FILE: processor.tokenizer.to_str(pretty=True), CONFIG_FILE: config_text(processor.end)}
+
+
+def saved_folder(name: str | Path) -> Path:
+    """The folder of a saved model.
+
+    Args:
+        name: the folder, one whose folder `model` it is, as of a run, or the id of a model in the hub, which is
+            fetched.
+
+    Raises:
+        CheckpointError: it holds no model, or one of a newer format.
+    """
+    folder = local(name, "*.safetensors", "*.json", "*.yaml")
+    try:
+        folder = folder / "model" if (folder / "model" / ABOUT_FILE).is_file() else folder
+        version = int(json.loads((folder / ABOUT_FILE).read_text())["format_version"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{folder} holds no saved model: {ABOUT_FILE} cannot be read ({type(error).__name__}: {error}). "
+            "Weights from elsewhere need a recipe: ssmvl.load(WEIGHTS, recipe=NAME)"
+        ) from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {version}; this ssmvl reads up to {FORMAT_VERSION}; update it"
+        )
+    return folder
+
+
+def _card(recipe: Recipe) -> str:
+    model = recipe.data["model"]
+    encoders = " and ".join(f"{name} ({node['name']})" for name, node in model["encoders"].items())
+    parts = {kind: model[kind]["name"] for kind in ("fusion", "connector", "language", "prompt")}
+    return CARD.format(ours=OURS, run=recipe.data["run"], encoders=encoders, **parts)

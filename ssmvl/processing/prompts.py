@@ -1,0 +1,120 @@
+"""How conversations are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Literal
+
+from ssmvl.errors import DataError
+from ssmvl.interfaces import Message, Piece
+from ssmvl.processing.processor import IMAGE
+
+__all__ = ["turns", "stripped", "learned", "PlainPrompt", "MambaPrompt", "VicunaPrompt"]
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def turns(conversation: Sequence[Message]) -> list[tuple[str, str | None]]:
+    """A conversation as questions with their answers; None for an answer that is still to come.
+
+    Raises:
+        DataError: there is no message, or they do not alternate, beginning with the user's.
+    """
+    if not conversation:
+        raise DataError("an empty conversation; at least one message of the user is needed")
+    for i, message in enumerate(conversation):
+        given, expected = message if isinstance(message, Mapping) else {}, ("user", "assistant")[i % 2]
+        if given.get("role") != expected or not isinstance(given.get("content"), str):
+            wanted = f"{{'role': {expected!r}, 'content': a text}}"
+            raise DataError(f"message {i} must be {wanted}; received {message!r}. User and assistant take turns")
+    texts = [message["content"] for message in conversation]
+    return list(zip_longest(texts[::2], texts[1::2]))
+
+
+def stripped(conversation: Sequence[Message]) -> list[tuple[str, str | None]]:
+    """`turns` without the blanks at the ends of their texts; an empty answer is a blank.
+
+    Source: the released code of Cobra (arXiv 2403.14520) and of ML-Mamba (arXiv 2407.19832), which goes back to it.
+    """
+    return [(asked.strip(), None if said is None else said.strip() or " ") for asked, said in turns(conversation)]
+
+
+def learned(answer: str | None, end: str) -> list[Piece]:
+    """The supervised pieces of a turn, its answer and the end; none while the answer is still to come."""
+    return [] if answer is None else [Piece(answer, supervised=True), Piece(end, supervised=True, template=True)]
+
+
+class PlainPrompt:
+    """`{caption}<end>`: images, then what the assistant said; what the user said is left out.
+
+    Without an answer there is no text at all: a model that has seen the images goes on with a caption. The captions of
+    a longer conversation follow each other.
+
+    Source: the first stage of LLaVA (arXiv 2304.08485), with the tokenizer's end in place of a line break.
+    """
+
+    image_placement: Literal["before_all_text", "in_place"] = "before_all_text"
+
+    def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
+        """The captions; nothing else.
+
+        Raises:
+            DataError: see `turns`.
+        """
+        return [piece for _, caption in turns(conversation) for piece in learned(caption, end)]
+
+
+class MambaPrompt:
+    r"""`In: {question}\nOut: {answer}<end>`, turns one line apart; images before all text; answers are supervised.
+
+    Blanks at the ends of a text are left out, and an empty answer is a blank.
+
+    Source: the released code of Cobra (arXiv 2403.14520), its prompt for language models without a chat format.
+    """
+
+    image_placement: Literal["before_all_text", "in_place"] = "before_all_text"
+
+    def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
+        """The text to read; after a last message of the user it ends at `Out: `.
+
+        Raises:
+            DataError: see `turns`.
+        """
+        pieces, opening = [], "In: "
+        for question, answer in stripped(conversation):
+            pieces += [Piece(opening, template=True), Piece(question), Piece("\nOut: ", template=True)]
+            pieces += learned(answer, end)
+            opening = "\nIn: "
+        return pieces
+
+
+class VicunaPrompt:
+    """`<s>{system} USER: {question} ASSISTANT: {answer}<end>USER: …`, turn after turn; images before their question.
+
+    For LLaMA tokenizers, which write the space before an answer, and before the next question, themselves. Images are
+    moved to the beginning of their question, as LLaVA-1.5 does before it reads; the ids are then its own.
+
+    Source: Vicuna v1.5 (arXiv 2306.05685); with images, LLaVA-1.5 (arXiv 2310.03744).
+    """
+
+    image_placement: Literal["before_all_text", "in_place"] = "in_place"
+
+    def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
+        """The text to read; after a last message of the user it ends at `ASSISTANT:`.
+
+        Raises:
+            DataError: see `turns`.
+        """
+        pieces, opening = [], f"<s>{VICUNA_SYSTEM} USER: "
+        for question, answer in turns(conversation):
+            if IMAGE in question:
+                marks = f"{IMAGE}\n" * question.count(IMAGE)
+                question = (marks + question.replace(IMAGE, "").strip()).strip()
+            pieces += [Piece(opening, template=True), Piece(question), Piece(" ASSISTANT:", template=True)]
+            pieces += learned(answer, end)
+            opening = "USER: "
+        return pieces

@@ -1,0 +1,108 @@
+"""Tokenizers: two byte-level ones that need no download, any `tokenizer.json`, or a model's in the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from ssmvl.checkpoints.hub import ID, local
+from ssmvl.errors import CheckpointError
+
+__all__ = ["load_tokenizer", "byte_tokenizer", "END"]
+
+END = "<|endoftext|>"
+WORDS = Path(__file__).with_name("words.json")  # made by scripts/make_words.py
+TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+ALLOWED = f"Allowed are `bytes`, `words`, a {TOKENIZER_FILE}, or a folder or a model of the hub that holds one"
+
+
+def byte_tokenizer() -> Tokenizer:
+    """256 byte tokens and the end token: 257 ids, every text round-trips."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+    return tokenizer
+
+
+def load_tokenizer(name: str) -> tuple[Tokenizer, str]:
+    """A tokenizer and its token that ends an answer.
+
+    The end is the `eos_token` of the `tokenizer_config.json` beside a `tokenizer.json`, or `<|endoftext|>` where that
+    names none.
+
+    Args:
+        name: `bytes`; `words`, which is `bytes` with the words of the quickstart's questions as tokens of their own;
+            the path of a `tokenizer.json` or of a folder that holds one; or a model's id in the hub, `owner/name`,
+            from which the two files are fetched unless they are in its cache.
+
+    Raises:
+        CheckpointError: there is no such file or model, a file is damaged, or the tokenizer has no such token.
+    """
+    if name == "bytes":
+        return byte_tokenizer(), END
+    try:
+        path = WORDS if name == "words" else local(name, TOKENIZER_FILE, CONFIG_FILE)
+    except CheckpointError as error:
+        raise CheckpointError(f"no tokenizer: {error}. {ALLOWED}") from error
+    path = path / TOKENIZER_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise CheckpointError(
+            f"no tokenizer {name!r}: {path} does not exist. {ALLOWED}. Where a model has only a tokenizer.model, "
+            "AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER) of transformers writes one"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise CheckpointError(f"{path}: cannot be read as a tokenizer ({error})") from error
+    end = _eos_token(path.with_name(CONFIG_FILE)) or END
+    if end not in [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]:
+        raise CheckpointError(
+            f"{path}: the tokenizer has no special token {end} to end an answer with; "
+            f"a {CONFIG_FILE} beside it names another as `eos_token`"
+        )
+    return tokenizer, end
+
+
+def tokenizer_here(name: str) -> Path | None:
+    """Where `load_tokenizer` finds this tokenizer without fetching it: a path of that name, or in the hub's cache.
+
+    None if it is a model's id and the cache lacks one of the two files.
+    """
+    path = Path(name)
+    if not ID.fullmatch(name) or path.exists() or path.parent.is_dir():
+        return path
+    try:
+        files = [try_to_load_from_cache(name, file) for file in (TOKENIZER_FILE, CONFIG_FILE)]
+    except ValueError:  # no id of the hub: `load_tokenizer` says so
+        return path
+    folders = [Path(file).parent for file in files if isinstance(file, str)]
+    return folders[0] if len(folders) == len(files) else None
+
+
+def config_text(end: str) -> str:
+    """The `tokenizer_config.json` with which `load_tokenizer` and transformers' AutoTokenizer find this end."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end,
+        "pad_token": end,  # without one transformers makes no batches
+        "model_input_names": ["input_ids", "attention_mask"],  # what its models of one text take
+    }
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _eos_token(config: Path) -> str | None:
+    if not config.is_file():
+        return None
+    try:
+        named = json.loads(config.read_bytes()).get("eos_token")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{config}: cannot be read ({error})") from error
+    end = named.get("content") if isinstance(named, dict) else named
+    if not (end is None or isinstance(end, str)):
+        raise CheckpointError(f"{config}: eos_token must be a text, or a mapping with its `content`; is {named!r}")
+    return end

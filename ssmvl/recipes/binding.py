@@ -1,0 +1,163 @@
+"""Options checked against signatures: a node of a recipe and a factory -> the factory with its options bound."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import is_dataclass, make_dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ssmvl.errors import Problem, SsmvlError, nearest
+from ssmvl.plugins import components
+from ssmvl.registry import INJECTED, Check, Part
+
+
+class Bound:
+    """A component with its options bound, awaiting the arguments that its kind injects.
+
+    Attributes:
+        label: "connector 'mlp' (ssmvl)", for messages.
+    """
+
+    def __init__(self, factory: Callable[..., Any], options: Mapping[str, Any], label: str) -> None:
+        self.factory, self.options, self.label = factory, dict(options), label
+
+    def __call__(self, *args: Any, **injected: Any) -> Any:
+        """Build, or for a scan order ask for, the component."""
+        return self.factory(*args, **injected, **self.options)
+
+    def __str__(self) -> str:
+        return self.label
+
+
+def bind(
+    node: Any, factory: Callable[..., Any], path: str, injected: Iterable[str] = (), label: str | None = None
+) -> tuple[Bound, list[Problem]]:
+    """Check the options in `node` against the signature of `factory` and bind them.
+
+    A parameter marked `Part(kind)` takes a component, bound recursively; so do mappings of parts, and dataclasses.
+    Nothing is called. With problems the result must not be called either.
+    """
+    label = label or str(getattr(factory, "__name__", factory))
+    if not isinstance(node, dict):
+        return Bound(factory, {}, label), [Problem(path, f"expected a mapping of options, received {node!r}")]
+    injected = tuple(injected)
+    try:
+        parameters = _parameters(factory)
+    except Exception as error:  # evaluating a foreign annotation may raise anything
+        return Bound(factory, {}, label), [Problem(path, f"the signature of {label} cannot be read: {error}")]
+    allowed = {name: p for name, p in parameters.items() if name not in injected}
+    options: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for key, value in node.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key in injected:
+            problems.append(Problem(where, f"{key!r} is not an option: it is passed by the model; leave it out"))
+        elif key not in allowed:
+            problems.append(Problem(where, f"{label} has no option {key!r}.{nearest(str(key), allowed)}"))
+        else:
+            options[key], found = _bind_value(value, allowed[key].annotation, where)
+            problems += found
+    for name, parameter in allowed.items():
+        if name not in node and parameter.default is parameter.empty:
+            where = f"{path}.{name}" if path else name
+            problems.append(Problem(where, f"{label} needs {name!r} ({_describe(parameter.annotation)})"))
+    return Bound(factory, options, label), problems
+
+
+def bind_part(node: Any, kind: str, path: str) -> tuple[Bound, list[Problem]]:
+    """`bind` for a component written as a name or as `{name: …, options}`."""
+    node = {"name": node} if isinstance(node, str) else node
+    nothing = Bound(dict, {}, kind)
+    names = components().names(kind)
+    if not isinstance(node, dict) or not isinstance(node.get("name"), str):
+        message = (
+            f"expected the name of a {kind} or {{name: …, options}}, received {node!r}. Allowed: {', '.join(names)}."
+        )
+        return nothing, [Problem(path, message)]
+    try:
+        entry = components().find(kind, node["name"])
+        factory = entry.load()
+    except SsmvlError as error:
+        return nothing, [Problem(path, str(error))]
+    except (Exception, SystemExit) as error:  # foreign code: whatever its import raises belongs in the report
+        return nothing, [Problem(path, f"{entry} cannot be imported ({type(error).__name__}: {error})")]
+    options = {key: value for key, value in node.items() if key != "name"}
+    return bind(options, factory, path, INJECTED[kind], str(entry))
+
+
+def _bind_value(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
+    if value is None and type(None) in typing.get_args(hint):
+        return None, []
+    hint = _without_none(hint)
+    for mark in getattr(hint, "__metadata__", ()):
+        if isinstance(mark, Part):
+            return bind_part(value, mark.kind, path)
+        if isinstance(mark, Check):
+            converted, problems = _bind_value(value, hint.__origin__, path)
+            if not problems and not mark.holds(converted):
+                problems = [Problem(path, f"must be {mark.allowed}, received {value!r}")]
+            return converted, problems
+    if is_dataclass(hint) and isinstance(hint, type):
+        bound, problems = bind(value, hint, path)
+        return (None if problems else bound()), problems
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is dict and (is_dataclass(arguments[1]) or hasattr(arguments[1], "__metadata__")):
+        if not isinstance(value, dict) or not value:
+            return {}, [Problem(path, f"expected a mapping with at least one entry, received {value!r}")]
+        pairs = {key: _bind_value(item, arguments[1], f"{path}.{key}") for key, item in value.items()}
+        return {key: v for key, (v, _) in pairs.items()}, [p for _, found in pairs.values() for p in found]
+    return _convert(value, hint, path)
+
+
+def _convert(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
+    """Check one plain value against its annotation with OmegaConf's typed nodes."""
+    refused = [Problem(path, f"expected {_describe(hint)}, received {value!r} ({type(value).__name__})")]
+    if isinstance(value, str) and (value == "???" or "${" in value):  # marks of OmegaConf's, which pass every type
+        return (value, []) if hint in (str, Any) and value != "???" else (None, refused)
+    try:
+        schema = OmegaConf.structured(make_dataclass("Schema", [("value", hint)]))
+        node = OmegaConf.to_container(OmegaConf.merge(schema, {"value": value}))
+    except (OmegaConfBaseException, ValueError, TypeError):
+        return None, refused
+    converted = typing.cast("dict[str, Any]", node)["value"]
+    return (tuple(converted) if typing.get_origin(hint) is tuple else converted), []
+
+
+def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    annotated: Any = factory
+    if isinstance(factory, type) and not is_dataclass(factory):  # whose fields may be another module's
+        annotated = typing.cast(Any, factory).__init__
+    hints = typing.get_type_hints(annotated, include_extras=True)
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = {n: p for n, p in inspect.signature(factory).parameters.items() if p.kind in plain}
+    return {name: p.replace(annotation=hints.get(name, Any)) for name, p in found.items()}
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        rest = [a for a in typing.get_args(hint) if a is not type(None)]
+        return rest[0] if len(rest) == 1 else hint
+    return hint
+
+
+def _describe(hint: Any, inside: bool = False) -> str:
+    """A type as a user reads it; `inside` of another without what is allowed of it."""
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    for mark in getattr(hint, "__metadata__", ()):
+        plain = _describe(hint.__origin__, inside)
+        return f"a {mark.kind}" if isinstance(mark, Part) else plain if inside else f"{plain}, {mark.allowed}"
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_describe(one, inside) for one in inner)
+    if origin in (dict, list, tuple):
+        return f"{origin.__name__}[{', '.join('...' if one is ... else _describe(one, True) for one in inner)}]"
+    if hint is types.NoneType:
+        return "None"
+    return hint.__name__ if isinstance(hint, type) and not inner else str(hint).replace("typing.", "")

@@ -1,0 +1,64 @@
+"""Recipe files: found by name among the shipped ones and the plugins', and read as YAML. Imports no torch."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ssmvl.errors import Problem, RecipeError, UnknownComponentError, nearest
+from ssmvl.plugins import components
+
+ABLATIONS_FILE = "ablations.yaml"
+
+
+def shipped_folders() -> list[Path]:
+    """Folders of recipes: beside the package in an installation, in the checkout where there is one."""
+    package, checkout = Path(__file__).parents[1], Path(__file__).parents[2]
+    return [package / "_recipes", *([checkout / "recipes"] if (checkout / "pyproject.toml").is_file() else [])]
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says, as plain data: `1e-4` is a float, interpolations stay as they are.
+
+    Raises:
+        RecipeError: it cannot be read, or a key stands twice in one mapping.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise RecipeError([Problem("", f"cannot be read: {error}")], str(path)) from error
+
+
+def recipe_path(name: str) -> Path:
+    """Where the recipe called `name` lies: the installed copy, then the checkout's folder, then a plugin's.
+
+    Raises:
+        RecipeError: no recipe has that name.
+    """
+    for folder in shipped_folders():
+        if (folder / f"{name}.yaml").is_file() and f"{name}.yaml" != ABLATIONS_FILE:
+            return folder / f"{name}.yaml"
+    try:
+        entry = components().find("recipe", name)
+    except UnknownComponentError as error:
+        problem = f"no recipe named {name!r}, and no such file.{nearest(name, recipe_names())}"
+        raise RecipeError([Problem("", line) for line in (problem, *map(str, components().failures))], name) from error
+    package, _, rest = str(entry.target).partition("/")
+    spec = find_spec(package.partition(".")[0])  # found without importing it
+    for root in (spec and spec.submodule_search_locations) or []:
+        if (Path(root) / rest).is_file():
+            return Path(root) / rest
+    raise RecipeError([Problem("", f"{entry} says it lies in {entry.target}, but there is no such file")], name)
+
+
+def recipe_names() -> list[str]:
+    """Names that `recipe_path` finds."""
+    shipped = {
+        path.stem for folder in shipped_folders() for path in folder.glob("*.yaml") if path.name != ABLATIONS_FILE
+    }
+    return sorted(shipped | set(components().names("recipe")))

@@ -1,1 +1,0 @@
-"""Tokenizers, prompts and the processor: no weights, picklable."""

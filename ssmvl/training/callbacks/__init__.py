@@ -1,0 +1,1 @@
+"""Composer callbacks; their class names are part of the checkpoint format."""

@@ -1,0 +1,147 @@
+"""A stage's evaluation set, scored and asked while the stage trains, whether the model is sharded or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from composer import Callback, Event, Logger, State
+from composer.core import get_precision_context
+from composer.utils import create_interval_scheduler, dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ssmvl.errors import DataError
+from ssmvl.evaluation.results import results
+from ssmvl.evaluation.runner import ask
+from ssmvl.generation.assistant import Assistant
+from ssmvl.processing.batch import collate, pad
+from ssmvl.processing.processor import Processor
+from ssmvl.recipes.merge import Recipe
+from ssmvl.training.composer_model import ComposerVLM
+from ssmvl.training.schema import StageEvaluation
+
+ENTRIES = ("encode", "prefill", "step")  # methods other than forward by which shard units are entered
+
+
+class StageEvaluator(Callback):
+    """Logs `evaluation/loss`, and what `ssmvl.evaluation.results.results` finds, `evaluation/<key>/<type>`.
+
+    The loss is the mean over the supervised tokens of all records, cut as in training. Generation uses the stage's
+    prompt, sharded parameters where they lie, and the precision of training.
+
+    Args:
+        options: of the stage.
+        records: the evaluation set, the same on every rank.
+        processor: the stage's.
+        recipe: the run's.
+
+    Raises:
+        DataError: a record that this rank will ask cannot be.
+    """
+
+    def __init__(
+        self, options: StageEvaluation, records: Sequence[Mapping[str, Any]], processor: Processor, recipe: Recipe
+    ) -> None:
+        self._options, self._records, self._processor, self._recipe = options, records, processor, recipe
+        ends = {Event.BATCH_END, Event.EPOCH_END}
+        self._due = create_interval_scheduler(options.interval, checkpoint_events=False, final_events=ends)
+        # Ranks of sharded models must do the same number of things: one that is short repeats the last record.
+        rank, world, last = dist.get_global_rank(), dist.get_world_size(), len(records) - 1
+        self._mine = [min(place, last) for place in range(rank, len(records) + -len(records) % world, world)]
+        self._asked_at = 0  # the step after which it was asked last
+        for place in self._mine:
+            self._encode(records[place])
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Tell FSDP2 by which methods its units are entered; before it has sharded them this does nothing."""
+        for module in _model(state).modules():
+            for name in ENTRIES if isinstance(module, FSDPModule) else ():
+                if hasattr(module, name):
+                    register_fsdp_forward_method(module, name)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Evaluate if this is the time."""
+        if self._due(state, Event.BATCH_END):
+            self._evaluate(state, logger)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Evaluate if this is the time."""
+        if self._due(state, Event.EPOCH_END):
+            self._evaluate(state, logger)
+
+    def _encode(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            return self._processor.encode(record["conversation"], record["images"], train=True)
+        except (ValueError, LookupError, TypeError) as error:  # a DataError is a ValueError
+            raise DataError(f"the evaluation set's sample {record['id']!r} cannot be used: {error}") from error
+
+    def _evaluate(self, state: State, logger: Logger) -> None:
+        if self._asked_at == state.timestamp.batch.value:  # an epoch's end may follow the last step's
+            return
+        self._asked_at = state.timestamp.batch.value
+        model = _model(state)
+        with _evaluating(model), torch.no_grad(), get_precision_context(state.precision):
+            losses = self._losses(model, state)
+            assistant = _RankedAssistant(model.model, self._processor, self._recipe)
+            answered = ask(assistant, self._records, self._mine, self._options)
+        pairs = _in_order(list(zip(losses, answered, strict=True)), len(self._records))
+        total, count = (sum(column) for column in zip(*(loss for loss, _ in pairs), strict=True))
+        logger.log_metrics({"evaluation/loss": total / count})
+        found = results(one for _, one in pairs)
+        if dist.get_global_rank() == 0:
+            right = ", ".join(f"{type_ or 'all'} {row['accuracy']:.1%}" for type_, row in found.items())
+            tqdm.write(f"evaluation after step {self._asked_at}: loss {total / count:.4f}, right: {right}")
+        for type_, row in found.items():
+            shares = {key: row[key] for key in ("accuracy", "blind", "swapped")}
+            logger.log_metrics({f"evaluation/{key}/{type_ or 'all'}": share for key, share in shares.items()})
+
+    def _losses(self, model: ComposerVLM, state: State) -> list[tuple[float, int]]:
+        """Of each of this rank's records the summed loss and the number of its supervised tokens."""
+        found: list[tuple[float, int]] = []
+        for start in range(0, len(self._mine), self._options.batch):
+            records = [self._records[place] for place in self._mine[start : start + self._options.batch]]
+            batch = collate([self._encode(record) for record in records])
+            outputs = model(state.device.batch_to_device(batch))
+            each = F.cross_entropy(outputs["logits"].float(), outputs["labels"], reduction="none")
+            counts = batch["num_labels"]
+            found += [(float(loss.sum()), count) for loss, count in zip(each.split(counts), counts, strict=True)]
+        return found
+
+
+class _RankedAssistant(Assistant):
+    """Takes as many steps, over inputs of as many positions, on every rank."""
+
+    def _padded(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        device = next(self.model.parameters()).device
+        longest = torch.tensor(max(len(sample["ids"]) for sample in samples), device=device)
+        dist.all_reduce(longest, reduce_operation="MAX")
+        return pad(collate(samples), int(longest))
+
+    def _ended(self, done: Tensor) -> bool:
+        ended = done.all().int()
+        dist.all_reduce(ended, reduce_operation="MIN")
+        return bool(ended)
+
+
+@contextmanager
+def _evaluating(model: ComposerVLM) -> Iterator[None]:
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+def _in_order(mine: list[Any], count: int) -> list[Any]:
+    """What all ranks have, in the order of the records, without repetitions."""
+    parts = dist.all_gather_object(mine)
+    return [parts[place % len(parts)][place // len(parts)] for place in range(count)]
+
+
+def _model(state: State) -> ComposerVLM:
+    return cast(ComposerVLM, state.model.module if hasattr(state.model, "module") else state.model)

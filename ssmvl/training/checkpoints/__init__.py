@@ -1,0 +1,1 @@
+"""A run's checkpoints: stored, resumed from, pruned and exported."""

@@ -1,0 +1,86 @@
+"""The optimizer of a stage: its schema, parameter groups, gradient clipping, learning-rate schedule, and resuming.
+
+Imports no Composer until asked.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from torch import nn
+
+from ssmvl.errors import RunError
+from ssmvl.interfaces import Check
+from ssmvl.training.freezing import is_under
+
+if TYPE_CHECKING:
+    from composer import Algorithm, Trainer
+    from composer.optim import ComposerScheduler
+
+
+def _fractions(numbers: tuple[float, ...]) -> bool:
+    return all(0 <= number < 1 for number in numbers)
+
+
+Rate = Annotated[float, Check("a finite number, at least 0", lambda rate: 0 <= rate < math.inf)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW.
+
+    Args:
+        lr: peak learning rate.
+        lr_of: peak learning rate by prefix of parameter names, where it differs; the longest prefix counts.
+        weight_decay: of matrices; never of A_log, D, dt_bias, norms and biases.
+        betas: AdamW's.
+    """
+
+    lr: Rate
+    lr_of: dict[str, Rate] = field(default_factory=dict)
+    weight_decay: Rate = 0.0
+    betas: Annotated[tuple[float, float], Check("two numbers from 0 to below 1", _fractions)] = (0.9, 0.999)
+
+
+def adamw(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
+    """AdamW over the trained parameters; A_log, D, dt_bias, norms and biases without weight decay."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            prefixes = [prefix for prefix in options.lr_of if is_under(name.removeprefix("model."), prefix)]
+            lr = options.lr_of[max(prefixes, key=len)] if prefixes else options.lr
+            decay = options.weight_decay if parameter.ndim > 1 and not name.endswith(".A_log") else 0.0
+            groups.setdefault((lr, decay), []).append(parameter)
+    listed: list[dict[str, Any]] = [{"params": p, "lr": lr, "weight_decay": d} for (lr, d), p in groups.items()]
+    return torch.optim.AdamW(listed, lr=options.lr, betas=options.betas)
+
+
+def gradient_clipping() -> Algorithm:
+    """Clips the norm of all gradients at 1."""
+    from composer.algorithms import GradientClipping
+
+    return GradientClipping("norm", 1.0)
+
+
+def cosine_schedule(warmup: str) -> ComposerScheduler:
+    """To zero at the end of the stage. Composer warns of each step of a warm-up that is none."""
+    from composer import Time
+    from composer.optim import CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
+
+    return CosineAnnealingWithWarmupScheduler(warmup) if Time.from_input(warmup).value else CosineAnnealingScheduler()
+
+
+def restore_options(trainer: Trainer, asked: list[dict[str, Any]]) -> None:
+    """Give the optimizer the recipe's options again: a checkpoint brings those of the launch that wrote it."""
+    (optimizer,), (scheduler,) = trainer.state.optimizers, trainer.state.schedulers
+    if len(asked) != len(scheduler.base_lrs) or any("lr" not in group for group in optimizer.param_groups):
+        what = "the optimizer groups parameters otherwise than in the checkpoint, which has no state for these groups"
+        raise RunError(f"{what}; leave lr_of as it was, and weight_decay 0 or not 0, or give the run a name of its own")
+    for group, options, peak in zip(optimizer.param_groups, asked, scheduler.base_lrs, strict=True):
+        if peak != options["lr"]:  # else it stays, bit by bit
+            group["lr"] *= options["lr"] / peak if peak else 0.0
+        group |= {name: options[name] for name in ("weight_decay", "betas")}
+    scheduler.base_lrs = [options["lr"] for options in asked]

@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import ssmvl
+from ssmvl.checkpoints import read_tensors
+from ssmvl.errors import BackendError, CheckpointError, DataError
+from ssmvl.generation.assistant import Assistant
+from ssmvl.model.build import build_processor
+from ssmvl.processing.batch import collate, pad
+
+PROMPTS = ["a", "what is this?", "", "x" * 90, "Which row?", "b", "cc"]
+
+
+@pytest.fixture(scope="module")
+def assistant() -> Assistant:
+    torch.manual_seed(3)
+    recipe = ssmvl.load_recipe("quickstart", "model.tokenizer=bytes", "model.language.num_tokens=257")
+    model = ssmvl.build_model(recipe, weights="recipe")
+    with torch.no_grad():
+        for block in model.language.layers:  # else a tied model repeats its last token, whatever it has seen
+            block.mixer.out_proj.weight.mul_(40)
+    return Assistant(model, build_processor(recipe, model), recipe)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image | None]:
+    colours = ["red", None, "blue", "white", None, "green", "black"]
+    return [c and Image.new("RGB", (50 + i, 40), c) for i, c in enumerate(colours)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_answers_do_not_depend_on_the_batch(assistant: Assistant, images: list[Image.Image | None], size: int) -> None:
+    alone = [assistant.generate([p], [i], max_new_tokens=16)[0] for p, i in zip(PROMPTS, images, strict=True)]
+    together: list[str] = []
+    for start in range(0, 7, size):
+        part = slice(start, start + size)
+        together += assistant.generate(PROMPTS[part], images[part], max_new_tokens=16)
+    assert together == alone
+    assert len(set(alone)) > 2
+
+
+@pytest.mark.parametrize("extra", [1, 40])
+def test_answers_do_not_depend_on_what_stands_in_the_padding(
+    assistant: Assistant, images: list[Image.Image | None], extra: int
+) -> None:
+    model, processor = assistant.model, assistant.processor
+    pairs = zip(PROMPTS, images, strict=True)
+    samples = [processor.encode([{"role": "user", "content": p}], [] if i is None else [i]) for p, i in pairs]
+    inputs = pad(collate(samples))
+    rows, length = inputs["ids"].shape
+    padded = torch.randint(257, (rows, length + extra))
+    for row, sample in zip(padded, samples, strict=True):
+        row[: len(sample["ids"])] = sample["ids"]
+    places = inputs["image_positions"]
+    with torch.no_grad():
+        visual, state = model.encode(inputs["images"]), model.language.new_state(rows)
+        logits = model.prefill(padded, inputs["lengths"], visual, places + places // length * extra, state)
+        answers = [processor.decode(ids) for ids in assistant._continue(logits, state, 16)]
+    assert answers == assistant.generate(PROMPTS, images, max_new_tokens=16)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_rows_that_a_caller_padded_on_either_side_give_the_same_text(
+    assistant: Assistant, images: list[Image.Image | None], size: int, side: str
+) -> None:
+    expected = assistant.generate(PROMPTS, images, max_new_tokens=16)
+    answers: list[str] = []
+    for start in range(0, 7, size):
+        prompts, shown = PROMPTS[start : start + size], images[start : start + size]
+        own = [i for i in shown if i is not None]
+        pairs = zip(prompts, ([] if i is None else [i] for i in shown), strict=True)
+        rows = [assistant.processor.encode([{"role": "user", "content": p}], i)["ids"] for p, i in pairs]
+        width = max(map(len, rows)) + 5
+        ids, mask = torch.randint(257, (len(rows), width)), torch.zeros(len(rows), width, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            before = {"left": width - len(row), "right": 0, "both": (width - len(row)) // 2}[side]
+            ids[number, before : before + len(row)] = row
+            mask[number, before : before + len(row)] = True
+        answers += assistant.generate_ids(ids, mask, own, max_new_tokens=16)
+    assert answers == expected
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([[1, 2]], [[1]], r"one shape \(B, T\), received \(1, 2\), \(1, 1\)"),
+        ([[1, 2], [3, 4]], [[1, 1], [0, 0]], "row 1 has no real position"),
+        ([[1, 9999]], [[1, 1]], "row 0 has the id 9999; ids are 0…"),
+        ([[1, -7]], [[1, 1]], "row 0 has the id -7"),
+        ([[1, -1]], [[1, 1]], r"0 images of 9 places each, but the rows have \[1\] image places"),
+    ],
+)
+def test_ids_that_cannot_be_read_are_refused(
+    assistant: Assistant, ids: list[list[int]], mask: list[list[int]], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        assistant.generate_ids(torch.tensor(ids), torch.tensor(mask))
+
+
+def test_ids_of_no_rows(assistant: Assistant) -> None:
+    assert assistant.generate_ids(torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_answers_are_the_same(assistant: Assistant, images: list[Image.Image | None]) -> None:
+    compiled = Assistant(assistant.model, assistant.processor, assistant.recipe)
+    compiled.compile()
+    expected = assistant.generate(PROMPTS[:2], images[:2], max_new_tokens=16)
+    assert compiled.generate(PROMPTS[:2], images[:2], max_new_tokens=16) == expected
+
+
+def test_greedy_equals_reading_the_whole_text_again(assistant: Assistant, images: list[Image.Image | None]) -> None:
+    model, processor = assistant.model, assistant.processor
+    (answer,) = assistant.generate(["why?"], [images[0]], max_new_tokens=6)
+    sample = processor.encode([{"role": "user", "content": "why?"}], [images[0]])
+    ids, expected = sample["ids"], []
+    for _ in range(6):
+        places = (ids == -1).nonzero().squeeze(1)
+        with torch.no_grad():
+            logits = model(ids[None], places, torch.tensor([len(ids) - 1]), sample["images"])
+        expected.append(int(logits[0, :257].argmax()))
+        ids = torch.cat([ids, torch.tensor(expected[-1:])])
+    cut = expected.index(processor.end_id) if processor.end_id in expected else 6
+    assert answer == processor.decode(expected[:cut])
+
+
+def test_an_answer_ends_at_the_end_token_and_padded_rows_are_never_sampled(assistant: Assistant) -> None:
+    logits = torch.full((2, 272), -1.0)
+    logits[:, 260:] = 9.0  # rows of the embedding that no token has
+    logits[0, 5], logits[1, assistant.processor.end_id] = 1.0, 1.0
+    rows = assistant._continue(logits, assistant.model.language.new_state(2), limit=1)
+    assert rows == [[5], []]
+
+
+def test_no_prompts_no_tokens(assistant: Assistant) -> None:
+    assert assistant.generate([]) == []
+    assert assistant.generate(["a"], max_new_tokens=0) == [""]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a",), r"list of texts, received one text; write generate\(\[prompt\], \[image\]\)"),
+        ((None,), "list of texts, received a NoneType"),
+        ((["a", 5],), "list of texts; number 1 is a int: 5"),
+        ((["a"], Image.new("RGB", (8, 8))), "images must be a list, received a Image"),
+        ((["a"], "x"), "images must be a list, received a str"),
+        ((["a"], b"x"), "images must be a list, received a bytes"),
+        ((["a"], Path("x")), "images must be a list, received a PosixPath"),
+    ],
+)
+def test_what_is_no_list_is_refused(assistant: Assistant, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        assistant.generate(*arguments)
+
+
+@pytest.mark.parametrize("limit", ["5", 2.5, None])
+def test_a_length_that_is_no_whole_number_is_refused(assistant: Assistant, limit: Any) -> None:
+    with pytest.raises(DataError, match="max_new_tokens must be a whole number, received"):
+        assistant.generate(["a"], max_new_tokens=limit)
+    with pytest.raises(DataError, match="max_new_tokens must be a whole number, received"):
+        assistant.generate_ids(torch.ones(1, 1), torch.ones(1, 1), max_new_tokens=limit)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bf16"}, "dtype must be one of floating point, such as torch.bfloat16; received 'bf16'"),
+        ({"dtype": torch.int8}, "received torch.int8"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used here"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+        ({"device": 2.5}, "device 2.5 cannot be used here"),
+    ],
+)
+def test_a_device_or_dtype_that_is_none_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BackendError, match=message) as caught:
+        ssmvl.load(tmp_path, **options)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_images_and_prompts_must_match_in_number(assistant: Assistant) -> None:
+    with pytest.raises(DataError, match="2 prompts, but 1 images"):
+        assistant.generate(["a", "b"], [None])
+
+
+def test_an_image_that_cannot_be_decoded_is_named(assistant: Assistant, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("no image")
+    with pytest.raises(DataError, match=r"x\.png: cannot be decoded"):
+        assistant.generate(["a"], [tmp_path / "x.png"])
+
+
+def test_saved_and_loaded_answers_the_same(
+    assistant: Assistant, images: list[Image.Image | None], tmp_path: Path
+) -> None:
+    assistant.save_pretrained(tmp_path / "model")
+    loaded = ssmvl.load(tmp_path / "model")
+    ours = assistant.model.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in loaded.model.state_dict().items())
+    assert loaded.generate(PROMPTS, images, max_new_tokens=5) == assistant.generate(PROMPTS, images, max_new_tokens=5)
+    assert ssmvl.load(tmp_path).recipe == loaded.recipe, "the folder above, as a run leaves it"
+
+
+def test_weights_from_elsewhere_are_asked_with_a_recipe(
+    assistant: Assistant, images: list[Image.Image | None], tmp_path: Path
+) -> None:
+    assistant.save_pretrained(tmp_path / "model")
+    alone = (tmp_path / "model" / "model.safetensors").rename(tmp_path / "alone.safetensors")
+    loaded = ssmvl.load(alone, recipe=assistant.recipe)
+    assert loaded.generate(PROMPTS, images, max_new_tokens=5) == assistant.generate(PROMPTS, images, max_new_tokens=5)
+    assert (
+        next(ssmvl.load("recipe", recipe="quickstart", dtype=torch.bfloat16).model.parameters()).dtype is torch.bfloat16
+    )
+
+
+def test_saving_again_replaces_the_folder_whole(assistant: Assistant, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    assistant.save_pretrained(folder)
+    assistant.save_pretrained(folder)
+    assert {p.name for p in folder.iterdir()} == {
+        "model.safetensors",
+        "recipe.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "ssmvl.json",
+        "README.md",
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds other files \(notes\.txt\)"):
+        assistant.save_pretrained(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_failed_save_leaves_the_old_folder(
+    assistant: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assistant.save_pretrained(tmp_path / "model")
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("ssmvl.checkpoints.files.write_tensors", full)
+    with pytest.raises(CheckpointError, match="no space"):
+        assistant.save_pretrained(tmp_path / "model")
+    assert read_tensors(tmp_path / "model" / "model.safetensors")[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_folder_is_named_as_on_the_command_line(
+    assistant: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assistant.save_pretrained("~/model")
+    assistant.save_language("~/language")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "language" / "model.safetensors").is_file()
+    assert ssmvl.load("~/model").recipe == ssmvl.load(tmp_path / "model").recipe
+
+
+@pytest.mark.parametrize("name", ["file", "file/model"])
+def test_a_file_in_the_way_stays(assistant: Assistant, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    for save in (assistant.save_pretrained, assistant.save_language):
+        with pytest.raises(CheckpointError, match=rf"{name} cannot be written as a folder"):
+            save(tmp_path / name)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_model_card_that_somebody_wrote_stays(assistant: Assistant, tmp_path: Path) -> None:
+    assistant.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    ours = card.read_text()
+    card.write_text(ours.replace("fusion channel", "fusion of old"))
+    assistant.save_pretrained(tmp_path)
+    assert card.read_text() == ours
+    card.write_bytes(b"# Mine, \xe9tranger\r\n")
+    assistant.save_pretrained(tmp_path)
+    assert card.read_bytes() == b"# Mine, \xe9tranger\r\n"
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"format_version": 99}'])
+def test_a_folder_of_no_or_a_newer_format_is_refused(assistant: Assistant, tmp_path: Path, text: str) -> None:
+    assistant.save_pretrained(tmp_path)
+    (tmp_path / "ssmvl.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"ssmvl\.json cannot be read|format version 99"):
+        ssmvl.load(tmp_path)
+
+
+def test_the_folder_says_what_wrote_it(assistant: Assistant, tmp_path: Path) -> None:
+    assistant.save_pretrained(tmp_path / "model")
+    about = json.loads((tmp_path / "model" / "ssmvl.json").read_text())
+    assert (about["format_version"], about["ssmvl"]) == (1, ssmvl.__version__)

@@ -1,0 +1,201 @@
+"""Weights of a folder of ours, read into the model of another recipe: refused where shapes hide a difference."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hub import Hub
+
+import ssmvl
+from ssmvl.checkpoints import read_tensors, write_tensors
+from ssmvl.errors import CheckpointError
+from ssmvl.generation.assistant import Assistant
+from ssmvl.model.build import build_processor
+
+TWICE = (  # a scan order with as many paths as bsm
+    "import ssmvl, torch\n"
+    "def twice(grid): return torch.arange(grid.length).repeat(2, 1)\n"
+    "@ssmvl.hookimpl\n"
+    "def ssmvl_register(register): register('scan_order', 'twice', twice)\n"
+)
+
+
+BOTH = (  # bsm under another name
+    "import ssmvl, torch\n"
+    "def both(grid): return torch.stack([torch.arange(grid.length), torch.arange(grid.length).flip(0)])\n"
+    "@ssmvl.hookimpl\n"
+    "def ssmvl_register(register): register('scan_order', 'both', both)\n"
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's model, saved."""
+    recipe = ssmvl.load_recipe("quickstart")
+    model = ssmvl.build_model(recipe)
+    folder = tmp_path_factory.mktemp("run") / "model"
+    Assistant(model, build_processor(recipe, model), recipe).save_pretrained(folder)
+    return folder
+
+
+def refusal(saved: Path, *overrides: str) -> list[str]:
+    with pytest.raises(CheckpointError) as error:
+        ssmvl.build_model("quickstart", *overrides, weights=saved)
+    first, *lines, last = str(error.value).splitlines()
+    assert first.startswith(f"{saved} holds weights of another model than ")
+    assert last == "write into the recipe what they were saved with, or build from the folder itself"
+    return [line.strip() for line in lines]
+
+
+def each(layers: int, part: str, line: str) -> list[str]:
+    return [f"{part}.layers.{i}.mixer.{line}" for i in range(layers)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        (
+            ["model.connector.mixer.merge=sum"],
+            each(2, "connector", "folding.merge_by: saved with 'mean', here 'sum'"),
+        ),
+        (
+            ["model.language.mixer.dt_limit=[0.0, 1.0]", "model.language.mixer.norm_groups=2"],
+            [
+                *each(4, "language", "dt_limit: saved with (0.0, inf), here (0.0, 1.0)"),
+                *each(4, "language", "norm.groups: saved with 1, here 2"),
+            ],
+        ),
+        (
+            ["model.fusion.order=[coarse, fine]"],
+            ["fusion.order: saved with ('fine', 'coarse'), here ('coarse', 'fine')"],
+        ),
+        (["model.language.tied=false"], ["language.lm_head: saved with nothing, here 'Linear'"]),
+    ],
+)
+def test_what_differs_is_listed(saved: Path, overrides: list[str], lines: list[str]) -> None:
+    assert sorted(refusal(saved, *overrides)) == sorted(lines)
+
+
+def test_another_stem_differs_in_mean_and_std(saved: Path) -> None:
+    mean, std, *stem = refusal(saved, "model.encoders.fine.stem=coarse")
+    assert mean == "encoders.fine.mean: saved with (0.5, 0.5, 0.5), here (0.0, 0.0, 0.0)"
+    assert std == "encoders.fine.std: saved with (0.5, 0.5, 0.5), here (1.0, 1.0, 1.0)"
+    assert stem
+    assert all(line.startswith("encoders.fine.vit.patch_embed.layers.") for line in stem)
+
+
+def test_another_component_and_an_encoder_more(saved: Path) -> None:
+    coarse = "model.encoders={extra: {name: digit_vit, stem: coarse}}"
+    assert refusal(saved, coarse, "model.fusion=sequence", "model.fusion.order=[fine, coarse, extra]") == [
+        "encoders.extra: saved with nothing, here 'ssmvl.vision.encoders.VitEncoder'",
+        "fusion: saved with 'ssmvl.vision.fusion.ChannelFusion', here 'ssmvl.vision.fusion.SequenceFusion'",
+        "connector.paths.order: saved with 'ssmvl.scans.bsm', here 'ssmvl.scans.bsm'",  # on three maps
+        "connector.stem.0.in_features: saved with 256, here 128",
+    ]
+
+
+def test_only_the_first_differences_are_listed(saved: Path) -> None:
+    assert refusal(saved, "model.language.num_layers=40")[-1] == "and 16 more"
+
+
+def test_another_scan_order_of_the_same_shapes(saved: Path, install_plugin: Callable[..., None]) -> None:
+    install_plugin("twice", TWICE)
+    assert refusal(saved, "model.connector.scan_order=twice") == [
+        "connector.paths.order: saved with 'ssmvl.scans.bsm', here 'twice.twice'"
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.connector.mixer.merge=mean", "model.language.mixer.norm_groups=1", "model.language.vocab_multiple=16"],
+        ["model.language.mixer.dt_limit=[0, .inf]", "model.language.tied=true", "model.language.weights=other/model"],
+        ["model.prompt=zephyr", "model.tokenizer=bytes", "seed=3", "stages.align.batch=8"],
+        ["model.fusion={name: channel}"],
+        ["model.language.mixer.dt_init=[0.2, 0.3]", "model.connector.mixer.A_init=[1.0, 2.0]"],
+        ["model.connector.scan_order=both"],
+    ],
+)
+def test_equal_models_however_they_are_written(
+    saved: Path, overrides: list[str], install_plugin: Callable[..., None]
+) -> None:
+    install_plugin("both", BOTH)
+    model = ssmvl.build_model("quickstart", *overrides, weights=saved).state_dict()
+    theirs = ssmvl.load(saved, device="cpu").model.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.items())
+
+
+def test_a_default_left_out_here_and_written_out_there(saved: Path) -> None:
+    text = (saved / "recipe.yaml").read_text()
+    left_out = text.replace("      scan_order: bsm\n", "").replace("    scan_order: bsm\n", "")
+    assert left_out != text
+    try:
+        (saved / "recipe.yaml").write_text(left_out)
+        ssmvl.build_model("quickstart", weights=saved)
+    finally:
+        (saved / "recipe.yaml").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("msc_advanced", "msc_gone"), r"model\.connector: no connector named 'msc_gone'"),
+        (("model:", "modle:"), r"recipe\.yaml, which the weights were saved with, cannot be built: "),
+    ],
+)
+def test_a_saved_recipe_that_cannot_be_read(saved: Path, tmp_path: Path, change: tuple[str, str], said: str) -> None:
+    (tmp_path / "model.safetensors").symlink_to(saved / "model.safetensors")
+    (tmp_path / "recipe.yaml").write_text((saved / "recipe.yaml").read_text().replace(*change))
+    with pytest.raises(CheckpointError, match=said):
+        ssmvl.build_model("quickstart", weights=tmp_path)
+    (tmp_path / "recipe.yaml").unlink()
+    ssmvl.build_model("quickstart", weights=tmp_path)  # a file alone is compared by names and shapes
+
+
+def test_a_saved_prompt_of_a_package_that_is_not_here(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(saved / "model.safetensors")
+    text = (saved / "recipe.yaml").read_text()
+    assert "name: mamba\n" in text
+    (tmp_path / "recipe.yaml").write_text(text.replace("name: mamba\n", "name: theirs\n"))
+    ssmvl.build_model("quickstart", weights=tmp_path)
+
+
+def test_a_saved_model_in_the_hub(saved: Path, hub: Hub) -> None:
+    folder = hub.model("someone/small")
+    for path in saved.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    model = ssmvl.build_model("quickstart", weights="someone/small")
+    written = read_tensors(saved / "model.safetensors")[0]
+    assert all(torch.equal(tensor, written[name]) for name, tensor in model.state_dict().items())
+
+
+VIT = "name: timm, model: vit_small_patch16_224"
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "said"),
+    [
+        (f"{VIT}.dino", f"{VIT}, weights: dino", ""),
+        (f"{VIT}.dino", f"{VIT}.dino, image_size: 224", ""),
+        (f"{VIT}.augreg_in1k", f"{VIT}.augreg_in21k", ""),  # of one mean and std; the values are the file's
+        (f"{VIT}.dino", VIT, "encoders.one.mean: saved with (0.485, 0.456, 0.406), here (0.5, 0.5, 0.5)"),
+        (f"{VIT}, weights: dino", f"{VIT}, weights: augreg_in1k", "encoders.one.std: saved with (0.229, 0.224, 0.225)"),
+        (f"{VIT}.dino", f"{VIT}.dino, resize: resize-crop", "encoders.one.image_spec: saved with ImageSpec(size=224"),
+        (f"{VIT}.dino", f"{VIT}.dino, image_size: 240", "encoders.one.grid: saved with Grid(maps=1, rows=14"),
+    ],
+)
+def test_the_tag_of_an_encoder_counts_where_it_decides_mean_and_std(
+    there: str, here: str, said: str, tmp_path: Path
+) -> None:
+    def recipe(encoder: str) -> ssmvl.Recipe:
+        others = ["model.encoders.fine=null", "model.encoders.coarse=null", "model.fusion.order=null"]
+        return ssmvl.load_recipe("quickstart", *others, f"model.encoders.one={{{encoder}}}")
+
+    write_tensors(tmp_path / "model.safetensors", {"language.none": torch.zeros(1)})
+    (tmp_path / "recipe.yaml").write_text(recipe(there).to_yaml())
+    with pytest.raises(CheckpointError, match=re.escape(said or "model.safetensors does not fit the model")):
+        ssmvl.build_model(recipe(here), weights=tmp_path)

@@ -1,0 +1,185 @@
+"""Saved models: in shards, to the hub and back, the language model for transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ssmvl
+from ssmvl.checkpoints import files
+from ssmvl.errors import CheckpointError, ContractError
+from ssmvl.generation.assistant import Assistant
+from ssmvl.model.build import build_processor
+
+
+@pytest.fixture(scope="module")
+def assistant() -> Assistant:
+    recipe = ssmvl.load_recipe("quickstart")
+    model = ssmvl.build_model(recipe)
+    return Assistant(model, build_processor(recipe, model), recipe)
+
+
+def assert_equal(first: Assistant, second: Assistant) -> None:
+    ours, theirs = first.model.state_dict(), second.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert first.recipe.data == second.recipe.data
+    assert first.processor.end == second.processor.end
+
+
+def test_shards_are_bit_equal(assistant: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "SHARD", 10**6)
+    assistant.save_pretrained(tmp_path / "model")
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 2
+    assert_equal(ssmvl.load(tmp_path / "model"), assistant)
+
+
+def test_a_shard_that_did_not_arrive(assistant: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "SHARD", 10**6)
+    assistant.save_pretrained(tmp_path / "model")
+    max((tmp_path / "model").glob("model-*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match=r"model-0000\d-of-0000\d\.safetensors: missing"):
+        ssmvl.load(tmp_path / "model")
+
+
+def test_to_the_hub_and_back(assistant: Assistant, tmp_path: Path, hub: Any) -> None:
+    address = assistant.push_to_hub("someone/small")
+    assert address.startswith(hub.url)
+    assert hub.files("someone/small")["README.md"].decode().startswith("---\nlibrary_name: ssmvl")
+    assert_equal(ssmvl.load("someone/small"), assistant)
+    hub.close()
+    assert_equal(ssmvl.load("someone/small"), assistant)
+
+
+def test_a_push_over_a_larger_model_leaves_none_of_its_shards(
+    assistant: Assistant, hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "SHARD", 10**6)
+    assistant.push_to_hub("someone/small")
+    assert "model.safetensors.index.json" in hub.files("someone/small")
+    monkeypatch.setattr(files, "SHARD", 10**9)
+    recipe = assistant.recipe
+    other = Assistant(ssmvl.build_model(recipe), assistant.processor, recipe)
+    other.push_to_hub("someone/small")
+    assert_equal(ssmvl.load("someone/small"), other)
+
+
+def test_a_model_card_that_somebody_wrote_stays_in_the_hub(assistant: Assistant, hub: Any) -> None:
+    assistant.push_to_hub("someone/small")
+    card = hub.model("someone/small") / "README.md"
+    ours = card.read_text()
+    card.write_text(ours.replace("fusion channel", "fusion of old"))
+    assistant.push_to_hub("someone/small")
+    assert card.read_text() == ours
+    card.write_text("# Mine\n")
+    assistant.push_to_hub("someone/small")
+    assert card.read_text() == "# Mine\n"
+
+
+@pytest.mark.parametrize("name", ["small", "no such/model", "a/b/c", "", None, "a--b/c"])
+def test_a_push_to_what_names_no_model(assistant: Assistant, hub: Any, name: Any) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"names no model of the hub; write owner/model|cannot be pushed"
+    ) as caught:
+        assistant.push_to_hub(name)
+    assert len(str(caught.value).splitlines()) == 1
+    assert hub.requests == []
+
+
+def test_a_push_without_a_connection(assistant: Assistant, hub: Any) -> None:
+    hub.close()
+    with pytest.raises(CheckpointError, match=r"someone/small: cannot be pushed to the hub \("):
+        assistant.push_to_hub("someone/small")
+
+
+def test_what_the_hub_does_not_have(hub: Any) -> None:
+    with pytest.raises(CheckpointError, match="someone/none: no such file or folder here, and it cannot be fetched"):
+        ssmvl.load("someone/none")
+    hub.model("someone/empty").joinpath("notes.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds no saved model"):
+        ssmvl.load("someone/empty")
+
+
+def test_nothing_is_fetched_that_nobody_asked_for(hub: Any) -> None:
+    language = "model.language={weights: someone/big}"
+    timm = "model.encoders.fine={name: timm, model: vit_tiny_patch16_224, weights: augreg_in21k_ft_in1k}"
+    clip = "model.encoders.coarse={name: open_clip, model: ViT-B-16-quickgelu, weights: openai}"
+    ssmvl.build_model("quickstart", language, timm, clip, "model.tokenizer=someone/words")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_language_model_from_the_hub(hub: Any, name: str) -> None:
+    source = ssmvl.build_model("quickstart").language
+    tensors = {f"backbone.{key}": t for key, t in source.state_dict().items()}
+    folder = hub.model("someone/language")
+    (folder / "config.json").write_text('{"ssm_cfg": {"layer": "Mamba2", "d_state": 16, "headdim": 32, "ngroups": 4}}')
+    if name == "pytorch_model.bin":
+        torch.save(tensors, folder / name)
+    else:
+        files.write_tensors(folder / name, tensors)
+    mixer = "{name: mamba2, norm_groups: 4}"
+    overrides = [f"model.language={{weights: someone/language, mixer: {mixer}}}"]
+    model = ssmvl.build_model("quickstart", *overrides, weights="recipe")
+    for key, tensor in model.language.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[key])
+
+
+def test_the_language_model_for_transformers(assistant: Assistant, tmp_path: Path) -> None:
+    assistant.save_language(tmp_path / "language")
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "language")
+    transformers.logging.set_verbosity(before)
+    ids = torch.tensor([tokenizer("What is in row 2?").input_ids])
+    assert ids[0].tolist() == assistant.processor.tokenizer.encode("What is in row 2?").ids
+    assert tokenizer.eos_token_id == assistant.processor.end_id
+    language: Any = assistant.model.language
+    with torch.no_grad():
+        expected = language.head(language.backbone(language.embed(ids)))
+        torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_language_model_of_transformers_itself(tmp_path: Path, assistant: Assistant) -> None:
+    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"intermediate_size": 48, "vocab_size": 400, "tie_word_embeddings": True}
+    recipe = ssmvl.load_recipe("quickstart", f"model.language={{name: causal_lm, num_tokens: 339, config: {config}}}")
+    own = Assistant(ssmvl.build_model(recipe), assistant.processor, recipe)
+    own.save_language(tmp_path / "language")
+    theirs, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval(), torch.tensor([[3, 1, 4]])
+    language: Any = own.model.language
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, language.head(language.backbone(language.embed(ids))))
+
+
+def test_transformers_stops_where_an_answer_ends(tmp_path: Path, assistant: Assistant) -> None:
+    """Its own models too, whose config names another end."""
+    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"intermediate_size": 48, "vocab_size": 400, "eos_token_id": 2}
+    tokens = assistant.processor.tokenizer.get_vocab_size()
+    theirs = f"model.language={{name: causal_lm, num_tokens: {tokens}, config: {config}}}"
+    for name, overrides in (("ours", []), ("theirs", [theirs])):
+        recipe = ssmvl.load_recipe("quickstart", *overrides)
+        model, end = ssmvl.build_model(recipe), assistant.processor.end_id
+        Assistant(model, assistant.processor, recipe).save_language(tmp_path / name)
+        language = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        assert language.generation_config.eos_token_id == end
+        language.get_output_embeddings().register_forward_hook(
+            lambda module, inputs, logits, end=end: logits.index_fill(-1, torch.tensor([end]), 1e9)
+        )
+        ids = torch.tensor([[3, 1, 4]])
+        assert language.generate(ids, do_sample=False, max_new_tokens=8)[0].tolist() == [3, 1, 4, end]
+
+
+def test_a_language_model_that_transformers_has_not(assistant: Assistant, tmp_path: Path) -> None:
+    recipe = ssmvl.load_recipe("quickstart", "model.language.mixer.norm_groups=4")
+    other = Assistant(ssmvl.build_model(recipe), assistant.processor, recipe)
+    with pytest.raises(ContractError, match="norm_groups must be 1"):
+        other.save_language(tmp_path / "language")
+    assert not (tmp_path / "language").exists()

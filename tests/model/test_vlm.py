@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ssmvl
+from ssmvl.errors import ShapeError
+from ssmvl.model.build import build_processor
+from ssmvl.model.vlm import VisionLanguageModel
+from ssmvl.processing.batch import Batch, collate, pack, pad
+from ssmvl.processing.processor import Processor
+from ssmvl.processing.transforms import Image
+
+
+@pytest.fixture(scope="module")
+def model() -> VisionLanguageModel:
+    return ssmvl.build_model("quickstart", weights="recipe")
+
+
+@pytest.fixture(scope="module")
+def processor(model: VisionLanguageModel) -> Processor:
+    return build_processor(ssmvl.load_recipe("quickstart"), model)
+
+
+def samples(processor: Processor, images: list[int]) -> list[dict[str, Any]]:
+    """One for each number: that many images, and texts of different lengths."""
+    made = []
+    for i, count in enumerate(images):
+        pictures = [Image.new("RGB", (48, 48), (40 * i, 90 * k, 200)) for k in range(count)]
+        talk = [{"role": "user", "content": "q" * (3 * i)}, {"role": "assistant", "content": "a" * (i + 1)}]
+        made.append(processor.encode(talk, pictures, train=True))
+    return made
+
+
+def batch(processor: Processor, images: list[int]) -> Batch:
+    return collate(samples(processor, images))
+
+
+def test_logits_are_given_at_supervised_positions_only(model: VisionLanguageModel, processor: Processor) -> None:
+    inputs = pad(batch(processor, [1, 0, 2]))
+    assert model(**inputs).shape == (len(inputs["labels"]), model.language.vocab_rows)
+
+
+def test_packed_and_padded_give_one_loss_and_one_gradient(model: VisionLanguageModel, processor: Processor) -> None:
+    found = []
+    for layout in (pad, pack):
+        model.zero_grad()
+        inputs = layout(batch(processor, [1, 0, 2, 1]))
+        logits = model(**inputs)
+        torch.nn.functional.cross_entropy(logits, inputs["labels"]).backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((logits.detach(), gradients))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-4)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_each_sample_sees_its_own_images(model: VisionLanguageModel, processor: Processor) -> None:
+    together = model(**pack(batch(processor, [1, 2, 1])))
+    changed = batch(processor, [1, 2, 1])
+    (spec,) = changed["images"]
+    changed["images"][spec][1] = 255 - changed["images"][spec][1]  # the second sample's first image
+    moved = (model(**pack(changed)) - together).abs().amax(1) > 1e-4
+    assert moved.tolist() == [False] * 2 + [True] * 3 + [False] * 4
+
+
+def test_a_batch_of_text_only_reaches_every_part_with_gradient_zero(
+    model: VisionLanguageModel, processor: Processor
+) -> None:
+    model.zero_grad()
+    model(**pack(batch(processor, [0, 0]))).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.connector.parameters())
+
+
+def test_images_and_places_that_differ_in_number_are_refused(model: VisionLanguageModel, processor: Processor) -> None:
+    inputs = pack(batch(processor, [1, 1]))
+    (spec,) = inputs["images"]
+    with pytest.raises(ShapeError, match="1 images of 9 visual tokens do not fill 18 places"):
+        model(**{**inputs, "images": {spec: inputs["images"][spec][:1]}})
+    with pytest.raises(ShapeError, match="do not fill 18 places"):
+        model(**{**inputs, "images": {spec: inputs["images"][spec][:0]}})
+
+
+def test_prefill_and_steps_equal_forward(model: VisionLanguageModel, processor: Processor) -> None:
+    whole_samples = samples(processor, [1, 0, 2])
+    inputs = pad(collate(whole_samples))
+    with torch.no_grad():
+        state = model.language.new_state(3)
+        visual = model.encode(inputs["images"])
+        logits = model.prefill(inputs["ids"], inputs["lengths"], visual, inputs["image_positions"], state)
+        length = inputs["ids"].shape[1]
+        ends = torch.arange(3) * length + inputs["lengths"] - 1
+        whole = model(**{**inputs, "label_positions": ends})
+        torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-4)
+        stepped = model.step(torch.tensor([1, 2, 3]), state)
+        longer = [
+            {**s, **{key: torch.cat([s[key], torch.tensor([i])]) for key in ("ids", "labels")}}
+            for i, s in enumerate(whole_samples, 1)
+        ]
+        again = pad(collate(longer))
+        ends = torch.arange(3) * again["ids"].shape[1] + again["lengths"] - 1
+        torch.testing.assert_close(stepped, model(**{**again, "label_positions": ends}), atol=1e-5, rtol=1e-4)
+
+
+def test_shard_units_are_encoders_connector_layers_and_language_blocks(model: VisionLanguageModel) -> None:
+    units = {name for name, module in model.named_modules() if model.fsdp_wrap_fn(module)}
+    assert units == {
+        *(f"encoders.{name}" for name in ("fine", "coarse")),
+        *(f"connector.layers.{i}" for i in range(2)),
+        *(f"language.layers.{i}" for i in range(4)),
+    }

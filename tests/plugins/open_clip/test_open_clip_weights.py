@@ -1,0 +1,243 @@
+"""Weights of open_clip's towers: files, folders and tags, read strictly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import safetensors.torch
+import timm
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file
+from ssmvl_open_clip.encoders import open_clip_encoder
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssmvl.checkpoints import hub, write_tensors
+from ssmvl.errors import CheckpointError, ContractError
+from ssmvl.interfaces import Grid
+
+Refused = Callable[[nn.Module, str], None]
+Written = Callable[[str], Path]
+Loaded = Callable[..., Any]
+
+SIZE, PATCH, WIDTH = 64, 16, 32
+HALF = (0.5, 0.5, 0.5)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+pytestmark = pytest.mark.usefixtures("small_models")
+
+
+def images(size: int) -> Tensor:
+    return torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
+
+
+def changed(place: Path, part: str, **values: Any) -> None:
+    path = place / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    inside = config
+    for key in filter(None, part.split(".")):
+        inside = inside[key]
+    inside.update(values)
+    path.write_text(json.dumps(config))
+
+
+@pytest.fixture
+def tagged(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A small model whose tags differ in mean and std, and in QuickGELU."""
+    halves = {"mean": HALF, "std": HALF}
+    tags: dict[str, Any] = {"default": {}, "halves": halves, "quick": {**halves, "quick_gelu": True}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small-clip", tags)
+    return "small-clip"
+
+
+@pytest.mark.parametrize("size", [48, 64, 96])
+def test_positions_of_clip_are_resampled_as_open_clip_does(size: int, written: Written, loaded: Loaded) -> None:
+    path = written("small-clip")
+    encoder = loaded("small-clip", path, image_size=size)
+    side = size // PATCH
+    assert encoder.grid == Grid(1, side, side)
+    own = load_file(path)["visual.positional_embedding"]
+    grid = own[1:].T.unflatten(1, (4, 4))[None]
+    if size != SIZE:
+        grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True, align_corners=False)
+    expected = torch.cat([own[:1], grid[0].flatten(1).T])
+    torch.testing.assert_close(encoder.visual.positional_embedding, expected, rtol=0, atol=0)
+    assert encoder(images(size)).shape == (2, side * side, WIDTH)
+
+
+def test_positions_of_a_trunk_are_resampled_as_timm_does(written: Written, loaded: Loaded) -> None:
+    path = written("small-siglip")
+    encoder = loaded("small-siglip", path, image_size=96)
+    overlay = {"file": str(path)}
+    expected = timm.create_model(
+        "test_vit3", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, img_size=96
+    ).state_dict()
+    found = encoder.vit.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert encoder(images(96)).shape == (2, 36, 96)
+
+
+def test_weights_are_loaded_when_asked_and_not_before(written: Written) -> None:
+    path, pixels = written("small-clip"), images(SIZE)
+    encoder = open_clip_encoder("small-clip", weights=str(path)).eval()
+    before = encoder(pixels)
+    expected = {key: tensor for key, tensor in load_file(path).items() if key.startswith("visual.")}
+    encoder.load_weights()
+    assert not torch.equal(encoder(pixels), before)
+    assert encoder.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in encoder.state_dict().items())
+    plain = open_clip_encoder("small-clip").eval()
+    before = plain(pixels)
+    plain.load_weights()
+    assert torch.equal(plain(pixels), before)
+
+
+@pytest.fixture(params=["small-clip", "small-siglip"])
+def folder(tmp_path: Path, request: pytest.FixtureRequest, written: Written) -> tuple[str, Path]:
+    """A model's name, and a folder as open_clip writes them for the hub."""
+    name, place = request.param, tmp_path / "folder"
+    place.mkdir()
+    written(name).rename(place / "open_clip_model.safetensors")
+    (place / "open_clip_pytorch_model.bin").write_bytes(b"no pickle is read")
+    config = open_clip.get_model_config(name)
+    config["vision_cfg"].setdefault("mlp_ratio", 4.0)  # what one config writes and another leaves to the default
+    preprocess = {"mean": list(CLIP_MEAN), "std": [0.26862954, 0.26130258, 0.27577711]}
+    (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    return name, place
+
+
+def test_reads_a_folder_without_a_network(
+    folder: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, loaded: Loaded
+) -> None:
+    name, place = folder
+    monkeypatch.setattr(hub, "hf_hub_download", None)
+    encoder = open_clip_encoder(name, weights=f"local-dir:{place}").eval()
+    encoder.load_weights()
+    pixels = images(encoder.image_spec.size)
+    assert torch.equal(encoder(pixels), loaded(name, place / "open_clip_model.safetensors")(pixels))
+
+
+def test_a_folder_of_another_model_is_refused(folder: tuple[str, Path], assert_refused: Refused) -> None:
+    name, place = folder
+    encoder = open_clip_encoder(name, weights=f"local-dir:{place}")
+    changed(place, "model_cfg.vision_cfg", head_width=8)
+    changed(place, "model_cfg", quick_gelu=True)
+    assert_refused(encoder, "those of another model: quick_gelu is True, .* has False; vision_cfg.head_width is 8")
+
+
+def test_a_folder_of_another_size_and_other_dropout_is_taken(folder: tuple[str, Path]) -> None:
+    name, place = folder
+    changed(place, "model_cfg.vision_cfg", image_size=500, patch_dropout=0.5, timm_drop=0.1, timm_drop_path=0.1)
+    encoder = open_clip_encoder(name, weights=f"local-dir:{place}", image_size=80)
+    encoder.load_weights()
+    assert encoder.grid == Grid(1, 5, 5)
+
+
+def test_a_folder_with_other_statistics_is_refused(folder: tuple[str, Path], assert_refused: Refused) -> None:
+    name, place = folder
+    changed(place, "preprocess_cfg", mean=[0.5, 0.5, 0.5])
+    encoder = open_clip_encoder(name, weights=f"local-dir:{place}")
+    assert_refused(encoder, rf"open_clip_config\.json: mean is \(0\.5, 0\.5, 0\.5\).*no tag {name}:TAG has those$")
+
+
+def test_other_statistics_name_the_tags_that_have_them(folder: tuple[str, Path], tagged: str) -> None:
+    place = folder[1]
+    config = {"model_cfg": open_clip.get_model_config(tagged), "preprocess_cfg": {"mean": HALF, "std": HALF}}
+    (place / "open_clip_config.json").write_text(json.dumps(config))
+    encoder = open_clip_encoder(tagged, weights=f"local-dir:{place}")
+    with pytest.raises(CheckpointError, match=f"write model: {tagged}:TAG with one of halves$"):
+        encoder.load_weights()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_cfg": 3}', '{"model_cfg": {"vision_cfg": {"x": 1}}}'])
+def test_a_folder_whose_config_is_none_is_refused(folder: tuple[str, Path], text: str, assert_refused: Refused) -> None:
+    name, place = folder
+    (place / "open_clip_config.json").write_text(text)
+    assert_refused(open_clip_encoder(name, weights=f"local-dir:{place}"), r"open_clip_config\.json: ")
+
+
+def test_a_folder_without_safetensors_is_refused(folder: tuple[str, Path], assert_refused: Refused) -> None:
+    name, place = folder
+    (place / "open_clip_model.safetensors").unlink()
+    encoder = open_clip_encoder(name, weights=f"local-dir:{place}")
+    assert_refused(encoder, r"must hold open_clip_model\.safetensors; pickles are not read")
+
+
+@pytest.mark.parametrize("name", ["small-clip", "small-siglip"])
+def test_a_cut_file_and_wrong_tensors_are_refused(name: str, written: Written, assert_refused: Refused) -> None:
+    path = written(name)
+    encoder = open_clip_encoder(name, weights=str(path))
+    raw = path.read_bytes()
+    tensors = safetensors.torch.load(raw)  # in memory: a file that is cut may not be mapped
+    first = min(key for key in tensors if key.startswith("visual.") and "blocks." in key)
+    short = first.removeprefix("visual.").removeprefix("trunk.")
+    path.write_bytes(raw[: len(raw) // 2])
+    assert_refused(encoder, r"small-.*\.safetensors: cannot be read")
+    write_tensors(path, {key: tensor for key, tensor in tensors.items() if key != first})
+    assert_refused(encoder, rf"does not fit[\s\S]*missing {short}")
+    write_tensors(path, {**tensors, f"{first}s": torch.zeros(1)})
+    assert_refused(encoder, rf"does not fit[\s\S]*surplus {short}s")
+    write_tensors(path, {**tensors, first: torch.zeros(1)})
+    assert_refused(encoder, rf"does not fit[\s\S]*{short} is \(1,\)")
+    write_tensors(path, {key: tensor for key, tensor in tensors.items() if not key.startswith("visual.")})
+    assert_refused(encoder, r"holds no tensor named visual\.")
+
+
+def test_positions_that_cannot_be_resampled_are_refused(written: Written, assert_refused: Refused) -> None:
+    path = written("small-clip")
+    write_tensors(path, {**load_file(path), "visual.positional_embedding": torch.zeros(13, WIDTH)})
+    encoder = open_clip_encoder("small-clip", weights=str(path))
+    assert_refused(encoder, r"small-.*\.safetensors: does not fit the model")
+
+
+def test_a_tag_is_fetched_when_weights_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def fail(repo: str, name: str) -> str:
+        asked.append((repo, name))
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    with torch.device("meta"):
+        encoder = open_clip_encoder("ViT-L-14-336-quickgelu", weights="openai")
+    assert not asked
+    with pytest.raises(CheckpointError, match=r"cannot be fetched from the hub .*local-dir:FOLDER"):
+        encoder.load_weights()
+    assert asked == [("timm/vit_large_patch14_clip_336.openai", "open_clip_model.safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [("ViT-L-14-336", "openai"), ("ViT-L-14-336:openai", "none"), ("ViT-L-14-336:openai", "clip.safetensors")],
+)
+def test_weights_that_need_quickgelu_name_the_model_that_has_it(model: str, weights: str) -> None:
+    with pytest.raises(ContractError, match=r"trained with QuickGELU.* write model: ViT-L-14-336-quickgelu$"):
+        open_clip_encoder(model, weights=weights)
+
+
+def test_weights_without_quickgelu_name_the_model_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small-clip-quickgelu", {"mine": {"hf_hub": "a/b/"}})
+    with pytest.raises(ContractError, match=r"trained without QuickGELU.*with it.* write model: small-clip$"):
+        open_clip_encoder("small-clip-quickgelu", weights="mine")
+
+
+def test_a_file_needs_the_tag_where_tags_differ(tagged: str) -> None:
+    match = rf"the tags of '{tagged}' differ .* model: {tagged}:TAG with one of default, halves, quick$"
+    with pytest.raises(ContractError, match=match):
+        open_clip_encoder(tagged, weights="a.safetensors")
+    assert open_clip_encoder(f"{tagged}:halves", weights="a.safetensors").mean == HALF
+
+
+def test_patches_of_another_size_are_refused_in_trunks_too(written: Written, assert_refused: Refused) -> None:
+    path = written("small-siglip")
+    weight = torch.zeros(96, 3, 8, 8)
+    write_tensors(path, {**load_file(path), "visual.trunk.patch_embed.proj.weight": weight})
+    assert_refused(
+        open_clip_encoder("small-siglip", weights=str(path)), "patches of 8 x 8 px, the encoder's are 16 x 16"
+    )

@@ -1,0 +1,356 @@
+"""Real files of every kind, against numpy or against the same picture saved without the peculiarity."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageChops, ImageOps, PngImagePlugin
+
+from ssmvl.data.conversion.images import damage
+from ssmvl.errors import DataError
+from ssmvl.interfaces import ImageSpec
+from ssmvl.processing import transforms
+from ssmvl.processing.processor import Processor
+from ssmvl.processing.prompts import MambaPrompt
+from ssmvl.processing.tokenizers import byte_tokenizer
+from ssmvl.processing.transforms import read_image, to_pixels
+
+Pixels = NDArray[Any]
+RNG = np.random.default_rng(0)
+WHITE = 255
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    noise = RNG.integers(0, 256, (max(2, height // 16), max(2, width // 16), 3), np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def values(*shape: int) -> Pixels:
+    return RNG.integers(0, 256, shape, np.uint8)
+
+
+def seen(image: Any, largest: int | None = None) -> Pixels:
+    read = read_image(image, largest)
+    assert read.mode == "RGB"
+    return np.asarray(read).astype(int)
+
+
+def oriented(orientation: Any) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "a camera of some make"
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+# The EXIF standard: where the first stored row and column are seen.
+UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
+    1: lambda a: a,  # top, left
+    2: lambda a: a[:, ::-1],  # top, right
+    3: lambda a: a[::-1, ::-1],  # bottom, right
+    4: lambda a: a[::-1],  # bottom, left
+    5: lambda a: a.swapaxes(0, 1),  # left, top
+    6: lambda a: a.swapaxes(0, 1)[:, ::-1],  # right, top
+    7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],  # right, bottom
+    8: lambda a: a.swapaxes(0, 1)[::-1],  # left, bottom
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation(kind: str, orientation: int) -> None:
+    picture = Image.fromarray(values(6, 9, 3))
+    options = {"WEBP": {"lossless": True}}.get(kind, {})
+    lying = np.asarray(Image.open(io.BytesIO(encoded(picture, kind, **options))))
+    raw = encoded(picture, kind, exif=oriented(orientation), **options)
+    assert np.array_equal(seen(raw), UPRIGHT[orientation](lying))
+    assert np.array_equal(seen(Image.open(io.BytesIO(raw))), UPRIGHT[orientation](lying))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 1000])
+def test_an_orientation_that_there_is_not_turns_nothing(orientation: int) -> None:
+    picture = values(6, 9, 3)
+    assert np.array_equal(seen(encoded(Image.fromarray(picture), "PNG", exif=oriented(orientation))), picture)
+
+
+def test_damaged_exif_data_do_not_cost_the_image() -> None:
+    exif = oriented(6)
+    exif[ExifTags.Base.XResolution] = 72.0
+    picture = Image.fromarray(values(6, 9, 3))
+    whole, lying = encoded(picture, "JPEG", exif=exif), seen(encoded(picture, "JPEG"))
+    start, end = whole.index(b"Exif\0\0") + 6, whole.index(b"Exif\0\0") + len(exif.tobytes())
+    refused, rng = 0, random.Random(0)
+    for _ in range(400):
+        raw = bytearray(whole)
+        raw[rng.randrange(start, end)] = rng.randrange(256)
+        assert any(np.array_equal(seen(bytes(raw)), turn(lying)) for turn in UPRIGHT.values())
+        try:
+            ImageOps.exif_transpose(Image.open(io.BytesIO(bytes(raw))))
+        except Exception:
+            refused += 1
+    assert refused  # PIL's own function would have lost these
+
+
+def test_exif_data_that_cannot_be_read_turn_nothing() -> None:
+    picture, notes = values(6, 9, 3), PngImagePlugin.PngInfo()
+    notes.add_text("Raw profile type exif", "\nexif\n 8\nno hexadecimal number\n")
+    raw = encoded(Image.fromarray(picture), "PNG", pnginfo=notes)
+    with pytest.raises(ValueError, match="hexadecimal"):
+        Image.open(io.BytesIO(raw)).getexif()
+    assert np.array_equal(seen(raw), picture)
+
+
+def on_white(colour: Pixels, alpha: Pixels) -> Pixels:
+    share = alpha[..., None] / 255
+    return colour * share + WHITE * (1 - share)
+
+
+ALPHA = values(6, 9) // 86 * 127  # 0, 127 and 254
+ALPHA[0] = 255
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_rgb_with_alpha_lies_on_white(kind: str) -> None:
+    options = {"WEBP": {"lossless": True, "exact": True}}.get(kind, {})
+    colour = values(6, 9, 3)
+    found = seen(encoded(Image.fromarray(np.dstack([colour, ALPHA])), kind, **options))
+    assert np.abs(found - on_white(colour, ALPHA)).max() <= 1
+    assert np.array_equal(found[0], colour[0])
+    assert (found[ALPHA == 0] == WHITE).all()
+
+
+def test_grey_with_alpha_lies_on_white() -> None:
+    grey = values(6, 9)
+    image = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(ALPHA)])
+    assert np.abs(seen(encoded(image, "PNG")) - on_white(np.dstack([grey] * 3), ALPHA)).max() <= 1
+
+
+def palette_image() -> tuple[Image.Image, Pixels, Pixels]:
+    """An image, its indices and its palette."""
+    indices, palette = values(6, 9) % 7, values(7, 3)
+    image = Image.frombytes("P", (9, 6), indices.tobytes())
+    image.putpalette(palette.tobytes())
+    return image, indices, palette
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "TIFF"])
+def test_palette(kind: str) -> None:
+    image, indices, palette = palette_image()
+    assert np.array_equal(seen(encoded(image, kind)), palette[indices])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_palette_with_one_transparent_colour(kind: str) -> None:
+    image, indices, palette = palette_image()
+    found = seen(encoded(image, kind, transparency=3))
+    assert np.array_equal(found, np.where(indices[..., None] == 3, WHITE, palette[indices]))
+    assert np.array_equal(seen(image), palette[indices])
+
+
+def test_palette_with_an_alpha_for_each_colour() -> None:
+    image, indices, palette = palette_image()
+    alpha = np.array([0, 255, 128, 7, 200, 255, 60], np.uint8)
+    found = seen(encoded(image, "PNG", transparency=alpha.tobytes()))
+    assert np.abs(found - on_white(palette[indices], alpha[indices])).max() <= 1
+
+
+def test_a_colour_that_is_transparent() -> None:
+    grey, colour = values(6, 9) % 5, values(6, 9, 3) % 2
+    found = seen(encoded(Image.fromarray(grey), "PNG", transparency=3))
+    assert np.array_equal(found, np.dstack([np.where(grey == 3, WHITE, grey)] * 3))
+    found = seen(encoded(Image.fromarray(colour), "PNG", transparency=(1, 0, 1)))
+    assert np.array_equal(found, np.where((colour == (1, 0, 1)).all(-1, keepdims=True), WHITE, colour))
+    deep = (values(6, 9) % 5).astype(np.uint16) * 5000
+    found = seen(encoded(Image.fromarray(deep), "PNG", transparency=15_000))
+    assert np.array_equal(found, np.dstack([np.where(deep == 15_000, WHITE, deep >> 8)] * 3))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "GIF"])
+def test_black_and_white(kind: str) -> None:
+    bits = values(6, 9) > 127
+    assert np.array_equal(seen(encoded(Image.fromarray(bits), kind)), np.dstack([bits * 255] * 3))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_keep_the_upper_eight(kind: str) -> None:
+    deep = RNG.integers(0, 65_536, (6, 9), np.uint16)
+    assert np.array_equal(seen(encoded(Image.fromarray(deep), kind)), np.dstack([deep >> 8] * 3))
+
+
+def test_sixteen_bits_in_other_modes() -> None:
+    deep = RNG.integers(0, 65_536, (6, 9), np.uint16)
+    big = Image.frombytes("I;16B", (9, 6), deep.astype(">u2").tobytes())
+    for image in (big, encoded(big, "TIFF"), Image.fromarray(deep.astype(np.int32))):
+        assert np.array_equal(seen(image), np.dstack([deep >> 8] * 3))
+
+
+def test_floats_from_nought_to_one() -> None:
+    floats = RNG.random((6, 9), np.float32)
+    floats[0, 0], floats[0, 1] = 0, 1
+    found = seen(encoded(Image.fromarray(floats), "TIFF"))
+    assert np.abs(found - 255 * floats[..., None]).max() <= 0.5 + 1e-4
+    assert found[0, :2].tolist() == [[0] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.5, np.nan, np.inf, -1, 65_536])
+def test_numbers_out_of_range_are_refused(tmp_path: Path, wrong: float) -> None:
+    pixels = np.full((2, 2), 0.5, np.float32) if isinstance(wrong, float) else np.full((2, 2), 5, np.int32)
+    pixels[1, 1] = wrong
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a\.tif: values from .*; 0 to (1|65535) are allowed"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_cmyk_jpeg() -> None:
+    picture = smooth(64, 48)
+    inks = Image.merge("CMYK", [*ImageChops.invert(picture).split(), Image.new("L", picture.size, 0)])
+    found = seen(encoded(inks, "JPEG", quality=100, subsampling=0))
+    assert np.abs(found - np.asarray(picture).astype(int)).max() <= 6
+
+
+def test_ycck_jpeg() -> None:
+    """PIL writes none, so a CMYK file is made of the planes that Adobe would store, and its marker says YCCK."""
+    picture = smooth(64, 48)
+    stored = [*ImageChops.invert(picture).convert("YCbCr").split(), Image.new("L", picture.size, 255)]
+    written = Image.merge("CMYK", [ImageChops.invert(plane) for plane in stored])  # PIL stores the inverse
+    raw = bytearray(encoded(written, "JPEG", quality=100, subsampling=0))
+    transform = raw.index(b"Adobe") + 11
+    assert raw[transform] == 0
+    raw[transform] = 2
+    assert np.abs(seen(bytes(raw)) - np.asarray(picture).astype(int)).max() <= 6
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_several_frames_the_first(kind: str) -> None:
+    frames = [Image.new("RGB", (9, 6), colour) for colour in ("#00ff00", "#ff0000", "#0000ff")]
+    options = {"WEBP": {"lossless": True}}.get(kind, {})
+    raw = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(io.BytesIO(raw)).n_frames == 3
+    assert (seen(raw) == (0, 255, 0)).all()
+
+
+def test_plain_images_are_what_pillow_decodes_and_resizes() -> None:
+    grey, colour = smooth(150, 100).convert("L"), smooth(150, 100)
+    for image in (grey, colour):
+        for raw in (encoded(image, "JPEG", quality=80), encoded(image, "PNG")):
+            decoded = Image.open(io.BytesIO(raw)).convert("RGB")
+            assert np.array_equal(seen(raw, 40), np.asarray(decoded))
+            expected = np.asarray(decoded.resize((40, 40), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+            assert torch.equal(to_pixels(read_image(raw, 40), ImageSpec(40)), torch.from_numpy(expected.copy()))
+
+
+@pytest.mark.parametrize(
+    ("size", "largest", "expected"),
+    [
+        ((400, 300), 76, (400, 300)),  # 4 x 76 > 300
+        ((400, 300), 75, (200, 150)),
+        ((304, 1003), 75, (152, 502)),  # sides are rounded up
+        ((1000, 800), 50, (125, 100)),  # an eighth
+        ((1000, 799), 50, (250, 200)),  # which would be below twice the target
+        ((4000, 16), 1, (500, 2)),
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(
+    size: tuple[int, int], largest: int, expected: tuple[int, int], mode: str
+) -> None:
+    raw = encoded(smooth(*size).convert(mode), "JPEG")
+    assert read_image(raw, largest).size == expected
+    assert min(expected) >= 2 * largest
+    assert read_image(raw).size == size
+    assert read_image(Image.open(io.BytesIO(raw)), largest).size == size  # it is its owner's
+    assert read_image(encoded(smooth(*size), "PNG"), largest).size == size
+
+
+def test_decoded_at_a_part_it_looks_the_same_and_stands_upright() -> None:
+    raw = encoded(smooth(1216, 928), "JPEG", quality=90, exif=oriented(6))
+    part, whole = read_image(raw, 48), read_image(raw)
+    assert (part.size, whole.size) == ((116, 152), (928, 1216))
+    difference = to_pixels(part, ImageSpec(48)).int() - to_pixels(whole, ImageSpec(48)).int()
+    assert difference.abs().float().mean() < 1
+    assert difference.abs().max() <= 8
+
+
+def test_the_processor_decodes_for_its_largest_input() -> None:
+    raw = encoded(smooth(400, 300), "JPEG")
+    specs = ImageSpec(20), ImageSpec(70)
+    pixels = Processor(byte_tokenizer(), MambaPrompt(), specs, places=1).pixels([raw])
+    for spec in specs:
+        assert torch.equal(pixels[spec][0], to_pixels(read_image(raw, 70), spec))
+    assert not torch.equal(pixels[specs[1]][0], to_pixels(read_image(raw), specs[1]))
+
+
+def gif_bomb() -> bytes:
+    """A screen of one pixel whose first frame is far larger."""
+    screen, frame = struct.pack("<HHBBB", 1, 1, 0xF0, 0, 0), struct.pack("<HHHHB", 0, 0, 11_000, 11_000, 0)
+    return b"GIF89a" + screen + bytes([0, 0, 0, 255, 255, 255]) + b"," + frame + b"\x02\x02\x44\x01\x00;"
+
+
+def webp_bomb() -> bytes:
+    """Two small frames on a large canvas."""
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    raw = bytearray(encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]))
+    canvas = raw.index(b"VP8X") + 12
+    raw[canvas : canvas + 6] = 2 * (10_999).to_bytes(3, "little")
+    return bytes(raw)
+
+
+def tiff_bomb() -> bytes:
+    raw = encoded(Image.new("L", (8, 8)), "TIFF", compression="tiff_deflate")
+    for tag in (256, 257):  # width and height
+        raw = raw.replace(struct.pack("<HHII", tag, 4, 1, 8), struct.pack("<HHII", tag, 4, 1, 11_000))
+        raw = raw.replace(struct.pack("<HHIHH", tag, 3, 1, 8, 0), struct.pack("<HHIHH", tag, 3, 1, 11_000, 0))
+    return raw
+
+
+@pytest.mark.parametrize("bomb", [gif_bomb, webp_bomb, tiff_bomb])
+def test_a_bomb_in_a_frame_is_refused(bomb: Callable[[], bytes]) -> None:
+    with pytest.raises(DataError, match="11000 x 11000 pixels; at most 100000000 are allowed"):
+        read_image(bomb())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_damaged_bytes_are_an_image_or_a_data_error(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transforms, "MAX_PIXELS", 10_000)
+    exif = {"exif": oriented(6)} if kind in ("JPEG", "PNG", "WEBP") else {}
+    whole, rng, refused = encoded(smooth(48, 32), kind, **exif), random.Random(0), 0
+    for _ in range(400):
+        raw = bytearray(whole[: rng.choice([len(whole), rng.randrange(len(whole))])])
+        for _ in range(rng.randrange(1, 4)):
+            if raw:
+                raw[rng.randrange(min(len(raw), 400))] = rng.randrange(256)
+        try:
+            assert seen(bytes(raw)).shape[2] == 3
+        except DataError:
+            refused += 1
+    assert refused
+
+
+def test_a_pil_image_whose_file_is_closed_is_a_data_error(tmp_path: Path) -> None:
+    smooth(48, 32).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        pass
+    with pytest.raises(DataError, match=r"cannot be decoded as an image \(\w+Error: "):
+        read_image(image)
+
+
+def test_formats_that_start_other_programs_are_not_opened(tmp_path: Path) -> None:
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    with pytest.raises(DataError, match="cannot be decoded as an image"):
+        read_image(eps)
+    assert damage(eps).startswith("no image: ")

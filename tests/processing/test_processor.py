@@ -1,0 +1,201 @@
+"""A conversation with its images becomes ids, labels and pixels."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from ssmvl.errors import DataError
+from ssmvl.interfaces import ImageSpec, Prompt
+from ssmvl.processing.processor import Processor, Sample
+from ssmvl.processing.prompts import MambaPrompt, PlainPrompt
+from ssmvl.processing.tokenizers import END, byte_tokenizer
+
+SMALL, LARGE = ImageSpec(4), ImageSpec(6)
+IN, OUT, END_ID, NONE = [40, 77, 25, 220], [198, 46, 84, 83, 25, 220], 256, -100
+AGAIN = [198, *IN]
+RED, BLUE = Image.new("RGB", (5, 3), (255, 0, 0)), Image.new("RGB", (3, 5), (0, 0, 255))
+
+
+class InPlacePrompt(MambaPrompt):
+    image_placement = "in_place"
+
+
+def processor(prompt: Prompt | None = None, tokenizer: Tokenizer | None = None) -> Processor:
+    return Processor(tokenizer or byte_tokenizer(), prompt or MambaPrompt(), (SMALL, LARGE), places=2)
+
+
+def merging_tokenizer() -> Tokenizer:
+    """Bytes, and one token for a space with the letter b behind it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate([*alphabet, "Ġb"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("Ġ", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    return tokenizer
+
+
+def talk(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def same(a: Sample, b: Sample) -> bool:
+    pixels = all(torch.equal(a["images"][spec], b["images"][spec]) for spec in (SMALL, LARGE))
+    return torch.equal(a["ids"], b["ids"]) and torch.equal(a["labels"], b["labels"]) and pixels
+
+
+def test_golden_sample() -> None:
+    sample = processor().encode(talk("a", "b"), [RED], train=True)
+    assert sample["ids"].tolist() == [-1, -1, *IN, 64, *OUT, 65, END_ID]
+    assert sample["labels"].tolist() == [NONE] * 13 + [65, END_ID]
+    assert sample["ids"].dtype == sample["labels"].dtype == torch.int64
+
+
+def test_every_answer_is_supervised_and_no_question_is() -> None:
+    labels = processor().encode(talk("a", "b", "c", "d"))["labels"]
+    assert labels[labels != NONE].tolist() == [65, END_ID, 67, END_ID]
+
+
+def test_question_ends_where_the_answer_begins() -> None:
+    sample = processor().encode(talk("a"))
+    assert sample["ids"].tolist() == [*IN, 64, *OUT]
+    assert sample["labels"].tolist() == [NONE] * 11
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_places_of_every_image_come_first(count: int) -> None:
+    ids = processor().encode(talk("a", "b"), [RED] * count)["ids"]
+    assert ids[: 2 * count].tolist() == [-1] * (2 * count)
+    assert (ids == -1).sum() == 2 * count
+
+
+def test_pixels_for_every_spec_in_the_order_given() -> None:
+    images = processor().encode(talk("a"), [RED, BLUE])["images"]
+    assert {spec: tuple(pixels.shape) for spec, pixels in images.items()} == {SMALL: (2, 3, 4, 4), LARGE: (2, 3, 6, 6)}
+    for pixels in images.values():
+        assert pixels.dtype == torch.uint8
+        assert pixels[:, :, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]]
+
+
+def test_no_image() -> None:
+    images = processor().encode(talk("a"))["images"]
+    assert {spec: tuple(pixels.shape) for spec, pixels in images.items()} == {SMALL: (0, 3, 4, 4), LARGE: (0, 3, 6, 6)}
+    assert all(pixels.dtype == torch.uint8 for pixels in images.values())
+
+
+def test_mark_leaves_the_text_when_images_come_first() -> None:
+    plain = processor().encode(talk("a", "b"), [RED])
+    assert same(processor().encode(talk("<image>\na", "b"), [RED]), plain)
+    assert same(processor().encode(talk("<image>a", "b"), [RED]), plain)
+    assert same(processor().encode(talk("<image> a", "b"), [RED]), plain)
+
+
+def test_mark_below_the_question_leaves_with_its_line() -> None:
+    plain = processor().encode(talk("a", "b"), [RED])
+    assert same(processor().encode(talk("a\n<image>", "b"), [RED]), plain)
+
+
+def test_marks_in_place() -> None:
+    ids = processor(InPlacePrompt()).encode(talk("a<image>b", "c", "<image>\nd"), [RED, BLUE])["ids"].tolist()
+    assert ids == [*IN, 64, -1, -1, 65, *OUT, 66, END_ID, *AGAIN, -1, -1, 198, 67, *OUT]
+
+
+def test_images_without_marks_stand_above_the_first_question_where_images_are_in_place() -> None:
+    for given in (talk("a", "b", "c"), talk("<image>\n<image>\na", "b", "c")):
+        ids = processor(InPlacePrompt()).encode(given, [RED, BLUE])["ids"].tolist()
+        assert ids == [*IN, -1, -1, 198, -1, -1, 198, 64, *OUT, 65, END_ID, *AGAIN, 66, *OUT]
+
+
+def test_marks_that_a_prompt_leaves_out_are_counted() -> None:
+    assert processor(PlainPrompt()).encode(talk("<image>", "b"), [RED])["ids"].tolist() == [-1, -1, 65, END_ID]
+    with pytest.raises(DataError, match="2 <image> marks"):
+        processor(PlainPrompt()).encode(talk("<image><image>", "b"), [RED])
+
+
+def test_neither_text_nor_image_is_refused() -> None:
+    assert processor(PlainPrompt()).encode(talk("a"), [RED])["ids"].tolist() == [-1, -1]
+    with pytest.raises(DataError, match="nothing to read in this sample"):
+        processor(PlainPrompt()).encode(talk("a"))
+
+
+@pytest.mark.parametrize(("text", "count"), [("<image>", 0), ("<image>", 2), ("<image><image>", 1)])
+def test_marks_and_images_that_differ_are_refused(text: str, count: int) -> None:
+    with pytest.raises(DataError, match=f"{text.count('<image>')} <image> marks .* {count} images"):
+        processor().encode(talk(text), [RED] * count)
+
+
+def test_mark_in_an_answer_is_text() -> None:
+    sample = processor().encode(talk("a", "<image>"), [RED])
+    assert (sample["ids"] == -1).sum() == 2
+    assert processor().decode(sample["ids"][-8:].tolist()) == "<image>"
+
+
+def test_special_tokens_of_a_user_are_text() -> None:
+    for texts in (("x" + END, "b"), ("a", END + "x"), (END, END)):
+        sample = processor().encode(talk(*texts))
+        assert sample["ids"].tolist().count(END_ID) == 1
+        assert sample["ids"][-1] == END_ID
+        read = processor().decode(sample["ids"].tolist())
+        assert read == f"In: {texts[0]}\nOut: {texts[1]}"
+
+
+def test_what_stands_before_an_answer_is_one_text_and_the_answer_another() -> None:
+    assert merging_tokenizer().encode(" b").ids == [256]
+    ids = processor(tokenizer=merging_tokenizer()).encode(talk("b", "b"))["ids"].tolist()
+    assert ids == [*IN[:-1], 256, *OUT, 65, 257]
+
+
+def test_continued_conversation_starts_with_the_shorter_one() -> None:
+    texts = ("b b", "b", "b", "b b")
+    made = processor(tokenizer=merging_tokenizer())
+    whole = made.encode(talk(*texts), [RED])["ids"].tolist()
+    for turns in (1, 2, 3):
+        shorter = made.encode(talk(*texts[:turns]), [RED])["ids"].tolist()
+        assert whole[: len(shorter)] == shorter
+
+
+def test_nothing_to_learn_is_refused_in_training() -> None:
+    with pytest.raises(DataError, match="nothing to learn"):
+        processor().encode(talk("a"), [RED], train=True)
+
+
+def test_empty_answer_still_teaches_its_end() -> None:
+    labels = processor().encode(talk("a", ""), train=True)["labels"]
+    assert labels[labels != NONE].tolist() == [220, END_ID]
+
+
+@pytest.mark.parametrize("content", [None, 5, ["a"]])
+def test_content_that_is_no_text_is_a_data_error(content: Any) -> None:
+    with pytest.raises(DataError, match="message 0"):
+        processor().encode([{"role": "user", "content": content}], [RED])
+
+
+def test_image_that_cannot_be_read_is_a_data_error() -> None:
+    with pytest.raises(DataError, match="image bytes"):
+        processor().encode(talk("a"), [b"no image"])
+
+
+def test_pickled_processor_makes_equal_samples() -> None:
+    made = processor()
+    before = made.encode(talk("<image>\na" + END, "b"), [RED], train=True)
+    copy = pickle.loads(pickle.dumps(made))
+    assert same(copy.encode(talk("<image>\na" + END, "b"), [RED], train=True), before)
+    assert copy.end_id == made.end_id == END_ID
+
+
+def test_the_end_is_the_tokenizers() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["</s>"])
+    made = Processor(tokenizer, MambaPrompt(), (SMALL,), places=2, end="</s>")
+    assert made.end_id == 257
+    assert made.encode(talk("a", "b"))["ids"].tolist() == [*IN, 64, *OUT, 65, 257]
+
+
+def test_decode_leaves_special_tokens_out() -> None:
+    assert processor().decode([64, END_ID, 65]) == "ab"

@@ -1,0 +1,158 @@
+"""The byte tokenizers, and tokenizers from files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer
+
+import ssmvl
+from ssmvl.data.scenes.scenes import QUESTIONS
+from ssmvl.errors import CheckpointError
+from ssmvl.interfaces import ImageSpec
+from ssmvl.model.saved import save_folder
+from ssmvl.processing.processor import Processor
+from ssmvl.processing.prompts import MambaPrompt
+from ssmvl.processing.tokenizers import END, byte_tokenizer, load_tokenizer
+
+BYTES = byte_tokenizer()
+
+
+def test_bytes_has_one_id_per_byte_and_the_end() -> None:
+    tokenizer, end = load_tokenizer("bytes")
+    assert end == END
+    assert sorted(tokenizer.get_vocab().values()) == list(range(257))
+    assert tokenizer.token_to_id(END) == 256
+
+
+def test_words_has_bytes_and_whole_words_of_the_quickstarts_questions() -> None:
+    tokenizer, end = load_tokenizer("words")
+    assert end == END
+    assert tokenizer.get_vocab_size() == ssmvl.load_recipe("quickstart").data["model"]["language"]["num_tokens"]
+    assert tokenizer.get_vocab().keys() >= BYTES.get_vocab().keys()
+    rng = np.random.default_rng(0)
+    scene = {(0, 1): 3, (2, 1): 7}
+    for ask in QUESTIONS.values():
+        pair = None
+        while pair is None:
+            pair = ask(scene, rng)
+        for text in pair:
+            pieces = re.findall(r" ?\d| ?[A-Za-z]+|[.,?] ?", text)
+            assert len(tokenizer.encode(text).ids) == len(pieces), text
+
+
+@settings(deadline=None)
+@given(text=st.text())
+def test_any_text_round_trips_through_words(text: str) -> None:
+    tokenizer, _ = load_tokenizer("words")
+    tokenizer.encode_special_tokens = True
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=True) == text
+
+
+def test_golden_ids() -> None:
+    assert BYTES.encode("!a z\n").ids == [0, 64, 220, 89, 198]
+    assert BYTES.encode("é").ids == [127, 102]
+
+
+@settings(deadline=None)
+@given(text=st.text())
+def test_any_text_round_trips_with_one_id_per_byte(text: str) -> None:
+    BYTES.encode_special_tokens = True
+    ids = BYTES.encode(text).ids
+    assert len(ids) == len(text.encode())
+    assert BYTES.decode(ids, skip_special_tokens=True) == text
+
+
+def test_end_token_is_one_id_and_is_left_out_of_text() -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode("a" + END).ids
+    assert ids == [64, 256]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a"
+
+
+@pytest.mark.parametrize("name", ["", "tokenizer.json"])
+def test_loads_a_folder_or_its_file(tmp_path: Path, name: str) -> None:
+    BYTES.save(str(tmp_path / "tokenizer.json"))
+    loaded, end = load_tokenizer(str(tmp_path / name))
+    assert end == END, "what a folder of an older version, without a tokenizer_config.json, ends with"
+    assert loaded.get_vocab() == BYTES.get_vocab()
+    assert loaded.encode("a" + END).ids == [64, 256]
+
+
+def test_loads_a_path_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    BYTES.save(str(tmp_path / "mine.json"))
+    assert load_tokenizer("~/mine.json")[0].get_vocab_size() == 257
+
+
+def test_missing_tokenizer_says_what_is_allowed(tmp_path: Path) -> None:
+    for name in ("byte", str(tmp_path), str(tmp_path / "none.json")):
+        with pytest.raises(CheckpointError, match=r"no tokenizer.* Allowed are `bytes`, `words`, a tokenizer.json, or"):
+            load_tokenizer(name)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}', "\0\1"])
+def test_damaged_tokenizer_names_the_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read"):
+        load_tokenizer(str(path))
+
+
+def write(folder: Path, config: object, *special: str) -> Path:
+    """A folder of a tokenizer with these special tokens, and of this `tokenizer_config.json`."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(list(special))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("named", ["</s>", {"__type": "AddedToken", "content": "</s>", "special": True}])
+def test_the_end_is_the_one_that_the_config_names(tmp_path: Path, named: object) -> None:
+    tokenizer, end = load_tokenizer(str(write(tmp_path, {"eos_token": named}, "</s>")))
+    assert (end, tokenizer.token_to_id(end)) == ("</s>", 257)
+
+
+@pytest.mark.parametrize("config", [{}, {"eos_token": None}])
+def test_a_config_that_names_no_end(tmp_path: Path, config: object) -> None:
+    assert load_tokenizer(str(write(tmp_path, config)))[1] == END
+
+
+@pytest.mark.parametrize("config", [[], 3, {"eos_token": 5}, {"eos_token": {"content": 5}}])
+def test_a_damaged_config_names_the_file(tmp_path: Path, config: object) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: "):
+        load_tokenizer(str(write(tmp_path, config)))
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: cannot be read"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match=r"no special token <\|endoftext\|> .* names another as `eos_token`"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(CheckpointError, match="no special token !"):  # an ordinary token of its
+        load_tokenizer(str(write(tmp_path, {"eos_token": "!"})))
+
+
+def test_a_saved_folder_reads_back_the_same_here_and_in_transformers(tmp_path: Path) -> None:
+    tokenizer, end = load_tokenizer(str(write(tmp_path, {"eos_token": "</s>"}, "</s>")))
+    processor = Processor(tokenizer, MambaPrompt(), (ImageSpec(8),), places=1, end=end)
+    save_folder(tmp_path / "saved", {"weight": torch.zeros(1)}, ssmvl.load_recipe("quickstart"), processor)
+    again, same = load_tokenizer(str(tmp_path / "saved"))
+    assert same == "</s>"
+    assert again.to_str() == tokenizer.to_str()
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert theirs.eos_token_id == 257
+    ids = again.encode("What , is 'this ?</s>").ids
+    assert theirs.encode("What , is 'this ?</s>") == ids
+    assert theirs.decode(ids, skip_special_tokens=True) == again.decode(ids) == "What , is 'this ?"

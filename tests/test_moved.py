@@ -1,0 +1,45 @@
+"""Old import paths give the moved objects themselves, with a warning that names the new path."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+
+from ssmvl import _moved, checkpoints
+
+
+@pytest.mark.parametrize("old", _moved.MODULES)
+def test_an_old_module_is_the_new_one(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, old, raising=False)
+    new = _moved.MODULES[old]
+    with pytest.warns(DeprecationWarning, match=rf"^{old} has moved to {new}; the old path will be removed in") as seen:
+        found = importlib.import_module(old)
+    assert found is importlib.import_module(new)
+    assert found.__spec__.name == new
+    assert len(seen) == 1
+
+
+def test_the_warning_points_at_the_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ssmvl.text", "ssmvl.text.prompts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.warns(DeprecationWarning, match="has moved to") as seen:
+        from ssmvl.text.prompts import MambaPrompt
+    assert {warning.filename for warning in seen} == {__file__}
+    assert MambaPrompt.__module__ == "ssmvl.processing.prompts"
+
+
+@pytest.mark.parametrize("name", _moved.NAMES["ssmvl.checkpoints"])
+def test_an_old_name_is_the_new_object(name: str) -> None:
+    home, new = _moved.NAMES["ssmvl.checkpoints"][name]
+    with pytest.warns(DeprecationWarning, match=rf"ssmvl\.checkpoints\.{name} has moved to {home}\.{new};"):
+        found = getattr(checkpoints, name)
+    assert found is getattr(importlib.import_module(home), new)
+
+
+def test_what_never_was_is_an_ordinary_error() -> None:
+    with pytest.raises(AttributeError, match=r"module 'ssmvl\.checkpoints' has no attribute 'nothing'"):
+        checkpoints.nothing  # noqa: B018
+    with pytest.raises(ModuleNotFoundError, match=r"ssmvl\.nothing"):
+        importlib.import_module("ssmvl.nothing")

@@ -1,0 +1,105 @@
+"""A stage's evaluation set: one rank and two sharded ones find the same, and what is trained after it is unharmed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from ranks import two_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ssmvl
+from ssmvl.errors import DataError, RecipeError
+from ssmvl.evaluation.results import Row
+from ssmvl.evaluation.runner import Answered
+from ssmvl.language import mamba_lm
+from ssmvl.training import trainer
+from ssmvl.training.callbacks import evaluator
+
+pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed warn on their own
+ONE_STAGE = (
+    "stages.align=null",
+    "stages.order=null",
+    "stages.finetune.checkpoint=4ba",
+    "stages.finetune.optimizer.lr=1e-4",
+    "evaluation=null",
+)
+ASKED = (
+    "stages.finetune.evaluation.data={name: digit_scenes, test_size: 15}",
+    "stages.finetune.evaluation.interval=2ba",
+    "stages.finetune.evaluation.batch=3",
+    "stages.finetune.evaluation.max_new_tokens=5",
+)
+
+
+def logged(run: str) -> dict[str, list[float]]:
+    events = EventAccumulator(f"runs/{run}/tensorboard/{run}-finetune")
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if name.startswith(("loss/train/total", "evaluation/"))]
+    return {name: [event.value for event in events.Scalars(name)] for name in names}
+
+
+@pytest.mark.long
+def test_two_sharded_ranks_find_what_one_finds(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[list[Answered]] = []
+    results = evaluator.results
+
+    def kept(answered: Iterable[Answered]) -> dict[str, Row]:
+        answers.append(list(answered))
+        return results(answers[-1])
+
+    def train(run: str, *options: str) -> None:
+        answers.clear()
+        ssmvl.train(tiny, f"run={run}", *ONE_STAGE, *options)
+        Path(f"{run}.json").write_text(json.dumps(answers))
+
+    monkeypatch.setattr(evaluator, "results", kept)
+    monkeypatch.setattr(mamba_lm, "STRETCH", 4)  # inputs of unequal lengths take unequal numbers of stretches
+    two_ranks(lambda: train("two", *ASKED), tiny.parent)
+    train("one", *ASKED)
+    train("none")
+    assert Path("one.json").read_text() == Path("two.json").read_text()
+    times = json.loads(Path("one.json").read_text())
+    assert [len(found) for found in times] == [15, 15]
+    assert len({len(answer[3]) for answer in times[-1]}) > 1
+    one, two, none = logged("one"), logged("two"), logged("none")
+    assert {"evaluation/loss", "evaluation/accuracy/counting", "evaluation/blind/reading"} <= one.keys() == two.keys()
+    assert one["evaluation/loss"][1] < one["evaluation/loss"][0]
+    for name, values in one.items():
+        assert two[name] == pytest.approx(values, rel=1e-5), name
+    assert one["loss/train/total"] == none["loss/train/total"]
+
+
+def test_what_an_evaluation_cannot_be_asked_is_said_before_training(tiny: Path) -> None:
+    data = "{name: mix, streams: {a: {data: {name: digit_scenes}, proportion: 1}}}"
+    with pytest.raises(RecipeError, match=r"stages\.finetune\.evaluation\.data\.streams\.a\.proportion"):
+        ssmvl.train(tiny, f"stages.finetune.evaluation.data={data}")
+    with pytest.raises(RecipeError, match=r"stages\.finetune\.evaluation\.interval.*'soon'"):
+        ssmvl.train(tiny, *ASKED, "stages.finetune.evaluation.interval=soon")
+
+
+def test_a_set_is_asked_once_where_steps_and_epoch_end_together(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+    results = evaluator.results
+    monkeypatch.setattr(evaluator, "results", lambda found: asked.append(1) or results(found))
+    ssmvl.train(
+        tiny, *ONE_STAGE, *ASKED, "stages.finetune.data.train_size=32", "stages.finetune.evaluation.interval=4ba"
+    )
+    assert len(asked) == 1  # four steps are an epoch
+    said = r"^evaluation after step 4: loss \d\.\d{4}, right: .*counting \d+\.\d%"
+    assert re.search(said, capfd.readouterr().out, re.MULTILINE)
+
+
+def test_a_record_that_cannot_be_asked_is_named_before_training(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(options: object) -> list[dict[str, object]]:
+        talk = [{"role": "user", "content": "<image> and <image>"}, {"role": "assistant", "content": "2"}]
+        return [{"id": "x17", "conversation": talk, "images": [], "type": ""}]
+
+    monkeypatch.setattr(trainer, "read_questions", read)
+    with pytest.raises(DataError, match=r"the evaluation set's sample 'x17' cannot be used: 2 <image> marks"):
+        ssmvl.train(tiny, *ONE_STAGE, *ASKED)

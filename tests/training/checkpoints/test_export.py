@@ -1,0 +1,246 @@
+"""A checkpoint of one file or of shards becomes a folder that loads bit-equal; nothing that it holds is run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_checkpoints import CHECKPOINTS, FILE, SHARDS, WRITERS, equal, run_of, state, weights, write_file, write_shards
+from ranks import two_ranks
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+import ssmvl
+from ssmvl.checkpoints import read_tensors
+from ssmvl.errors import CheckpointError, RecipeError
+from ssmvl.recipes.merge import load_recipe
+from ssmvl.training.checkpoints.export import export, find_checkpoint
+
+# Composer and streaming warn on their own account; torch where it saves shards of one rank.
+pytestmark = pytest.mark.filterwarnings("default")
+OUT = Path("out")
+
+
+@pytest.fixture
+def tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """Of the quickstart, whose run folder lies in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    return run_of("quickstart")[1]
+
+
+class Runs:
+    """Calls something where it is read as a pickle."""
+
+    def __init__(self, call: Callable[..., Any], *args: object) -> None:
+        self.call, self.args = call, args
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
+        return self.call, self.args
+
+
+RAN = Path("ran")
+MKDIR = Runs(os.makedirs, str(RAN), 0o777, True)
+COPY = Runs(shutil.copyfile, "runs/quickstart/recipe.yaml", str(RAN))
+
+
+@pytest.mark.long
+def test_what_runs_left(tiny: Path) -> None:
+    short = ("stages.align=null", "stages.order=null", "stages.finetune.duration=2ba", "evaluation=null")
+    ssmvl.train(tiny, "run=one", *short)
+    two_ranks(lambda: ssmvl.train(tiny, "run=two", *short), tiny.parent)
+    for run, end in (("one", "-rank0.pt"), ("two", "")):
+        checkpoints, left = Path("runs", run, "finetune/checkpoints"), Path("runs", run, "model")
+        last, first = Path(f"{run}2"), Path(f"{run}1")
+        assert export(checkpoints, last) == (f"{checkpoints}/ep0-ba2{end}", [])
+        assert equal(weights(last), weights(left))
+        assert {p.name: p.read_bytes() for p in last.iterdir()} == {p.name: p.read_bytes() for p in left.iterdir()}
+        export(checkpoints / f"ep0-ba1{end}", first)
+        assert not equal(weights(first), weights(left))
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_only_what_the_model_has_is_saved_as_it_is(kind: str, tensors: dict[str, Tensor]) -> None:
+    path = WRITERS[kind](state(tensors))
+    assert export(path, OUT) == (str(path), [])
+    assert equal(weights(OUT), tensors)
+    elsewhere = Path(shutil.move(CHECKPOINTS, Path("elsewhere/quickstart/align")))  # as `checkpoints: elsewhere` does
+    with pytest.raises(CheckpointError, match=r"does not lie in a run folder \(.*\).*--recipe: the run folder"):
+        export(elsewhere, "out2")
+    export(elsewhere, "out2", recipe="runs/quickstart")
+    assert equal(weights(Path("out2")), tensors)
+
+
+def test_a_tensor_of_two_names_is_saved_once(tensors: dict[str, Tensor]) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = {"model_type": "llama", **sizes, "vocab_size": 352, "tie_word_embeddings": True}
+    language = f"model.language={{name: causal_lm, num_tokens: 339, config: {json.dumps(config)}}}"
+    recipe, tied = run_of("quickstart", "run=tied", language)
+    shards = Path("runs/tied/align/checkpoints/ep0-ba4")
+    out = Path("tied")
+    export(write_shards(shards, state(tied)), out, recipe=recipe)  # which hold it twice
+    assert tied.keys() - read_tensors(out / "model.safetensors")[0].keys() == {"language.model.lm_head.weight"}
+    assert equal(weights(out), tied)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_one_before_a_damaged_one_is_taken(kind: str, tensors: dict[str, Tensor]) -> None:
+    newest = WRITERS[kind](state(tensors))
+    older = newest.rename(newest.with_name(newest.name.replace("ba4", "ba2")))
+    WRITERS[kind](state(tensors))
+    os.truncate(max(newest.rglob("*"), default=newest), 1000)  # the largest name is that of a shard
+    path, (passed,) = export(CHECKPOINTS, OUT)
+    assert path == str(older)
+    assert passed.startswith(f"{newest} ")
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(passed)}$"):
+        find_checkpoint(newest)
+    shutil.rmtree(older) if older.is_dir() else older.unlink()
+    with pytest.raises(CheckpointError, match=rf"no whole checkpoint:\n  {re.escape(passed)}\nname a stage's folder"):
+        find_checkpoint(CHECKPOINTS)
+
+
+def test_a_file_runs_nothing(tensors: dict[str, Tensor]) -> None:
+    content = state(tensors)
+    content["state"]["callbacks"]["Copy"] = COPY
+    write_file(FILE, content)
+    torch.load(FILE, weights_only=False)
+    assert RAN.is_file(), "it would run"
+    RAN.unlink()
+    export(FILE, OUT)
+    assert equal(weights(OUT), tensors)
+    content["state"]["callbacks"]["Mkdir"] = MKDIR  # of a module that torch refuses by name
+    write_file(FILE, content)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(UnpicklingError: .*os\.makedirs"):
+        export(FILE, "out2")
+    with pytest.raises(CheckpointError, match=r"cannot be read \(UnpicklingError: .*os\.makedirs"):
+        export(FILE, "out2", trust_pickle=True)
+    assert not RAN.exists()
+
+
+def test_an_index_of_shards_runs_nothing_unless_it_is_trusted(tensors: dict[str, Tensor]) -> None:
+    write_shards(SHARDS, state(tensors), lambda metadata: setattr(metadata, "planner_data", MKDIR))
+    for name in (SHARDS, CHECKPOINTS):
+        with pytest.raises(CheckpointError, match=r"(?s)more than names.*\(os\.makedirs\).*--trust-pickle reads it"):
+            export(name, OUT)
+    assert not RAN.exists()
+    export(CHECKPOINTS, OUT, trust_pickle=True)
+    assert RAN.is_dir()
+    assert equal(weights(OUT), tensors)
+
+
+def bytes_for_a_tensor(metadata: Metadata) -> None:
+    """Torch's own reader would unpickle what lies there."""
+    metadata.state_dict_metadata["state.model.model.language.norm_f.weight"] = BytesStorageMetadata()
+
+
+def a_pickle_for_a_part(metadata: Metadata) -> None:
+    made = io.BytesIO()
+    torch.save(MKDIR, made)
+    shard = SHARDS / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes() + made.getvalue())
+    for key, place in metadata.storage_data.items():
+        if key.fqn == "state.model.model.language.norm_f.weight":
+            place.offset, place.length = shard.stat().st_size - len(made.getvalue()), len(made.getvalue())
+
+
+def a_part_in_another_folder(metadata: Metadata) -> None:
+    for place in metadata.storage_data.values():
+        place.relative_path = f"../ep0-ba4/{place.relative_path}"
+
+
+def a_part_outside(metadata: Metadata) -> None:
+    for key in metadata.storage_data:
+        object.__setattr__(key, "offset", torch.Size([3] * len(key.offset or ())))
+
+
+def a_part_less(metadata: Metadata) -> None:
+    metadata.storage_data = {k: v for k, v in metadata.storage_data.items() if not k.fqn.endswith("norm_f.weight")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (bytes_for_a_tensor, r"does not fit the model:\n  missing language\.norm_f\.weight \(128,\)$"),
+        (a_pickle_for_a_part, r"cannot be read \(UnpicklingError: .*os\.makedirs"),
+        (a_part_in_another_folder, r"'\.\./ep0-ba4/__0_0\.distcp' lies in another folder"),
+        (a_part_outside, r"lies outside of it; the index is damaged"),
+        (a_part_less, r"its index names no whole state\.model\.model\.language\.norm_f\.weight$"),
+    ],
+)
+def test_a_wrong_index(change: Callable[[Metadata], None], message: str, tensors: dict[str, Tensor]) -> None:
+    write_shards(SHARDS, state(tensors), change)
+    with pytest.raises(CheckpointError, match=message):
+        export(SHARDS, OUT)
+    assert not OUT.exists()
+    assert not RAN.exists()
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_no_checkpoint_of_a_run(kind: str, tensors: dict[str, Tensor]) -> None:
+    whole = state(tensors)
+    optimizer = {"state": {"optimizers": whole["state"]["optimizers"]}}
+    for content in (optimizer, {"weight": torch.zeros(2)}, {"state": torch.zeros(2)}):
+        path = WRITERS[kind](content)
+        with pytest.raises(CheckpointError, match=r"holds no model that a run trained"):
+            export(path, OUT)
+        shutil.rmtree(CHECKPOINTS)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_checkpoint_of_another_recipe(kind: str, tensors: dict[str, Tensor]) -> None:
+    path = WRITERS[kind](state(tensors))
+    recipe, _ = run_of("quickstart", "run=other", "model.language.num_layers=3")
+    expected = r"ep0-ba4.*, with the recipe .*, does not fit the model:\n  surplus language\.layers\.3\."
+    with pytest.raises(CheckpointError, match=expected):
+        export(path, OUT, recipe=recipe)
+    with pytest.raises(RecipeError, match="no recipe named 'nothing'"):
+        export(path, OUT, recipe="nothing")
+    assert not OUT.exists()
+
+
+def test_another_model_of_the_same_shapes(tensors: dict[str, Tensor]) -> None:
+    write_file(FILE, state(tensors))
+    with pytest.raises(CheckpointError, match=r"(?s)weights of another model.*language\.layers\.0\.mixer.*groups"):
+        export(FILE, OUT, recipe=load_recipe("quickstart", "model.language.mixer.norm_groups=2"))
+    assert not OUT.exists()
+
+
+def test_names_that_mean_no_checkpoint(tensors: dict[str, Tensor]) -> None:
+    with pytest.raises(CheckpointError, match=r"^gs://bucket/ep0-ba4: no such file .* s3:// is read, copy it here"):
+        export("gs://bucket/ep0-ba4", OUT)
+    with pytest.raises(CheckpointError, match=r"quickstart holds no checkpoint of a run; name a stage's folder"):
+        export("runs/quickstart", OUT)
+    SHARDS.mkdir(parents=True)  # of a run that was killed while it wrote
+    with pytest.raises(CheckpointError, match=r"ep0-ba4 cannot be read \(FileNotFoundError: .*\.metadata"):
+        export(SHARDS, OUT)
+    with pytest.raises(CheckpointError, match=r"recipe\.yaml cannot be read \(BadZipFile"):
+        export("runs/quickstart/recipe.yaml", OUT)
+
+
+def test_a_folder_with_other_files_stays(tensors: dict[str, Tensor]) -> None:
+    write_file(FILE, state(tensors))
+    for out in (CHECKPOINTS, Path("runs/quickstart")):
+        before = sorted(out.rglob("*"))
+        with pytest.raises(CheckpointError, match=r"nothing there is replaced: name a folder"):
+            export(FILE, out)
+        assert sorted(out.rglob("*")) == before
+
+
+def test_a_saved_model_stays_and_is_no_checkpoint(tensors: dict[str, Tensor]) -> None:
+    write_file(FILE, state(tensors))
+    export(FILE, OUT)
+    before = {path.name: path.read_bytes() for path in OUT.iterdir()}
+    with pytest.raises(CheckpointError, match=r"^out holds README\.md, .*; nothing there is replaced: name a folder"):
+        export(FILE, OUT)
+    assert {path.name: path.read_bytes() for path in OUT.iterdir()} == before
+    with pytest.raises(CheckpointError, match=r"^out is a saved model already: ssmvl\.load reads it"):
+        export(OUT, "again")
+    with pytest.raises(CheckpointError, match=r"^out/model\.safetensors holds weights that need no export"):
+        export(OUT / "model.safetensors", "again")
