@@ -1,4 +1,4 @@
-"""The model as Composer trains it, and its optimizer."""
+"""The model as Composer trains it."""
 
 from __future__ import annotations
 

@@ -8,8 +8,6 @@ import logging
 import os
 import re
 import shutil
-import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -22,7 +20,6 @@ from ssmvl.data.conversion.chunks import Chunk
 from ssmvl.data.conversion.manifest import OURS, check, confirm, conversion_settings
 from ssmvl.data.conversion.parts import (
     INDEX,
-    NOTHING,
     REPORT,
     SETTINGS,
     Summary,
@@ -32,6 +29,7 @@ from ssmvl.data.conversion.parts import (
     put,
     write_part,
 )
+from ssmvl.data.conversion.progress import Progress
 from ssmvl.data.conversion.sources import open_sources
 from ssmvl.data.remote import is_remote
 from ssmvl.data.shards import require_streaming
@@ -39,7 +37,6 @@ from ssmvl.data.workers import cores, processes
 from ssmvl.errors import DataError
 
 LISTED = ("s3", "gs", "oci")  # schemes whose buckets streaming can list, so that a rerun finds what is there
-LINE_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 
 
 def convert(
@@ -110,7 +107,7 @@ def _write_parts(
     names: list[str] = []
     running: dict[Future[Summary], float] = {}
     broken: DataError | None = None
-    with _Progress(place) as progress:
+    with Progress(place) as progress:
         while True:
             try:
                 chunk = next(chunks, None)
@@ -135,7 +132,7 @@ def _write_parts(
     return names, progress.found
 
 
-def _finish_some(running: dict[Future[Summary], float], progress: _Progress) -> None:
+def _finish_some(running: dict[Future[Summary], float], progress: Progress) -> None:
     for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
         progress.add(future.result(), running.pop(future))
     progress.show()
@@ -259,48 +256,3 @@ def _sweep(place: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-class _Progress:
-    """A bar on a terminal, a line now and then elsewhere: share of the sources that is read, time left, rates."""
-
-    def __init__(self, place: str) -> None:
-        from tqdm import tqdm
-
-        self.place = place
-        self.found = self.earlier = NOTHING
-        self.shown = time.monotonic()
-        self.bar = tqdm(total=1.0, desc=place, disable=None, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
-        self.start, self.share, self.first = self.shown, 0.0, 0.0
-
-    def skip(self, found: Summary, share: float) -> None:
-        """Count a part that an earlier run wrote."""
-        self.earlier = self.earlier.plus(found)
-        self.first = self.bar.initial = share
-        self.add(found, share)
-
-    def add(self, found: Summary, share: float) -> None:
-        """Count a part; parts may come in any order."""
-        self.found = self.found.plus(found)
-        self.share = self.bar.n = max(self.share, share)
-
-    def show(self) -> None:
-        now = time.monotonic()
-        seconds = now - self.start
-        samples, size = self.found.samples - self.earlier.samples, self.found.bytes - self.earlier.bytes
-        rates = f"{samples / seconds:,.0f} samples/s, {size / seconds / 1e6:,.1f} MB/s"
-        postfix = f"{rates}, {self.found.skipped.total():,} left out"
-        self.bar.set_postfix_str(postfix)
-        if self.bar.disable and now - self.shown >= LINE_EVERY:
-            self.shown = now
-            form = "{desc}: {percentage:.0f} %, {elapsed} gone, {remaining} left{postfix}"
-            line = self.bar.format_meter(
-                self.share, 1.0, seconds, prefix=self.place, bar_format=form, postfix=postfix, initial=self.first
-            )
-            print(line, file=sys.stderr, flush=True)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()

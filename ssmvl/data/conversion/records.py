@@ -11,7 +11,7 @@ from typing import Any
 
 from ssmvl.errors import short
 
-MARK = "<image>"  # text.processor.IMAGE, whose module would bring torch into every process that converts
+MARK = "<image>"  # processing.processor.IMAGE, whose module would bring torch into every process that converts
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TALKS = ("conversations", "messages", "texts")
 
