@@ -24,6 +24,7 @@ DOCUMENTS = [
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
 ]
 PLUGIN = ["plugins/ssmvl-hilbert/README.md"]
+PROJECT = ["CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
 LANGUAGES = {"bash", "python", "toml", "yaml", ""}  # without a language: drawings, and what a command prints
 CUTS = [
     "stages.align.duration=2ba",
@@ -104,7 +105,7 @@ def test_blocks_are_found() -> None:
     assert any(block.file == "ssmvl-mine/pyproject.toml" for block in found)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS + PLUGIN)
+@pytest.mark.parametrize("document", DOCUMENTS + PLUGIN + PROJECT)
 def test_links_and_pictures_exist(document: str) -> None:
     text = FENCE.sub("", (ROOT / document).read_text())
     targets = [t for t in re.findall(r'\]\(([^)#\s]+)|src="([^"]+)"', text) for t in t if t]

@@ -27,7 +27,7 @@ from ssmvl.benchmarks.model_cases import Row, compare
 from ssmvl.errors import DataError, MissingDependencyError
 from ssmvl.interfaces import ImageSpec
 from ssmvl.processing.batch import num_samples
-from ssmvl.processing.decoding import open_image
+from ssmvl.processing.image_decoding import open_image
 from ssmvl.processing.processor import Processor
 from ssmvl.processing.prompts import MambaPrompt
 from ssmvl.processing.tokenizers import byte_tokenizer

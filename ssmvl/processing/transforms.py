@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssmvl.errors import DataError
 from ssmvl.interfaces import ImageSpec
-from ssmvl.processing.decoding import decoded, open_image, reason
+from ssmvl.processing.image_decoding import decoded, open_image, reason
 
 __all__ = ["read_image", "to_pixels", "ImageLike"]
 

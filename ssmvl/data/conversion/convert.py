@@ -16,7 +16,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from urllib.parse import urlparse
 
-from ssmvl.data.conversion.chunks import Chunk
 from ssmvl.data.conversion.manifest import OURS, check, confirm, conversion_settings
 from ssmvl.data.conversion.parts import (
     INDEX,
@@ -30,6 +29,7 @@ from ssmvl.data.conversion.parts import (
     write_part,
 )
 from ssmvl.data.conversion.progress import Progress
+from ssmvl.data.conversion.records import Chunk
 from ssmvl.data.conversion.sources import open_sources
 from ssmvl.data.remote import is_remote
 from ssmvl.data.shards import require_streaming

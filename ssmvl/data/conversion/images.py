@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssmvl.errors import DataError
-from ssmvl.processing.decoding import opened
+from ssmvl.processing.image_decoding import opened
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's entry: signature, lengths of its name and of its extra field
 ENTRY = struct.Struct("<QQBI")  # what is kept of a zip's entry: offset, size, method, crc

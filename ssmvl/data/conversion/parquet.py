@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssmvl.data.conversion.chunks import Chunk, Image, Published, SourceFile, require
-from ssmvl.data.conversion.records import TALKS
+from ssmvl.data.conversion.conversations import TALKS
+from ssmvl.data.conversion.records import Chunk, Image, Published, SourceFile, require
 from ssmvl.errors import DataError, short
 
 COLUMNS_OF_IMAGES, TYPES = ("image", "images"), ("data_source", "source")  # of a parquet

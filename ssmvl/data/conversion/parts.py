@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
 
-from ssmvl.data.conversion.chunks import Chunk, Record, Skipped
+from ssmvl.data.conversion.records import Chunk, Record, Skipped
 from ssmvl.data.remote import fetch, hint, is_remote, send
 from ssmvl.data.shards import pack_record, shard_writer
 from ssmvl.errors import DataError
 from ssmvl.files import flush, written_whole
-from ssmvl.processing.decoding import shrunk
+from ssmvl.processing.image_decoding import shrunk
 
 INDEX, REPORT = "index.json", "skipped.jsonl"
 SETTINGS = "conversion.json"  # a place whose conversion was cut short has no index, only this

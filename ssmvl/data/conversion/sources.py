@@ -8,11 +8,11 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from ssmvl.data.conversion.chunks import Chunk, SourceFile
+from ssmvl.data.conversion.conversations import image_names
 from ssmvl.data.conversion.images import ImageFolders
-from ssmvl.data.conversion.json_records import json_chunks, json_records
+from ssmvl.data.conversion.json_files import json_chunks, json_records
 from ssmvl.data.conversion.parquet import check_parquet, parquet_chunks
-from ssmvl.data.conversion.records import image_names
+from ssmvl.data.conversion.records import Chunk, SourceFile
 from ssmvl.data.conversion.tars import tar_chunks
 from ssmvl.errors import DataError
 

@@ -10,9 +10,9 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from ssmvl.data.conversion.chunks import Chunk, Image, Published, SourceFile
+from ssmvl.data.conversion.conversations import MARK, TALKS
 from ssmvl.data.conversion.images import Place
-from ssmvl.data.conversion.records import MARK, TALKS
+from ssmvl.data.conversion.records import Chunk, Image, Published, SourceFile
 from ssmvl.errors import DataError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")

@@ -27,7 +27,7 @@ from ssmvl.data.remote import is_remote
 from ssmvl.data.shards import require_streaming, unpack_record
 from ssmvl.drawing.sample_cards import Card, draw_samples
 from ssmvl.errors import DataError, short
-from ssmvl.processing.decoding import open_image
+from ssmvl.processing.image_decoding import open_image
 from ssmvl.processing.processor import Processor
 
 FETCHED = 8  # shards of a URL that are looked at, evenly spread

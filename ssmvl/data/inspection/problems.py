@@ -13,7 +13,7 @@ from PIL import UnidentifiedImageError
 
 from ssmvl.data.shards import COLUMNS, HASH, unpack_record
 from ssmvl.errors import DataError, short
-from ssmvl.processing.decoding import open_image
+from ssmvl.processing.image_decoding import open_image
 from ssmvl.processing.processor import IMAGE
 from ssmvl.processing.prompts import turns
 from ssmvl.processing.transforms import MAX_PIXELS

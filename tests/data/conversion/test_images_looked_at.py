@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 
 from ssmvl.data.conversion.images import TAIL, damage
 from ssmvl.errors import DataError
-from ssmvl.processing.decoding import shrunk
+from ssmvl.processing.image_decoding import shrunk
 from ssmvl.processing.transforms import read_image
 
 

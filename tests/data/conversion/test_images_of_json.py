@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from reading import IMAGE, SAID, TALK, opened, read, write_json
 
-from ssmvl.data.conversion.chunks import Skipped
+from ssmvl.data.conversion.records import Skipped
 from ssmvl.errors import DataError
 
 

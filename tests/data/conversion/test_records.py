@@ -1,146 +1,174 @@
-"""Published records become conversations exactly, or say why they cannot."""
+"""Parquet files, which hold their images: what is read from them, and what is wrong with them; then memory."""
 
 from __future__ import annotations
 
-import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from published import draw
+from reading import IMAGE, PYTHON, SAID, TALK, opened, read
 
-from ssmvl.data.conversion.records import MARK, UnusableError, conversation, image_names, record_id, sample_type
-from ssmvl.processing.processor import IMAGE
-from ssmvl.processing.prompts import turns
+from ssmvl.errors import DataError
 
-ASK = {"from": "human", "value": "What?"}
-SAY = {"from": "gpt", "value": "That."}
-TALK = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
-WITH_MARK = [{"from": "human", "value": "<image>\nWhat?"}, SAY]
-TEXTS = st.text().filter(lambda text: text.strip() and MARK not in text)
-PAIRS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4)
+# --- parquet
 
 
-def llava(*talk: Any) -> dict[str, Any]:
-    return {"id": "1", "conversations": list(talk)}
+def parquet(path: Path, rows: list[dict[str, Any]], group: int = 4, schema: pyarrow.Schema | None = None) -> Path:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path, row_group_size=group)
+    return path
 
 
-def why(record: Any, images: int = 0) -> tuple[str, str]:
-    with pytest.raises(UnusableError) as raised:
-        conversation(record, images)
-    return raised.value.reason, raised.value.detail
+@pytest.mark.parametrize(
+    ("column", "cell", "images"),
+    [
+        ("image", IMAGE, 1),
+        ("image", {"bytes": IMAGE, "path": "a.jpg"}, 1),
+        ("image", {"path": "a.jpg", "bytes": IMAGE}, 1),
+        ("images", [IMAGE, IMAGE], 2),
+        ("images", [{"bytes": IMAGE}], 1),
+        ("images", [], 0),
+        ("image", None, 0),
+    ],
+)
+@pytest.mark.parametrize(
+    "talk", [{"conversations": TALK}, {"messages": SAID}, {"texts": [{"user": "What?", "assistant": "That."}]}]
+)
+def test_columns_of_a_parquet(tmp_path: Path, column: str, cell: Any, images: int, talk: dict[str, Any]) -> None:
+    rows = [{column: IMAGE if cell is None else [IMAGE] if cell == [] else cell, **talk}, {column: cell, **talk}]
+    path = parquet(tmp_path / "a.parquet", rows)
+    record = read(path)[1]
+    expected = {"id": "a.parquet:1", "type": "" if images else "text", "conversation": SAID, "images": [IMAGE] * images}
+    assert record == expected
 
 
-def test_the_mark_is_the_processors() -> None:
-    assert MARK == IMAGE
+def test_ids_and_sources_of_a_parquet_in_whole_row_groups(tmp_path: Path) -> None:
+    rows = [{"id": n // 2, "data_source": "ai2d" if n else None, "conversations": TALK} for n in range(11)]
+    path = parquet(tmp_path / "a.parquet", rows, group=3)
+    chunks = list(opened(path, size=7))
+    assert [(chunk.first, len(chunk.ids)) for chunk in chunks] == [(0, 6), (6, 5)]
+    assert [len(chunk.ids) for chunk in opened(path, size=1)] == [3, 3, 3, 2]
+    records = [record for chunk in chunks for record in chunk.read()]
+    assert [record["id"] for record in records][:4] == ["0", "0#2", "1", "1#2"]
+    assert [record["type"] for record in records] == ["text"] + ["ai2d"] * 10
 
 
-@given(PAIRS)
-def test_every_layout_gives_the_texts_as_they_are(pairs: list[tuple[str, str]]) -> None:
-    flat = [text for pair in pairs for text in pair]
-    roles = ["user", "assistant"] * len(pairs)
-    expected = [{"role": role, "content": text} for role, text in zip(roles, flat, strict=True)]
-    people = ["human", "gpt"] * len(pairs)
-    layouts: list[dict[str, Any]] = [
-        {"conversations": [{"from": who, "value": text} for who, text in zip(people, flat, strict=True)]},
-        {"conversations": [{"from": who, "value": text} for who, text in zip(roles, flat, strict=True)]},
-        {"messages": expected},
-        {"conversations": None, "messages": expected},
-        {"texts": [{"user": asked, "assistant": said, "source": "x"} for asked, said in pairs]},
+def test_records_of_a_parquet_are_skipped_like_others(tmp_path: Path) -> None:
+    image = {"bytes": IMAGE, "path": "a.jpg"}
+    rows = [
+        {"image": {"bytes": None, "path": "b.jpg"}, "conversations": TALK},
+        {"image": {"bytes": b"abc", "path": None}, "conversations": TALK},
+        {"image": image, "conversations": None},
+        {"image": image, "conversations": TALK},
     ]
-    if len(pairs) == 1:
-        layouts.append({"image_id": "5", "question": pairs[0][0], "answer": pairs[0][1], "task": "positive"})
-    for record in layouts:
-        before = copy.deepcopy(record)
-        assert conversation(record, 0) == expected
-        assert record == before
-    turns(expected)  # which every prompt reads
-
-
-def test_turns_that_llava_leaves_out_are_left_out() -> None:
-    assert conversation(llava(SAY, ASK, SAY), 0) == TALK
-    assert conversation(llava({"from": "system", "value": "Be good."}, ASK, SAY), 0) == TALK
-    assert conversation(llava(ASK, SAY, ASK), 0) == TALK
-    assert conversation({"messages": [{"role": "system", "content": "Be good."}, *TALK]}, 0) == TALK
+    *skipped, good = read(parquet(tmp_path / "a.parquet", rows))
+    assert [(item.record, item.reason) for item in skipped] == [
+        (0, "missing image"),
+        (1, "damaged image"),
+        (2, "no conversation"),
+    ]
+    assert skipped[0].detail == "b.jpg is not there"
+    assert good["images"] == [IMAGE]
 
 
 @pytest.mark.parametrize(
-    ("record", "detail"),
-    [
-        (llava(), "no question with an answer"),
-        (llava(ASK), "no question with an answer"),
-        (llava(SAY), "no question with an answer"),
-        (llava(ASK, ASK, SAY), "turn 1 is the user's again"),
-        (llava(SAY, SAY, ASK, SAY), "turn 0 is the assistant's again"),
-        (llava(ASK, {"from": "tool", "value": "x"}), "a turn of 'tool'"),
-        (llava(ASK, {"from": "gpt", "value": 5}), "it is 5"),
-        (llava(ASK, {"role": "assistant", "content": [{"type": "text"}]}), "must be a text"),
-        (llava(ASK, "That."), "conversations must be a list of objects"),
-        ({"conversations": "What? That."}, "conversations must be a list of objects"),
-        ({"id": 1, "image": "a.jpg"}, "none of the fields conversations, messages, texts; its fields are id, image"),
-        ({"question": "What?", "answer": "That."}, "none of the fields"),
-        ("What?", "not an object, but 'What?'"),
-        (None, "not an object"),
-        ([ASK, SAY], "not an object"),
-    ],
+    "row", [{"image": b"", "caption": "x"}, {"image": "a.jpg", "conversations": TALK}, {"conversations": "What?"}]
 )
-def test_what_is_no_conversation(record: Any, detail: str) -> None:
-    reason, said = why(record)
-    assert reason == "no conversation"
-    assert detail in said
+def test_a_parquet_with_other_columns_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"a\.parquet has the columns .*wanted are conversations") as raised:
+        next(opened(parquet(tmp_path / "a.parquet", [row])))
+    assert all(f"{column}: " in str(raised.value) for column in row)
 
 
-@pytest.mark.parametrize("blank", ["", " \n\t", None])
-def test_a_blank_answer_is_empty(blank: str | None) -> None:
-    assert why(llava(ASK, SAY, ASK, {"from": "gpt", "value": blank}))[0] == "empty answer"
-    assert why({"image_id": "1", "question": "What?", "answer": blank, "task": ""}, 1)[0] == "empty answer"
-    assert conversation(llava({"from": "human", "value": blank}, SAY), 1)[0]["content"] == (blank or "")
+def test_a_damaged_parquet_is_named(tmp_path: Path) -> None:
+    rows = [{"image": draw(number).data, "conversations": TALK} for number in range(20)]
+    path = parquet(tmp_path / "a.parquet", rows)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(DataError, match=r"a\.parquet is no parquet file, or is damaged"):
+        next(opened(path))
+    path.write_bytes(b"PAR1" + b"\xff" * (len(whole) // 2) + whole[len(whole) // 2 + 4 :])
+    with pytest.raises(DataError, match=r"a\.parquet is no parquet file, or is damaged"):
+        read(path)
 
 
-def test_marks_match_the_images_or_there_are_none() -> None:
-    assert conversation(llava(*WITH_MARK), 1)[0]["content"] == "<image>\nWhat?"
-    assert conversation(llava(ASK, SAY), 3) == TALK
-    two = llava(*WITH_MARK, *WITH_MARK)
-    assert len(conversation(two, 2)) == 4
-    assert why(two, 1) == ("image marks", "2 <image> marks, but 1 images")
-    assert why(llava(*WITH_MARK), 0)[0] == "image marks"
-    assert why(llava(*WITH_MARK, WITH_MARK[0]), 2)[0] == "image marks"  # the last question is left out
-    in_answer = {"from": "gpt", "value": "<image> is a mark"}
-    assert conversation(llava(WITH_MARK[0], in_answer), 1)[1]["content"] == "<image> is a mark"
+def test_a_text_that_is_no_utf8_names_the_record(tmp_path: Path) -> None:
+    rows = [{"id": f"name {n}", "conversations": [TALK[0], {**TALK[1], "value": f"Answer {n}."}]} for n in range(50)]
+    path = tmp_path / "a.parquet"
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=40, **options)
+    whole = path.read_bytes()
+    for text, record in ((b"Answer 45.", 45), (b"name 37", 37)):
+        path.write_bytes(whole.replace(text, text[:-1] + b"\xff"))
+        with pytest.raises(DataError, match=rf"a\.parquet, record {record}: a text is no UTF-8"):
+            read(path, size=40)
 
 
 @pytest.mark.parametrize(
-    ("record", "names", "type_", "id_"),
+    "type_",
     [
-        ({"id": "1", "image": "coco/train2017/1.jpg", "conversations": []}, ["coco/train2017/1.jpg"], "coco", "1"),
-        ({"id": 17, "image": ["vg/1.jpg", "gqa/2.jpg"]}, ["vg/1.jpg", "gqa/2.jpg"], "vg", "17"),
-        ({"id": "a", "image": "00453/004539375.jpg"}, ["00453/004539375.jpg"], "", "a"),
-        ({"id": None, "image": "a.jpg"}, ["a.jpg"], "", None),
-        ({"messages": [], "images": ["a/b.jpg"]}, ["a/b.jpg"], "a", None),
-        ({"id": "t", "model": "", "conversations": []}, [], "text", "t"),
-        ({"image": None}, [], "text", None),
-        ({"image": ""}, [], "text", None),
-        ({"image": {"path": 1}}, ["{'path': 1}"], "", None),
-        (
-            {"image_id": "2392588", "question": "?", "answer": "!", "task": "negative"},
-            ["2392588.jpg"],
-            "negative",
-            "2392588",
-        ),
-        ({"image_id": 5, "question": "?", "answer": "!"}, ["5.jpg"], "", "5"),
-        ("no object", [], "text", None),
+        pyarrow.string(),
+        pyarrow.struct([("mybytes", pyarrow.string())]),
+        pyarrow.struct([("bytes", pyarrow.string())]),
+        pyarrow.struct([("a", pyarrow.struct([("b", pyarrow.int8()), ("bytes", pyarrow.binary())]))]),
+        pyarrow.list_(pyarrow.struct([("mybytes", pyarrow.binary())])),
     ],
 )
-def test_names_type_and_id(record: Any, names: list[str], type_: str, id_: str | None) -> None:
-    assert image_names(record) == names
-    assert sample_type(record, names) == type_
-    assert record_id(record) == id_
+def test_columns_without_bytes_are_refused(tmp_path: Path, type_: pyarrow.DataType) -> None:
+    table = pyarrow.Table.from_pylist([{"conversations": TALK}]).append_column("image", pyarrow.nulls(1, type_))
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet has the columns .*; wanted are"):
+        read(tmp_path / "a.parquet")
 
 
-def test_details_are_short() -> None:
-    assert len(why({"conversations": "x" * 10_000})[1]) < 400
+# --- memory
 
 
-def test_half_a_surrogate_pair_becomes_a_question_mark() -> None:
-    talk = conversation(llava({"from": "human", "value": "a\ud83db"}, {"from": "gpt", "value": "\U0001f600"}), 0)
-    assert [turn["content"] for turn in talk] == ["a?b", "\U0001f600"]
+def test_a_json_passes_through_in_little_memory_without_torch(tmp_path: Path) -> None:
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps([{"conversations": TALK}]))
+    talk = [{"from": who, "value": f"{number} " * 150} for number in range(4) for who in ("human", "gpt")]
+    record = json.dumps({"id": "a", "conversations": talk})
+    large = tmp_path / "large.json"
+    with large.open("w") as file:
+        file.write("[" + ",".join([record] * 20_000) + "]")
+    assert large.stat().st_size > 5e7
+    code = PYTHON + (
+        "def passed(path): return sum(1 for chunk in open_sources([Path(path)], [], 512) for _ in chunk.read())\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "passed(sys.argv[1]); before = peak(); count = passed(sys.argv[2])\n"
+        "print(count, 'torch' in sys.modules, peak() - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, small, large], capture_output=True, text=True, check=True)
+    count, torch, used = run.stdout.split()
+    assert (count, torch) == ("20000", "False")
+    assert int(used) < 30_000  # KiB
+
+
+def test_a_row_group_passes_through_in_little_memory(tmp_path: Path) -> None:
+    image = IMAGE[:-2] + bytes(100_000) + IMAGE[-2:]
+    rows = [{"image": image + bytes([number % 256]), "conversations": TALK} for number in range(600)]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows),
+        path,
+        row_group_size=600,
+        compression="none",
+        use_dictionary=False,
+        write_batch_size=8,
+    )
+    code = PYTHON + (
+        "import pyarrow\n"
+        "chunks = open_sources([Path(sys.argv[1])], [], 512)\n"
+        "count = sum(isinstance(record, dict) for chunk in chunks for record in chunk.read())\n"
+        "print(count, pyarrow.default_memory_pool().max_memory())"
+    )
+    run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    count, used = run.stdout.split()
+    assert count == "600"
+    assert int(used) < 3e7

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from published import LAYOUTS, make
 from reading import TALK, opened, read, until_error, write_json
 
-from ssmvl.data.conversion.json_records import json_records
+from ssmvl.data.conversion.json_files import json_records
 from ssmvl.errors import DataError
 
 

@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ssmvl.data.conversion.chunks import Chunk, Image, Published, SourceFile, require
+from ssmvl.data.conversion.conversations import image_names, record_id, sample_type
 from ssmvl.data.conversion.images import ImageFolders
-from ssmvl.data.conversion.records import image_names, record_id, sample_type
+from ssmvl.data.conversion.records import Chunk, Image, Published, SourceFile, require
 from ssmvl.errors import DataError, short
 
 DEPTH = 64  # levels of lists and objects in a JSON; memory that ijson takes grows with their square

@@ -10,12 +10,12 @@ import pytest
 
 import ssmvl
 from ssmvl.errors import DataError
-from ssmvl.processing.decoding import shrunk
+from ssmvl.processing.image_decoding import shrunk
 from ssmvl.processing.transforms import read_image
 
 
 def test_decoding_and_what_converts_import_no_torch() -> None:
-    code = "import sys, ssmvl.processing.decoding, ssmvl.data.conversion.sources; print('torch' in sys.modules)"
+    code = "import sys, ssmvl.processing.image_decoding, ssmvl.data.conversion.sources; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
 

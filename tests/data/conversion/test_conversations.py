@@ -1,0 +1,146 @@
+"""Published records become conversations exactly, or say why they cannot."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssmvl.data.conversion.conversations import MARK, UnusableError, conversation, image_names, record_id, sample_type
+from ssmvl.processing.processor import IMAGE
+from ssmvl.processing.prompts import turns
+
+ASK = {"from": "human", "value": "What?"}
+SAY = {"from": "gpt", "value": "That."}
+TALK = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+WITH_MARK = [{"from": "human", "value": "<image>\nWhat?"}, SAY]
+TEXTS = st.text().filter(lambda text: text.strip() and MARK not in text)
+PAIRS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4)
+
+
+def llava(*talk: Any) -> dict[str, Any]:
+    return {"id": "1", "conversations": list(talk)}
+
+
+def why(record: Any, images: int = 0) -> tuple[str, str]:
+    with pytest.raises(UnusableError) as raised:
+        conversation(record, images)
+    return raised.value.reason, raised.value.detail
+
+
+def test_the_mark_is_the_processors() -> None:
+    assert MARK == IMAGE
+
+
+@given(PAIRS)
+def test_every_layout_gives_the_texts_as_they_are(pairs: list[tuple[str, str]]) -> None:
+    flat = [text for pair in pairs for text in pair]
+    roles = ["user", "assistant"] * len(pairs)
+    expected = [{"role": role, "content": text} for role, text in zip(roles, flat, strict=True)]
+    people = ["human", "gpt"] * len(pairs)
+    layouts: list[dict[str, Any]] = [
+        {"conversations": [{"from": who, "value": text} for who, text in zip(people, flat, strict=True)]},
+        {"conversations": [{"from": who, "value": text} for who, text in zip(roles, flat, strict=True)]},
+        {"messages": expected},
+        {"conversations": None, "messages": expected},
+        {"texts": [{"user": asked, "assistant": said, "source": "x"} for asked, said in pairs]},
+    ]
+    if len(pairs) == 1:
+        layouts.append({"image_id": "5", "question": pairs[0][0], "answer": pairs[0][1], "task": "positive"})
+    for record in layouts:
+        before = copy.deepcopy(record)
+        assert conversation(record, 0) == expected
+        assert record == before
+    turns(expected)  # which every prompt reads
+
+
+def test_turns_that_llava_leaves_out_are_left_out() -> None:
+    assert conversation(llava(SAY, ASK, SAY), 0) == TALK
+    assert conversation(llava({"from": "system", "value": "Be good."}, ASK, SAY), 0) == TALK
+    assert conversation(llava(ASK, SAY, ASK), 0) == TALK
+    assert conversation({"messages": [{"role": "system", "content": "Be good."}, *TALK]}, 0) == TALK
+
+
+@pytest.mark.parametrize(
+    ("record", "detail"),
+    [
+        (llava(), "no question with an answer"),
+        (llava(ASK), "no question with an answer"),
+        (llava(SAY), "no question with an answer"),
+        (llava(ASK, ASK, SAY), "turn 1 is the user's again"),
+        (llava(SAY, SAY, ASK, SAY), "turn 0 is the assistant's again"),
+        (llava(ASK, {"from": "tool", "value": "x"}), "a turn of 'tool'"),
+        (llava(ASK, {"from": "gpt", "value": 5}), "it is 5"),
+        (llava(ASK, {"role": "assistant", "content": [{"type": "text"}]}), "must be a text"),
+        (llava(ASK, "That."), "conversations must be a list of objects"),
+        ({"conversations": "What? That."}, "conversations must be a list of objects"),
+        ({"id": 1, "image": "a.jpg"}, "none of the fields conversations, messages, texts; its fields are id, image"),
+        ({"question": "What?", "answer": "That."}, "none of the fields"),
+        ("What?", "not an object, but 'What?'"),
+        (None, "not an object"),
+        ([ASK, SAY], "not an object"),
+    ],
+)
+def test_what_is_no_conversation(record: Any, detail: str) -> None:
+    reason, said = why(record)
+    assert reason == "no conversation"
+    assert detail in said
+
+
+@pytest.mark.parametrize("blank", ["", " \n\t", None])
+def test_a_blank_answer_is_empty(blank: str | None) -> None:
+    assert why(llava(ASK, SAY, ASK, {"from": "gpt", "value": blank}))[0] == "empty answer"
+    assert why({"image_id": "1", "question": "What?", "answer": blank, "task": ""}, 1)[0] == "empty answer"
+    assert conversation(llava({"from": "human", "value": blank}, SAY), 1)[0]["content"] == (blank or "")
+
+
+def test_marks_match_the_images_or_there_are_none() -> None:
+    assert conversation(llava(*WITH_MARK), 1)[0]["content"] == "<image>\nWhat?"
+    assert conversation(llava(ASK, SAY), 3) == TALK
+    two = llava(*WITH_MARK, *WITH_MARK)
+    assert len(conversation(two, 2)) == 4
+    assert why(two, 1) == ("image marks", "2 <image> marks, but 1 images")
+    assert why(llava(*WITH_MARK), 0)[0] == "image marks"
+    assert why(llava(*WITH_MARK, WITH_MARK[0]), 2)[0] == "image marks"  # the last question is left out
+    in_answer = {"from": "gpt", "value": "<image> is a mark"}
+    assert conversation(llava(WITH_MARK[0], in_answer), 1)[1]["content"] == "<image> is a mark"
+
+
+@pytest.mark.parametrize(
+    ("record", "names", "type_", "id_"),
+    [
+        ({"id": "1", "image": "coco/train2017/1.jpg", "conversations": []}, ["coco/train2017/1.jpg"], "coco", "1"),
+        ({"id": 17, "image": ["vg/1.jpg", "gqa/2.jpg"]}, ["vg/1.jpg", "gqa/2.jpg"], "vg", "17"),
+        ({"id": "a", "image": "00453/004539375.jpg"}, ["00453/004539375.jpg"], "", "a"),
+        ({"id": None, "image": "a.jpg"}, ["a.jpg"], "", None),
+        ({"messages": [], "images": ["a/b.jpg"]}, ["a/b.jpg"], "a", None),
+        ({"id": "t", "model": "", "conversations": []}, [], "text", "t"),
+        ({"image": None}, [], "text", None),
+        ({"image": ""}, [], "text", None),
+        ({"image": {"path": 1}}, ["{'path': 1}"], "", None),
+        (
+            {"image_id": "2392588", "question": "?", "answer": "!", "task": "negative"},
+            ["2392588.jpg"],
+            "negative",
+            "2392588",
+        ),
+        ({"image_id": 5, "question": "?", "answer": "!"}, ["5.jpg"], "", "5"),
+        ("no object", [], "text", None),
+    ],
+)
+def test_names_type_and_id(record: Any, names: list[str], type_: str, id_: str | None) -> None:
+    assert image_names(record) == names
+    assert sample_type(record, names) == type_
+    assert record_id(record) == id_
+
+
+def test_details_are_short() -> None:
+    assert len(why({"conversations": "x" * 10_000})[1]) < 400
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark() -> None:
+    talk = conversation(llava({"from": "human", "value": "a\ud83db"}, {"from": "gpt", "value": "\U0001f600"}), 0)
+    assert [turn["content"] for turn in talk] == ["a?b", "\U0001f600"]
