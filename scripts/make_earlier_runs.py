@@ -1,4 +1,4 @@
-"""Write the run folders that tests/training/test_earlier_runs.py keeps working, as this version makes them.
+"""Archive run folders made by this version for tests/training/test_earlier_runs.py.
 
     PYTHONPATH=tests/training python scripts/make_earlier_runs.py tests/training/earlier_runs/vX.Y.Z.tar.xz
 
@@ -33,7 +33,10 @@ SCENES = 30
 
 
 def launch(name: str, number: int, death: int | None) -> list[Any]:
-    """Train on this many ranks; the steps of the second stage: number, sample ids of each rank, loss."""
+    """Train on this many ranks; the steps of the second stage: number, sample ids of each rank, loss.
+
+    Recorded without a callback of its own, whose state would be in the checkpoints.
+    """
     folder = Path(f"said-{name}")
     folder.mkdir(exist_ok=True)
     batch_end = LossGuard.batch_end

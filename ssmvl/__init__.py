@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ssmvl import _moved as _moved
 
 __version__ = "0.1.0"
+"""The version of the installed package."""
+
 __all__ = ["build_model", "load", "train", "load_recipe", "list_components", "hookimpl", "__version__"]
 
 if TYPE_CHECKING:

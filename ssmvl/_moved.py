@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 REMOVED_IN = "0.4"
-MODULES = {  # with what lies in them
+MODULES = {  # with their submodules
     "ssmvl.assistant": "ssmvl.generation.assistant",
     "ssmvl.build": "ssmvl.model.build",
     "ssmvl.recipe": "ssmvl.recipes.merge",
@@ -22,12 +22,9 @@ MODULES = {  # with what lies in them
     "ssmvl.vision.transforms": "ssmvl.processing.transforms",
     "ssmvl.vlm": "ssmvl.model.vlm",
 }
-NAMES = {  # of modules that stay
-    "ssmvl.checkpoints": {
-        "flush": ("ssmvl.files", "flush"),
-        "settings": ("ssmvl.checkpoints", "module_settings"),
-        "written_whole": ("ssmvl.files", "written_whole"),
-    },
+NAMES = {  # that left a module which stays
+    "ssmvl.checkpoints.flush": "ssmvl.files.flush",
+    "ssmvl.checkpoints.written_whole": "ssmvl.files.written_whole",
 }
 
 
@@ -52,11 +49,12 @@ def moved_name(module: str, name: str) -> Any:
     Raises:
         AttributeError: it never had one of that name.
     """
-    if name not in NAMES[module]:
+    new = NAMES.get(f"{module}.{name}")
+    if new is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    home, new = NAMES[module][name]
-    _warn(f"{module}.{name}", f"{home}.{new}")
-    return getattr(importlib.import_module(home), new)
+    _warn(f"{module}.{name}", new)
+    home, _, attribute = new.rpartition(".")
+    return getattr(importlib.import_module(home), attribute)
 
 
 def _moved(name: str) -> str:
@@ -70,4 +68,4 @@ def _warn(old: str, new: str) -> None:
     warnings.warn(text, DeprecationWarning, stacklevel=3)
 
 
-sys.meta_path.insert(0, MovedModules())  # first, because the old parent's own path must not be searched
+sys.meta_path.insert(0, MovedModules())  # else `ssmvl.text.prompts` would load processing/prompts.py a second time

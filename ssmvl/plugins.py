@@ -1,6 +1,6 @@
 """The table of all components: the core's, and those of installed plugins, which are loaded one by one.
 
-Nothing is imported until a component is used.
+A component's module is imported when it is first used.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Trainings first: the worker that is done may take of the short tests that are left."""
-    items.sort(key=lambda item: item.path.name != "test_docs.py" and "training" not in item.path.parts)
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/test_docs.py", "tests/training/")))
 
 
 @pytest.fixture(autouse=True)

@@ -30,12 +30,12 @@ def test_the_warning_points_at_the_import(monkeypatch: pytest.MonkeyPatch) -> No
     assert MambaPrompt.__module__ == "ssmvl.processing.prompts"
 
 
-@pytest.mark.parametrize("name", _moved.NAMES["ssmvl.checkpoints"])
-def test_an_old_name_is_the_new_object(name: str) -> None:
-    home, new = _moved.NAMES["ssmvl.checkpoints"][name]
-    with pytest.warns(DeprecationWarning, match=rf"ssmvl\.checkpoints\.{name} has moved to {home}\.{new};"):
-        found = getattr(checkpoints, name)
-    assert found is getattr(importlib.import_module(home), new)
+@pytest.mark.parametrize(("old", "new"), _moved.NAMES.items())
+def test_an_old_name_is_the_new_object(old: str, new: str) -> None:
+    (module, name), (home, now) = (path.rsplit(".", 1) for path in (old, new))
+    with pytest.warns(DeprecationWarning, match=rf"^{old} has moved to {new};"):
+        found = getattr(importlib.import_module(module), name)
+    assert found is getattr(importlib.import_module(home), now)
 
 
 def test_what_never_was_is_an_ordinary_error() -> None:

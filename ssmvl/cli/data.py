@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ssmvl.errors import DataError
 
 if TYPE_CHECKING:
-    from ssmvl.processing.processor import Processor
+    from ssmvl.data.inspection.inspect import Reader
 
 CONVERT = """Write published files as shards to OUT/train. A run that was killed is continued by the same command."""
 VERIFY = """Look at every byte of shards: sizes, hashes, records, images. Exit code 2 if there is a problem."""
@@ -79,8 +79,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _reader(options: argparse.Namespace) -> tuple[Processor, str] | None:
-    """The processor of the recipe's stage, and what to call it; None without a recipe."""
+def _reader(options: argparse.Namespace) -> Reader | None:
+    """Gives the processor of the recipe's stage and its label in the output; None without a recipe."""
     if options.recipe is None:
         if options.png or options.stage:
             raise DataError("what a model reads depends on its recipe; give one: --recipe NAME")
@@ -88,7 +88,7 @@ def _reader(options: argparse.Namespace) -> tuple[Processor, str] | None:
     from ssmvl.recipes.merge import load_recipe
     from ssmvl.training.schema import stage_processor
 
-    return stage_processor(load_recipe(options.recipe), options.stage)
+    return lambda: stage_processor(load_recipe(options.recipe), options.stage)
 
 
 def _positive(text: str) -> int:

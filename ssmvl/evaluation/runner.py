@@ -1,4 +1,4 @@
-"""Whether a model sees: how often it is right by type of question, with its image, a blank one and another's."""
+"""Test questions, each asked three times: with its image, with a blank one and with another record's."""
 
 from __future__ import annotations
 

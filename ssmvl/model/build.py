@@ -13,8 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ssmvl import interfaces
-from ssmvl.checkpoints import module_settings
 from ssmvl.checkpoints.layouts import SAME
+from ssmvl.checkpoints.modules import module_settings
 from ssmvl.errors import CheckpointError, ContractError, Problem, RecipeError, SsmvlError, short
 from ssmvl.interfaces import ConnectorPart, EncoderPart, FusionPart, LanguageModelPart, PromptPart
 from ssmvl.layers.paths import PathTables

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssmvl import __version__
-from ssmvl.checkpoints import BYTES, write_folder
+from ssmvl.checkpoints.files import BYTES, write_folder
 from ssmvl.checkpoints.hub import local
 from ssmvl.errors import CheckpointError
 from ssmvl.processing.processor import Processor

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmvl.errors import ShapeError
 
-__all__ = ["check_axes", "check_rows", "check_floats", "check_groups"]
+__all__ = ["check_rows"]
 
 
 def check_axes(

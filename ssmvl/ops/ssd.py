@@ -41,7 +41,7 @@ def ssd(
     chunk: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence above over whole sequences, forward and backward.
+    """Mamba-2's recurrence over whole sequences, forward and backward.
 
     The torch backend computes in `promote_types(x.dtype, float32)`, autocast or not; for the other see
     `ssmvl.ops.kernels`.

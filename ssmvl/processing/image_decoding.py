@@ -1,4 +1,4 @@
-"""Image bytes decoded: allowed formats, EXIF orientation, eight bits a channel; or encoded anew, smaller. No torch."""
+"""Image bytes decoded (allowed formats, EXIF orientation, eight bits a channel), and re-encoded smaller. No torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The optimizer of a stage: its schema, parameter groups, gradient clipping, learning-rate schedule, and resuming.
 
-Imports no Composer until asked.
+Composer is imported only where it is used.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ import torch
 from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 
-from ssmvl.checkpoints import WEIGHTS_FILE, copy_into
+from ssmvl.checkpoints import copy_into
+from ssmvl.checkpoints.files import WEIGHTS_FILE
 from ssmvl.errors import CheckpointError, ContractError
 from ssmvl.interfaces import Count, Grid, ImageSpec, Resize
 from ssmvl.vision.pretrained import (

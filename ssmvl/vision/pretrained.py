@@ -11,8 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from ssmvl.checkpoints import module_settings, read_json, read_tensors
+from ssmvl.checkpoints import read_tensors
+from ssmvl.checkpoints.foreign import read_json
 from ssmvl.checkpoints.hub import hub_file, user_path
+from ssmvl.checkpoints.modules import module_settings
 from ssmvl.errors import CheckpointError, ContractError, nearest
 
 __all__ = ["Trained", "parse_weights", "settled_tag", "weights_file", "require_statistics", "similar"]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ssmvl.checkpoints import files as own_files
-from ssmvl.checkpoints import open_checkpoint, write_folder, write_tensors
+from ssmvl.checkpoints import open_checkpoint, write_tensors
+from ssmvl.checkpoints.files import write_folder
 from ssmvl.errors import CheckpointError
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}

@@ -11,7 +11,7 @@ from timm.layers.activations import GELU
 from torch import nn
 from torch.nn import functional as F
 
-from ssmvl.checkpoints import module_settings
+from ssmvl.checkpoints.modules import module_settings
 from ssmvl.layers.paths import PathFolding, PathTables
 from ssmvl.recipes.binding import Bound
 from ssmvl.scans import bsm

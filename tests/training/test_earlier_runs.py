@@ -57,9 +57,10 @@ def test_a_finished_run_answers_as_it_did(expected: dict[str, Any], number: int,
     assert main(["generate", folder, "--image", image, "--prompt", question]) == 0
     assert capsys.readouterr().out == f"{answer}\n"
     before = Path(folder, "model", "model.safetensors").stat()
-    run.main([f"{folder}/recipe.yaml"])
+    assert run.main([f"{folder}/recipe.yaml"]) == 0
     assert "stage finetune: finished before" in capsys.readouterr().out
-    assert Path(folder, "model", "model.safetensors").stat() == before
+    after = Path(folder, "model", "model.safetensors").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 @on_any_ranks
@@ -67,7 +68,9 @@ def test_a_model_takes_its_weights(expected: dict[str, Any], number: int) -> Non
     folder = f"runs/finished{number}/model"
     model = ssmvl.build_model(folder, weights=folder)
     tensors, _ = read_tensors(f"{folder}/model.safetensors")
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in tensors.items())
+    state = model.state_dict()
+    assert tensors.keys() == state.keys() - {"language.head.weight"}  # tied
+    assert all(torch.equal(tensor, state[name]) for name, tensor in tensors.items())
 
 
 @on_any_ranks
@@ -93,9 +96,10 @@ def test_a_killed_run_resumes_at_the_exact_step(expected: dict[str, Any], number
     steps = [[rows[0][1], [row[2] for row in rows], float.fromhex(rows[0][3])] for rows in zip(*parts, strict=True)]
     wanted = expected["resumed"][name]
     assert [step[:2] for step in steps] == [step[:2] for step in wanted]
-    assert [step[2] for step in steps] == pytest.approx([step[2] for step in wanted], rel=1e-3)
+    # Equal on the CPU that made them; another's rounding changes them by 2e-7, a lost optimizer state by 3e-2.
+    assert [step[2] for step in steps] == pytest.approx([step[2] for step in wanted], rel=1e-5)
     resumed, _ = read_tensors(f"runs/{name}/model/model.safetensors")
     finished, _ = read_tensors(f"runs/finished{number}/model/model.safetensors")
     assert resumed.keys() == finished.keys()
     for tensor_name, tensor in resumed.items():
-        torch.testing.assert_close(tensor, finished[tensor_name], atol=1e-3, rtol=1e-3, msg=tensor_name)
+        torch.testing.assert_close(tensor, finished[tensor_name], atol=1e-4, rtol=1e-4, msg=tensor_name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -32,6 +32,7 @@ from ssmvl.processing.processor import Processor
 
 FETCHED = 8  # shards of a URL that are looked at, evenly spread
 CARDS, ROWS, BAR = 12, 12, 40  # samples of a contact sheet; rows of a histogram, and letters of its longest bar
+Reader = Callable[[], tuple[Processor, str]]
 EIGHTHS = " ▏▎▍▌▋▊▉"
 REFUSED_SHOWN, TYPES_SHOWN = 10, 20
 
@@ -60,12 +61,12 @@ class Figures:
                 self.formats["damaged"] += 1
 
 
-def inspect(folder: str, reader: tuple[Processor, str] | None, samples: int, png: Path | None) -> None:
-    """Print what shards hold; with a recipe also what its model reads, and draw it.
+def inspect(folder: str, reader: Reader | None, samples: int, png: Path | None) -> None:
+    """Print what shards hold; with a reader also what its model reads, and draw it.
 
     Args:
         folder: of the shards of one split, or one that holds one split. Of a URL, `FETCHED` shards are fetched.
-        reader: the processor of a model that would be trained on it, and what to call that model.
+        reader: called once the shards are found: the processor of a model, and its label in the output.
         samples: to look at, evenly spread; 0 looks at all.
         png: where a contact sheet of 12 samples goes; needs a reader.
 
@@ -78,7 +79,7 @@ def inspect(folder: str, reader: tuple[Processor, str] | None, samples: int, png
     with TemporaryDirectory() as temporary:
         place, split = _one_split(folder, Path(temporary))
         entries = _readable(place, read_index(split / INDEX))
-        processor, how = reader or (None, "")
+        processor, how = (None, "") if reader is None else reader()
         console = Console(highlight=False)
         total = sum(entry["samples"] for entry in entries)
         size = decimal(sum(entry["raw_data"]["bytes"] for entry in entries))

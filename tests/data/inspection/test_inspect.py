@@ -85,8 +85,11 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
     def run(place: Path, recipe: str | None = None, stage: str | None = None, samples: int = 0, png: Any = None) -> str:
         capsys.readouterr()
-        reader = stage_processor(load_recipe(recipe), stage) if recipe else None
-        inspect(str(place), reader, samples, png)
+
+        def reader() -> tuple[Processor, str]:
+            return stage_processor(load_recipe(recipe), stage)
+
+        inspect(str(place), reader if recipe else None, samples, png)
         return "\n".join(" ".join(line.split()) for line in capsys.readouterr().out.splitlines())
 
     return run
@@ -174,7 +177,7 @@ def test_bad_requests_are_errors(folder: Path, said: Any, recipe: str, tmp_path:
     with pytest.raises(DataError, match="nowhere: there is no such folder"):
         said(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"neither index\.json nor a folder with one"):
-        said(tmp_path)
+        said(tmp_path, "no recipe, which is not looked for yet")
     with pytest.raises(DataError, match="-5 samples cannot be looked at; 0 looks at all"):
         said(folder, samples=-5)
     with pytest.raises(RecipeError, match=r"no stage 'finetun'. Did you mean 'finetune'\? Allowed: align, finetune"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ssmvl_mamba_vlm
 import torch
-from naive import (
+from naive_connectors import (
     Parameters,
     Path,
     assert_same,
@@ -20,8 +20,8 @@ from naive import (
     silu,
     trained,
 )
-from naive import cross_cat as naive_cross_cat
-from naive import cross_stitch as naive_cross_stitch
+from naive_connectors import cross_cat as naive_cross_cat
+from naive_connectors import cross_stitch as naive_cross_stitch
 from ssmvl_mamba_vlm.connectors import MambaProjector
 from ssmvl_mamba_vlm.scans import cross_cat, cross_stitch
 from torch import Tensor

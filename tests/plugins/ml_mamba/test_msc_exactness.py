@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from naive import (
+from naive_connectors import (
     Parameters,
     assert_same,
     causal_conv,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ssmvl_vl_mamba
 import torch
-from naive import (
+from naive_connectors import (
     Parameters,
     Path,
     assert_same,
