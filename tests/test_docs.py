@@ -24,7 +24,7 @@ DOCUMENTS = [
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
 ]
 PLUGIN = ["plugins/ssmvl-hilbert/README.md"]
-PROJECT = ["CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
+PROJECT = ["CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md"]
 LANGUAGES = {"bash", "python", "toml", "yaml", ""}  # without a language: drawings, and what a command prints
 CUTS = [
     "stages.align.duration=2ba",
