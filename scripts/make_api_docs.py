@@ -45,7 +45,7 @@ def row(module: str, name: str) -> str:
 
 
 def assigned(module: str, name: str) -> str:
-    """The docstring below an assignment, else its source; of an imported name, where it is assigned."""
+    """The docstring below an assignment, else its source; an imported or lazy name is followed to its home."""
     found = importlib.import_module(module)
     body = ast.parse(inspect.getsource(found)).body
     for node, after in itertools.pairwise([*body, None]):
@@ -56,7 +56,7 @@ def assigned(module: str, name: str) -> str:
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
                 return summary(str(after.value.value))
             return f"`{ast.unparse(node.value).replace('|', chr(92) + '|')}`"
-    home = getattr(found, "_HOME", {}).get(name)
+    home = getattr(found, "_HOME", {}).get(name)  # of a lazy name
     return assigned(home, name) if home else f"`{getattr(found, name)!r}`"
 
 

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _reader(options: argparse.Namespace) -> Reader | None:
-    """Gives the processor of the recipe's stage and its label in the output; None without a recipe."""
+    """A function that returns the processor of the recipe's stage and its label; None without a recipe."""
     if options.recipe is None:
         if options.png or options.stage:
             raise DataError("what a model reads depends on its recipe; give one: --recipe NAME")

@@ -1,4 +1,4 @@
-"""How often the answers are right, by type of question."""
+"""Accuracy by type of question, with confidence intervals and baselines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ssmvl.evaluation.runner import Answered
 
 
 class Row(TypedDict):
-    """What is known about one type of question; shares in 0…1."""
+    """Scores of one type of question; shares from 0 to 1."""
 
     accuracy: float
     interval: tuple[float, float]  # of the accuracy, 95 % (Wilson)

@@ -1,4 +1,4 @@
-"""Image bytes decoded (allowed formats, EXIF orientation, eight bits a channel), and re-encoded smaller. No torch."""
+"""Image decoding (allowed formats, EXIF orientation, 8-bit channels) and re-encoding at a smaller size. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipe files: found by name among the shipped ones and the plugins', and read as YAML. Imports no torch."""
+"""Recipe files: lookup by name among the shipped recipes and those of plugins, and reading YAML. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shipped_folders() -> list[Path]:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file says, as plain data: `1e-4` is a float, interpolations stay as they are.
+    """Read a YAML file as plain data: `1e-4` is a float, interpolations are kept as text.
 
     Raises:
         RecipeError: it cannot be read, or a key stands twice in one mapping.

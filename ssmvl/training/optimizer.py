@@ -59,17 +59,18 @@ def adamw(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
 
 
 def gradient_clipping() -> Algorithm:
-    """Clips the norm of all gradients at 1."""
+    """Clip the global norm of the gradients at 1."""
     from composer.algorithms import GradientClipping
 
     return GradientClipping("norm", 1.0)
 
 
 def cosine_schedule(warmup: str) -> ComposerScheduler:
-    """To zero at the end of the stage. Composer warns of each step of a warm-up that is none."""
+    """Cosine decay to zero at the end of the stage, after a linear warmup if there is one."""
     from composer import Time
     from composer.optim import CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
 
+    # With an empty warmup Composer's scheduler would warn at every step.
     return CosineAnnealingWithWarmupScheduler(warmup) if Time.from_input(warmup).value else CosineAnnealingScheduler()
 
 

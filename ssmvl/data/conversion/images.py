@@ -1,4 +1,4 @@
-"""Where image bytes lie (files, zips, tars), how they are looked up, and whether they are whole."""
+"""Image bytes in files, zips and tars: lookup by name, reading, and a check that they are complete."""
 
 from __future__ import annotations
 

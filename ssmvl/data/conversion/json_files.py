@@ -1,4 +1,4 @@
-"""The reader of JSON and JSON lines, record by record."""
+"""JSON and JSON Lines files, read record by record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reader of parquet, whose rows hold their images too."""
+"""Parquet files, whose rows hold their images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published records with their images, in chunks that any process can read, whatever file they are from."""
+"""Published records and their images, grouped into chunks that any process can read."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def inspect(folder: str, reader: Reader | None, samples: int, png: Path | None) 
 
     Args:
         folder: of the shards of one split, or one that holds one split. Of a URL, `FETCHED` shards are fetched.
-        reader: called once the shards are found: the processor of a model, and its label in the output.
+        reader: called once the shards are found; returns the processor of a model and its label in the output.
         samples: to look at, evenly spread; 0 looks at all.
         png: where a contact sheet of 12 samples goes; needs a reader.
 

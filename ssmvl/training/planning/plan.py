@@ -186,7 +186,7 @@ class StagePlan:
 
     @contextmanager
     def as_trained(self, checkpointing: bool) -> Iterator[None]:
-        """While it lasts, the model is frozen and checkpointed as the stage trains it."""
+        """Freeze the model, and checkpoint its activations, as the stage does."""
         freeze_others(self.model, self.stage.train)
         if checkpointing:
             checkpoint_activations(self.model)
