@@ -1,17 +1,27 @@
 """Published records -> conversations in the library's own layout. Pure functions on what JSON or parquet hold.
 
 Layouts: `conversations: [{from, value}]` of LLaVA and ShareGPT, `messages: [{role, content}]`, `texts: [{user,
-assistant}]` of the Cauldron, and LRV-Instruct's `{image_id, question, answer, task}`.
+assistant}]` of the Cauldron, and LRV-Instruction's `{image_id, question, answer, task}`. A content may be a text or a
+list of typed parts, `{"type": "text", "text": …}` and `{"type": "image"}`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ssmvl.data.conversion.media import (
+    IMAGE_FIELDS,
+    MARK,
+    MEDIA_FILE,
+    UnreadPartError,
+    join_parts,
+    part_images,
+    placeholder,
+    unread_media,
+)
 from ssmvl.errors import short
 
-MARK = "<image>"  # processing.processor.IMAGE, whose module would bring torch into every process that converts
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TALKS = ("conversations", "messages", "texts")
 
@@ -22,7 +32,8 @@ class UnusableError(Exception):
     """A record makes no sample.
 
     Args:
-        reason: one of "missing image", "damaged image", "empty answer", "image marks", "no conversation".
+        reason: one of "missing image", "damaged image", "unread media", "empty answer", "image marks",
+            "no conversation".
         detail: what exactly is wrong.
     """
 
@@ -38,9 +49,12 @@ def conversation(record: Any, images: int) -> list[Turn]:
     without an answer.
 
     Raises:
-        UnusableError: there is none, an answer is blank, or its `<image>` marks do not match the images.
+        UnusableError: there is none, an answer is blank, its `<image>` marks do not match the images, or it has media
+            that are not read.
     """
-    turns = [turn for turn in _turns(record) if turn["role"] != "system"]
+    everything = _turns(record)
+    _require_only_images(record, everything, images)
+    turns = [turn for turn in everything if turn["role"] != "system"]
     if turns and turns[0]["role"] != "user":
         turns = turns[1:]
     for number, turn in enumerate(turns):
@@ -55,17 +69,23 @@ def conversation(record: Any, images: int) -> list[Turn]:
     marks = sum(turn["content"].count(MARK) for turn in turns if turn["role"] == "user")
     if marks not in (0, images):
         raise UnusableError("image marks", f"{marks} {MARK} marks, but {images} images")
+    if images and not marks and any(MARK in turn["content"] for turn in everything):
+        raise UnusableError("image marks", f"{MARK} marks only outside the user's questions")
     return turns
 
 
 def image_names(record: Any) -> list[str]:
-    """The names of a record's images, as it gives them."""
+    """The names of a record's images, as it gives them: in its fields, or else in the typed parts of its messages."""
     if not isinstance(record, Mapping):
         return []
-    names = record.get("image") or record.get("images") or []
     if _is_lrv(record):
-        names = f"{record['image_id']}.jpg"
-    return [name if isinstance(name, str) else repr(name) for name in (names if isinstance(names, list) else [names])]
+        name = str(record["image_id"])
+        return [name if MEDIA_FILE.fullmatch(name) else f"{name}.jpg"]
+    names = record.get("image") or record.get("images") or []
+    names = names if isinstance(names, list) else [names]
+    return [name if isinstance(name, str) else repr(name) for name in names] or [
+        name for name in _part_images(record) if name is not None
+    ]
 
 
 def sample_type(record: Any, names: list[str]) -> str:
@@ -82,6 +102,35 @@ def record_id(record: Any) -> str | None:
     """The name that a record gives itself."""
     given = record.get("image_id" if _is_lrv(record) else "id") if isinstance(record, Mapping) else None
     return None if given is None else str(given)
+
+
+def _require_only_images(record: Mapping[str, Any], turns: list[Turn], images: int) -> None:
+    """Raise where a record has media that are not read: other fields, other placeholders, images named twice."""
+    names = image_names(record)
+    given = [record[field] for field in IMAGE_FIELDS if record.get(field)]
+    image, *more = [one if isinstance(one, list) else [one] for one in given] or [[]]
+    if more and image != more[0]:
+        raise UnusableError("unread media", f"image and images differ: {image!r} and {more[0]!r}")
+    parts = [name for name in _part_images(record) if name is not None]
+    if parts and parts != names:
+        raise UnusableError("unread media", f"typed parts name other images than the record: {parts!r} and {names!r}")
+    if names and not images:
+        raise UnusableError("missing image", f"{names[0]} is not there")
+    told = [turn for field in TALKS for turn in record.get(field) or () if isinstance(turn, Mapping)]
+    fields = {field: value for field, value in record.items() if field not in (*TALKS, *IMAGE_FIELDS)}
+    for part in (fields, *told):
+        if why := unread_media(part, names or [""] * images):
+            raise UnusableError("unread media", why)
+    for number, turn in enumerate(turns):
+        if mark := placeholder(turn["content"], question=turn["role"] != "assistant"):
+            raise UnusableError("unread media", f"turn {number} has the placeholder {mark}; only {MARK} is read")
+
+
+def _part_images(record: Mapping[str, Any]) -> Iterator[str | None]:
+    for field in TALKS:
+        for turn in record.get(field) or ():
+            if isinstance(turn, Mapping):
+                yield from part_images(turn.get("value", turn.get("content")))
 
 
 def _is_lrv(record: Mapping[str, Any]) -> bool:
@@ -113,6 +162,11 @@ def _pair(question: Any, answer: Any) -> list[Turn]:
 def _turn(role: Any, text: Any) -> Turn:
     if role not in ROLES:
         raise UnusableError("no conversation", f"a turn of {role!r}; known are {', '.join(ROLES)}")
+    if isinstance(text, list):
+        try:
+            text = join_parts(text)
+        except UnreadPartError as error:
+            raise UnusableError("unread media", str(error)) from error
     if not isinstance(text, str | None):
         raise UnusableError("no conversation", f"a turn must be a text; it is {text!r}")
     # half a surrogate pair, which a JSON may hold, is no UTF-8

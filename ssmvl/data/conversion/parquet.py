@@ -24,9 +24,9 @@ class ParquetChunk(Chunk):
 
     def _records(self) -> Iterator[Published]:
         with _parquet(Path(self.source)) as file:
-            columns = [name for name in file.schema_arrow.names if name in (*TALKS, *COLUMNS_OF_IMAGES, *TYPES)]
             number = self.first
-            for batch in file.iter_batches(ROWS, row_groups=list(self.groups), columns=columns, use_threads=False):
+            # every column, because one that is not known may hold media
+            for batch in file.iter_batches(ROWS, row_groups=list(self.groups), use_threads=False):
                 rows = _values(batch, self.source, number)
                 number += len(rows)
                 for row in rows:

@@ -10,12 +10,13 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from ssmvl.data.conversion.conversations import MARK, TALKS
+from ssmvl.data.conversion.conversations import TALKS
 from ssmvl.data.conversion.images import Place
+from ssmvl.data.conversion.media import MARK, MEDIA_FILE
 from ssmvl.data.conversion.records import Chunk, Image, Published, SourceFile
 from ssmvl.errors import DataError
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,15 @@ class TarChunk(Chunk):
             images = [member for member in members if member.name.lower().endswith(PICTURES)]
             texts = {suffix: _text(members, suffix) for suffix in (".json", ".txt")}
             record = _parsed(texts[".json"])
+            others = [m.name for m in members if m not in images and MEDIA_FILE.fullmatch(m.name)]
             if not (isinstance(record, dict) and record.keys() & {*TALKS}):
                 caption = record.get("caption", record.get("text")) if isinstance(record, dict) else None
                 if (caption := texts[".txt"] if caption is None else caption) is not None:
                     images = images or [Image("an image beside the caption", None)]
-                    record = {"texts": [{"user": "\n".join([MARK] * len(images)), "assistant": caption}]}
+                    told = {"texts": [{"user": "\n".join([MARK] * len(images)), "assistant": caption}]}
+                    record = {**record, **told} if isinstance(record, dict) else told
+            if others and isinstance(record, dict):
+                record["members"] = others  # which the record does not make a sample of
             yield Published(record, images, "" if images else "text")
 
 

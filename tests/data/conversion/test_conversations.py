@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssmvl.data.conversion.conversations import MARK, UnusableError, conversation, image_names, record_id, sample_type
+from ssmvl.data.conversion.conversations import UnusableError, conversation, image_names, record_id, sample_type
+from ssmvl.data.conversion.media import MARK
 from ssmvl.processing.processor import IMAGE
 from ssmvl.processing.prompts import turns
 
@@ -48,11 +49,13 @@ def test_every_layout_gives_the_texts_as_they_are(pairs: list[tuple[str, str]]) 
         {"conversations": None, "messages": expected},
         {"texts": [{"user": asked, "assistant": said, "source": "x"} for asked, said in pairs]},
     ]
+    typed = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in expected]
+    layouts.append({"messages": typed})
     if len(pairs) == 1:
         layouts.append({"image_id": "5", "question": pairs[0][0], "answer": pairs[0][1], "task": "positive"})
     for record in layouts:
         before = copy.deepcopy(record)
-        assert conversation(record, 0) == expected
+        assert conversation(record, len(image_names(record))) == expected
         assert record == before
     turns(expected)  # which every prompt reads
 
@@ -74,7 +77,6 @@ def test_turns_that_llava_leaves_out_are_left_out() -> None:
         (llava(SAY, SAY, ASK, SAY), "turn 0 is the assistant's again"),
         (llava(ASK, {"from": "tool", "value": "x"}), "a turn of 'tool'"),
         (llava(ASK, {"from": "gpt", "value": 5}), "it is 5"),
-        (llava(ASK, {"role": "assistant", "content": [{"type": "text"}]}), "must be a text"),
         (llava(ASK, "That."), "conversations must be a list of objects"),
         ({"conversations": "What? That."}, "conversations must be a list of objects"),
         ({"id": 1, "image": "a.jpg"}, "none of the fields conversations, messages, texts; its fields are id, image"),
@@ -90,11 +92,13 @@ def test_what_is_no_conversation(record: Any, detail: str) -> None:
     assert detail in said
 
 
-@pytest.mark.parametrize("blank", ["", " \n\t", None])
-def test_a_blank_answer_is_empty(blank: str | None) -> None:
+@pytest.mark.parametrize("blank", ["", " \n\t", None, [], [{"type": "text"}]])
+def test_a_blank_answer_is_empty(blank: Any) -> None:
     assert why(llava(ASK, SAY, ASK, {"from": "gpt", "value": blank}))[0] == "empty answer"
     assert why({"image_id": "1", "question": "What?", "answer": blank, "task": ""}, 1)[0] == "empty answer"
-    assert conversation(llava({"from": "human", "value": blank}, SAY), 1)[0]["content"] == (blank or "")
+    assert conversation(llava({"from": "human", "value": blank}, SAY), 1)[0]["content"] == (
+        blank if isinstance(blank, str) else ""
+    )
 
 
 def test_marks_match_the_images_or_there_are_none() -> None:
@@ -128,6 +132,7 @@ def test_marks_match_the_images_or_there_are_none() -> None:
             "2392588",
         ),
         ({"image_id": 5, "question": "?", "answer": "!"}, ["5.jpg"], "", "5"),
+        ({"image_id": "chart_1.png", "question": "?", "answer": "!"}, ["chart_1.png"], "", "chart_1.png"),
         ("no object", [], "text", None),
     ],
 )
@@ -135,6 +140,95 @@ def test_names_type_and_id(record: Any, names: list[str], type_: str, id_: str |
     assert image_names(record) == names
     assert sample_type(record, names) == type_
     assert record_id(record) == id_
+
+
+def asked(content: Any, **fields: Any) -> dict[str, Any]:
+    return {**fields, "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "That."}]}
+
+
+PIXELS = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ([PIXELS, {"type": "text", "text": "What?"}], "<image>\nWhat?"),
+        ([PIXELS, {"type": "text", "text": "\nWhat?"}], "<image>\nWhat?"),
+        ([{"type": "text", "text": "Is "}, PIXELS, {"type": "text", "text": " this?"}], "Is <image> this?"),
+        ([PIXELS, {"type": "image", "index": 1}, {"type": "input_text", "text": "Same?"}], "<image>\n<image>\nSame?"),
+        ([{"type": "text", "text": "What?"}], "What?"),
+    ],
+)
+def test_typed_parts_become_one_text_with_marks(parts: list[Any], text: str) -> None:
+    record = asked(parts, images=["a.jpg"] * text.count(MARK))
+    assert conversation(record, text.count(MARK))[0]["content"] == text
+
+
+def test_typed_parts_may_name_the_images() -> None:
+    url = {"type": "image_url", "image_url": {"url": "a.jpg"}}
+    record = asked([url, {"type": "image", "image": "file:///b/c.png"}, {"type": "text", "text": "Same?"}])
+    assert image_names(record) == ["a.jpg", "/b/c.png"]
+    assert len(conversation(record, 2)) == 2
+    assert why({**record, "images": ["other.jpg", "/b/c.png"]}, 2)[0] == "unread media"
+
+
+@pytest.mark.parametrize(
+    ("record", "images"),
+    [
+        *[(asked("What?", **{field: "1.bin"}), 0) for field in ("video", "videos", "audio", "audios", "speech")],
+        (asked("What?", image="a.jpg", video=["1.mp4"]), 1),
+        *[(asked("What?", **{field: "a.jpg"}), 0) for field in ("image_path", "img", "file", "picture", "Photo_1")],
+        (asked("What?", image_id=17), 0),
+        (asked("What?", pixel_values=[[1, 2]]), 0),
+        (asked("What?", image_bytes=b"abc"), 0),
+        (asked("What?", meta={"paths": [{"path": "b/a.PNG"}]}), 0),
+        (asked("What?", image="a.jpg", image2="b.jpg"), 1),
+        (asked("What?", image="a.jpg", images=["a.jpg", "b.jpg"]), 1),
+        ({"messages": [{"role": "user", "content": "What?", "images": ["a.jpg"]}, TALK[1]]}, 0),
+        ({"messages": [{"role": "user", "content": "What?", "image_url": "a.jpg"}, TALK[1]]}, 0),
+        *[
+            (asked(f"{mark} What?", image="a.jpg"), 1)
+            for mark in (
+                "<video>", "<audio>", "<ImageHere>", "<image1>", "<image 2>", "<image_3>", "<Image>", "<|image_1|>",
+                "<|image|>", "<|image_pad|>", "<|AUDIO|>", "<img>a.jpg</img>", "<image_placeholder>", "<video_7>",
+                "<start_of_image>", "<image_soft_token>", "<IMG_CONTEXT>", "<img />", "[IMG]", "<speech>",
+                "<vision_start>", "data:image/png;base64,iVBOR",
+            )
+        ],
+        (asked("What?") | {"system": "x", "conversations": [ASK, {"from": "gpt", "value": "<ImageHere> That."}]}, 0),
+        ({"messages": [{"role": "system", "content": "<video>"}, *TALK]}, 0),
+        (asked([{"type": "video", "video": "1.mp4"}, {"type": "text", "text": "What?"}]), 0),
+        (asked([{"type": "input_audio"}]), 0),
+    ],
+)  # fmt: skip
+def test_media_that_are_not_read_make_no_text_sample(record: Any, images: int) -> None:
+    assert why(record, images)[0] == "unread media"
+
+
+@pytest.mark.parametrize(
+    ("record", "images"),
+    [
+        (asked("How do I close a <div>?"), 0),
+        (asked("What is <video controls> in HTML?"), 0),
+        (asked("What?", video=None, audio=[], image="", has_image=False, num_images=0), 0),
+        (asked("What?", image="coco/a.jpg", file_name="a.jpg", image_id=5, image_size=[3, 4]), 1),
+        (asked("What?", image="a.jpg", coco_url="http://example.org/x.jpg"), 1),
+        (asked("What?", image="a.jpg", caption="Photo.jpg", model="gpt-4", bbox=[0.1, 0.2]), 1),
+        (llava(ASK, {"from": "gpt", "value": "Write <video> and </video> around it."}), 0),
+    ],
+)
+def test_other_fields_and_tags_of_an_answer_are_no_media(record: Any, images: int) -> None:
+    assert len(conversation(record, images)) == 2
+
+
+def test_marks_only_outside_of_the_questions_are_refused() -> None:
+    record = {"messages": [{"role": "system", "content": "<image>"}, *TALK]}
+    assert why(record, 1) == ("image marks", "<image> marks only outside the user's questions")
+    assert why(llava(ASK, {"from": "gpt", "value": "<image>"}), 1)[0] == "image marks"
+
+
+def test_a_named_image_that_nobody_brought_is_missing() -> None:
+    assert why(asked("What?", image="a.jpg"), 0) == ("missing image", "a.jpg is not there")
 
 
 def test_details_are_short() -> None:

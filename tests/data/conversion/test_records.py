@@ -76,6 +76,19 @@ def test_records_of_a_parquet_are_skipped_like_others(tmp_path: Path) -> None:
     assert good["images"] == [IMAGE]
 
 
+def test_other_columns_of_media_skip_their_rows(tmp_path: Path) -> None:
+    typed = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]}, SAID[1]]
+    typed[1] = {"role": "assistant", "content": [{"type": "text", "text": "That."}]}
+    rows = [
+        {"image": IMAGE, "video": None, "image_path": None, "messages": typed},
+        {"image": IMAGE, "video": b"film", "image_path": None, "messages": typed},
+        {"image": None, "video": None, "image_path": "a.jpg", "messages": typed[1:] * 2},
+    ]
+    good, *skipped = read(parquet(tmp_path / "a.parquet", rows))
+    assert good["conversation"] == [{"role": "user", "content": "<image>\nWhat?"}, SAID[1]]
+    assert [item.reason for item in skipped] == ["unread media", "unread media"]
+
+
 @pytest.mark.parametrize(
     "row", [{"image": b"", "caption": "x"}, {"image": "a.jpg", "conversations": TALK}, {"conversations": "What?"}]
 )

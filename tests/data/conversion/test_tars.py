@@ -164,3 +164,17 @@ def test_names_in_a_tar_that_are_no_text_still_make_ids(tmp_path: Path) -> None:
 def test_an_empty_tar_holds_no_record(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.tar: no record"):
         read(tarred(tmp_path / "a.tar", []))
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("1.mp4", b"film"), ("1.json", dumped({"conversations": TALK}))],
+        [("1.jpg", IMAGE), ("1.wav", b"sound"), ("1.json", dumped({"caption": "one"}))],
+        [("1.jpg", IMAGE), ("1.txt", b"one"), ("1.mp4", b"film")],
+        [("1.jpg", IMAGE), ("1.json", dumped({"caption": "one", "video": "1.mp4"}))],
+    ],
+)
+def test_other_media_of_a_tar_are_not_left_out_silently(tmp_path: Path, members: list[tuple[str, bytes]]) -> None:
+    (skipped,) = read(tarred(tmp_path / "a.tar", members))
+    assert skipped.reason == "unread media"
