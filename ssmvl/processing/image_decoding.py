@@ -1,11 +1,17 @@
-"""Image decoding (allowed formats, EXIF orientation, 8-bit channels) and re-encoding at a smaller size. No torch."""
+"""Image decoding to RGB (allowed formats, EXIF orientation, 8 bits per channel) and re-encoding at a smaller size.
+
+`read_image` is the one reader: training, generation, conversion, verification and inspection accept the same images.
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import re
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +24,11 @@ from ssmvl.errors import DataError, short
 Image.init()  # PIL opens a format by name only once it knows all
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")  # others may start other programs
 MODES = {"JPEG": {"L", "RGB", "CMYK"}, "PNG": {"L", "LA", "RGB", "RGBA"}, "WEBP": {"RGB", "RGBA"}}
+MAX_PIXELS = 100_000_000  # a decompression bomb is refused before it is decoded
+PNG, TEXT_CHUNKS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt")
+LONG_TEXT = 1 << 16  # bytes
+MIN_IS_WHITE = 0  # of TIFF, which PIL inverts at 8 bits only
+DARK = 1 << 12  # of 16 bits: what stays below was hardly meant to be seen at that scale
 Turn = Image.Transpose
 UPRIGHT = {  # what turns an image of that EXIF orientation upright
     2: Turn.FLIP_LEFT_RIGHT,
@@ -29,11 +40,39 @@ UPRIGHT = {  # what turns an image of that EXIF orientation upright
     8: Turn.ROTATE_90,
 }
 
+ImageLike = str | Path | bytes | Image.Image
+
+
+def read_image(image: ImageLike) -> Image.Image:
+    """Decode a file, bytes or a PIL image to RGB: EXIF orientation applied, transparency composited onto white.
+
+    Of an animation it is the first frame. Of 16 bits the upper 8 are kept; floats are 0…1; 32-bit integers of at most
+    255 are taken as 8 bits, as PIL takes them.
+
+    Raises:
+        DataError: it cannot be found or decoded, has more than `MAX_PIXELS` pixels, or its floats or integers are out
+            of range or would be almost black.
+    """
+    what = "image bytes" if isinstance(image, bytes) else str(image)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of bombs, where our own limit follows; of damage that does no harm
+            if not isinstance(image, ImageLike):
+                raise DataError(f"a {type(image).__name__} is no image; give a path, encoded bytes or a PIL image")
+            if isinstance(image, Image.Image):
+                return _to_rgb(image, what)
+            with open_image(image) as opened:
+                return _to_rgb(opened, what)
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{what}: no such image file") from error
+    except Exception as error:  # PIL's decoders may raise anything on damaged bytes
+        raise DataError(f"{what}: cannot be decoded as an image ({type(error).__name__}: {reason(error)})") from error
+
 
 def decoded(image: Image.Image, what: str) -> Image.Image:
-    """An opened image with its pixels, turned as its EXIF data says.
-
-    Of 16 bits the upper 8 are kept, and floats from 0 to 1 become 8 bits; other modes stay what they are.
+    """An opened image with its pixels, EXIF orientation applied; integers and floats as 8 bits, see `read_image`.
 
     Args:
         image: as PIL opened it.
@@ -43,13 +82,19 @@ def decoded(image: Image.Image, what: str) -> Image.Image:
         DataError: floats or integers are out of range. PIL's decoders may raise anything else.
     """
     image.load()
+    inverted = getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == MIN_IS_WHITE
     image = _upright(image)
-    return _eight_bits(image, what) if image.mode[0] in "IF" else image
+    return _eight_bits(image, what, inverted) if image.mode[0] in "IF" else image
 
 
 def open_image(image: str | Path | bytes) -> Image.Image:
     """An image of which only the header is read, from a file or its bytes; PIL may raise anything."""
-    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
+    if not isinstance(image, bytes):
+        with Path(image).open("rb") as file:
+            if file.read(len(PNG)) != PNG:
+                return Image.open(image, formats=FORMATS)
+            image = PNG + file.read()
+    return Image.open(io.BytesIO(_without_long_texts(image)), formats=FORMATS)
 
 
 def shrunk(data: bytes, max_side: int) -> bytes:
@@ -93,6 +138,44 @@ def reason(error: Exception) -> str:
     return re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))
 
 
+def _to_rgb(image: Image.Image, what: str) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(f"{what}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are allowed")
+    image = decoded(image, what)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _without_long_texts(data: bytes) -> bytes:
+    """A PNG without text chunks beyond `LONG_TEXT`, for which PIL would refuse the image; other bytes as they are."""
+    kept, start, at = [], 0, len(PNG)
+    kind = b"" if data.startswith(PNG) else b"IEND"
+    while kind != b"IEND" and at + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + length
+        if kind in TEXT_CHUNKS and _is_long(data[at + 8 : end - 4], kind):
+            kept.append(data[start:at])
+            start = end
+        at = end
+    return b"".join([*kept, data[start:]]) if kept else data
+
+
+def _is_long(text: bytes, kind: bytes) -> bool:
+    """Whether the content of a text chunk is longer than `LONG_TEXT`, once inflated where it may be compressed."""
+    if len(text) > LONG_TEXT:
+        return True
+    _, _, rest = text.partition(b"\0")
+    if kind == b"tEXt" or (kind == b"iTXt" and not rest.startswith(b"\1")):
+        return False
+    compressed = rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1]  # after language and translation
+    inflating = zlib.decompressobj()
+    with contextlib.suppress(zlib.error):
+        return len(inflating.decompress(compressed, LONG_TEXT + 1)) > LONG_TEXT
+    return False
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """PIL's own `exif_transpose` also writes the EXIF data anew, which fails where any part of them is damaged."""
     orientation = None
@@ -101,14 +184,21 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
-def _eight_bits(image: Image.Image, what: str) -> Image.Image:
-    """Grey of 16 bits or of floats, which PIL would clip to white or black, as grey of 8."""
+def _eight_bits(image: Image.Image, what: str, inverted: bool) -> Image.Image:
+    """Grey of 16 or 32 bits or of floats, which PIL would clip to white or black, as grey of 8 bits."""
     values, limit = np.asarray(image), 1 if image.mode == "F" else 65_535
     lowest, highest = values.min(), values.max()
+    found = f"values from {lowest} to {highest} (mode {image.mode})"
     if not 0 <= lowest <= highest <= limit:  # NaN is none of them
-        found = f"values from {lowest} to {highest} (mode {image.mode})"
         raise DataError(f"{what}: {found}; 0 to {limit} are allowed, so scale them")
-    scaled = np.rint(values * 255) if image.mode == "F" else values >> 8
+    if image.mode == "F":
+        scaled = np.rint(values * 255)
+    elif image.mode == "I" and highest <= 255 and image.format != "PPM":  # which PIL scales to 16 bits
+        scaled = values
+    elif 0 < highest < DARK:
+        raise DataError(f"{what}: {found} would be almost black, as 16 bits reach {limit}; scale them")
+    else:
+        scaled = (limit - values if inverted else values) >> 8
     grey = Image.fromarray(scaled.astype(np.uint8))
     if "transparency" in image.info:  # the value that is transparent
         grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))

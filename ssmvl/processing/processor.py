@@ -113,8 +113,7 @@ class Processor:
         Raises:
             DataError: an image cannot be decoded.
         """
-        largest = max((spec.size for spec in self.image_specs), default=None)
-        decoded = [read_image(image, largest) for image in images]
+        decoded = [read_image(image) for image in images]
         return {spec: _stack([to_pixels(image, spec) for image in decoded], spec) for spec in self.image_specs}
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -82,7 +82,7 @@ class Encoder(nn.Module, ABC):
             raise ContractError(f"images of {size} px are smaller than one patch; give a larger image_size")
         self.add_module(self.part, tower)
         self.mean, self.std = tuple(mean), tuple(std)  # no buffers: a cast to bf16 would round them
-        red, green, blue = (round(255 * value) for value in mean)
+        red, green, blue = (int(255 * value) for value in mean)  # cut off, as Prismatic does
         self.image_spec = ImageSpec(size, resize, (red, green, blue) if resize == "letterbox" else (0, 0, 0))
         self._file, self._prefix = file, prefix
         if next(self.parameters()).is_meta:  # `build_model` begins there, and nothing is computed

@@ -98,7 +98,7 @@ def test_the_tag_decides_mean_and_std() -> None:
 def test_a_letterbox_has_the_encoders_mean_colour() -> None:
     with torch.device("meta"):
         encoder = timm_encoder(DINO, image_size=28, resize="letterbox")
-    assert encoder.image_spec == ImageSpec(28, "letterbox", (124, 116, 104))
+    assert encoder.image_spec == ImageSpec(28, "letterbox", (123, 116, 103))
     assert timm_encoder("test_vit", resize="resize-crop").image_spec == ImageSpec(160, "resize-crop")
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssmvl.errors import DataError
-from ssmvl.processing.image_decoding import opened
+from ssmvl.processing.image_decoding import PNG, read_image
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's entry: signature, lengths of its name and of its extra field
 ENTRY = struct.Struct("<QQBI")  # what is kept of a zip's entry: offset, size, method, crc
 MAX_INFLATED = 1 << 29  # bytes; an entry that grows beyond them is no image
 TAIL = 4096  # bytes at the end in which a marker is looked for: some cameras write on after it
+GREY_16, GREY_16_AT = b"\x10\0", 24  # bit depth and colour type in a PNG's header; its values may be out of range
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # other errors are trouble of the disk
 
 
@@ -222,24 +223,29 @@ def prefix_and_path(spec: str) -> tuple[str, Path]:
 
 
 def damage(data: bytes) -> str:
-    """What is wrong with the bytes of an image, by its header and its end marker; empty if nothing is.
+    """Why the bytes of an image cannot be used; empty if they can.
 
-    Nothing is decoded. Formats other than JPEG, PNG, GIF and WebP need a header of `FORMATS`.
+    A JPEG, PNG or GIF with its end marker near the end, and a WebP of the size in its header, are taken as whole
+    without decoding. All others are decoded, so that whatever decodes is kept: bytes may follow the end marker.
     """
-    tail = data[-TAIL:]
     if not data:
         return "empty"
+    tail = data[-TAIL:]
     if data.startswith(b"\xff\xd8\xff"):
-        return "" if b"\xff\xd9" in tail else f"no end marker of JPEG after {len(data)} bytes"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "" if b"IEND\xae\x42\x60\x82" in tail else f"no end marker of PNG after {len(data)} bytes"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "" if tail.rstrip(b"\0").endswith(b";") else f"no end marker of GIF after {len(data)} bytes"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        size = int.from_bytes(data[4:8], "little") + 8
-        return "" if len(data) >= size else f"{len(data)} bytes of a WebP that should have {size}"
+        kind, whole = "JPEG", b"\xff\xd9" in tail
+    elif data.startswith(PNG):
+        kind, whole = "PNG", b"IEND\xae\x42\x60\x82" in tail and not data.startswith(GREY_16, GREY_16_AT)
+    elif data.startswith((b"GIF87a", b"GIF89a")):
+        kind, whole = "GIF", tail.rstrip(b"\0").endswith(b";")
+    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        kind, whole = "WebP", len(data) >= int.from_bytes(data[4:8], "little") + 8
+    else:
+        kind, whole = "image", False
+    if whole:
+        return ""
     try:
-        with opened(data):
-            return ""
-    except DataError:
-        return f"no image: {len(data)} bytes that begin with {data[:16]!r}"
+        read_image(data)
+    except DataError as error:
+        why = str(error).removeprefix("image bytes: ")
+        return f"no usable {kind}, {len(data)} bytes that begin with {data[:16]!r}: {why}"
+    return ""

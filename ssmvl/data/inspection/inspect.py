@@ -27,7 +27,7 @@ from ssmvl.data.remote import is_remote
 from ssmvl.data.shards import require_streaming, unpack_record
 from ssmvl.drawing.sample_cards import Card, draw_samples
 from ssmvl.errors import DataError, short
-from ssmvl.processing.image_decoding import open_image
+from ssmvl.processing.image_decoding import open_image, read_image
 from ssmvl.processing.processor import Processor
 
 FETCHED = 8  # shards of a URL that are looked at, evenly spread
@@ -54,10 +54,11 @@ class Figures:
         self.turns.append((len(record["conversation"]) + 1) // 2)
         for image in record["images"]:
             try:
-                with open_image(image) as opened:  # its header only
+                read_image(image)
+                with open_image(image) as opened:
                     self.sizes.append(opened.size)
                     self.formats[str(opened.format)] += 1
-            except Exception:  # whatever damaged bytes make PIL raise; `verify` says what
+            except DataError:  # `verify` says what is wrong
                 self.formats["damaged"] += 1
 
 

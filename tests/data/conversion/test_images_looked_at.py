@@ -47,17 +47,18 @@ def test_a_whole_image_is_not_damaged_and_every_cut_one_is(kind: str) -> None:
     data = WHOLE[kind]()
     assert damage(data) == ""
     cuts = [at for at in range(len(data)) if not damage(data[:at])]
-    assert cuts == []
+    for at in cuts:  # every pixel of the first frame is there
+        assert np.array_equal(read_image(data[:at]), read_image(data))
 
 
 def test_bytes_after_the_end_are_allowed_and_damage_is_said() -> None:
-    for kind in ("JPEG", "PNG", "WEBP"):
-        assert damage(encoded(kind) + b"trailing") == ""
-    assert damage(encoded("JPEG") + b"\0" * (TAIL - 10)) == ""
-    assert damage(encoded("GIF") + b"\0\0") == ""
-    jpeg, webp = encoded("JPEG"), encoded("WEBP")
-    assert damage(jpeg[:-100]) == f"no end marker of JPEG after {len(jpeg) - 100} bytes"
-    assert damage(webp[:-1]) == f"{len(webp) - 1} bytes of a WebP that should have {len(webp)}"
+    for kind in ("JPEG", "PNG", "WEBP", "GIF"):
+        for more in (b"\0\0", b"trailing", b"\0\0\0\x18ftypmp42" * TAIL):  # as a motion photo has a film
+            assert damage(encoded(kind) + more) == ""
+    for kind in ("JPEG", "PNG", "WEBP", "GIF"):
+        said = damage(encoded(kind)[:-100])
+        assert said.startswith(f"no usable {kind if kind != 'WEBP' else 'WebP'}, ")
+        assert "cannot be decoded" in said
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"a text", b"\0" * 1000, b"PK\3\4", b"\xff\xd8", b"GIF90a"])
