@@ -1,15 +1,19 @@
-"""Test questions, each asked three times: with its image, with a blank one and with another record's."""
+"""Test questions, each asked three times: with its images, with black ones and with another record's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 from PIL import Image
+from tqdm.auto import tqdm
 
+from ssmvl.errors import DataError
 from ssmvl.generation.assistant import Assistant
 from ssmvl.interfaces import Count, DatasetPart
+from ssmvl.processing.processor import IMAGE, Processor
 from ssmvl.processing.transforms import read_image
 
 
@@ -29,7 +33,7 @@ class Evaluation:
 
 
 class Answered(NamedTuple):
-    """A test question, its true answer, and the model's: with its image, a black one, and another record's."""
+    """A test question, its true answer as the prompt teaches it, and the model's three."""
 
     type: str
     question: str
@@ -39,27 +43,85 @@ class Answered(NamedTuple):
     swapped: str
 
 
+def require_answerable(records: Sequence[Mapping[str, Any]], processor: Processor, max_new_tokens: int) -> str:
+    """Find, before a model is trained, that each record can be asked and scored; its images are decoded.
+
+    Returns:
+        A note where `max_new_tokens` cuts answers off, which can only count as wrong; else an empty text.
+
+    Raises:
+        DataError: a record cannot be, or there is none; names it.
+    """
+    if not records:
+        raise DataError("the evaluation set is empty")
+    lengths: list[int] = []
+    for record in tqdm(records, desc="checking the evaluation set", unit=" records", disable=None, leave=False):
+        try:
+            talk = record["conversation"]
+            if len(talk) % 2:
+                raise DataError("its last question has no answer")
+            str(record["type"])
+            processor.encode(talk, record["images"], train=True)
+            lengths += [len(processor.answer_ids(talk[:end])) for end in range(2, len(talk) + 1, 2)]
+        except (ValueError, LookupError, TypeError) as error:  # a DataError is a ValueError
+            name = record.get("id", "without an id")
+            raise DataError(f"the evaluation set's sample {name!r} cannot be used: {error}") from error
+    cut = sum(length > max_new_tokens for length in lengths)
+    longer = f"{cut:,} of {len(lengths):,} answers are longer than max_new_tokens={max_new_tokens}"
+    return f"{longer}; they can only count as wrong" if cut else ""
+
+
+def one_question_each(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Split records into one for each of their answers, with the turns and the images before it."""
+    single = []
+    for record in records:
+        talk, images = record["conversation"], record["images"]
+        marks = [sum(message["content"].count(IMAGE) for message in talk[:end:2]) for end in range(2, len(talk) + 1, 2)]
+        for number, count in enumerate(marks, start=1):
+            kept = images[:count] if marks[-1] else images
+            single.append({**record, "conversation": talk[: 2 * number], "images": kept})
+    return single
+
+
 def ask(
     assistant: Assistant, records: Sequence[Mapping[str, Any]], chosen: Sequence[int], options: Evaluation
 ) -> list[Answered]:
-    """Ask the first question of the chosen records, three times each.
+    """Ask the last question of the chosen records, three times each.
+
+    An answer is compared with what the assistant's prompt teaches of the true one; see `Processor.taught`.
 
     Args:
         assistant: the model.
-        records: all test records; the other image is that of the record half the list away, a single record's its own.
-        chosen: places in `records`.
-        options: how.
+        records: all test records, see `one_question_each`; the other images are those of the record half the list away
+            (repeated where it has fewer), a single record's its own.
+        chosen: indices of `records`.
+        options: batch size and length of the answers.
     """
-    pictured = [place for place, record in enumerate(records) if record["images"]]
+    pictured = [index for index, record in enumerate(records) if record["images"]]
     half = len(pictured) // 2
     others = dict(zip(pictured, pictured[half:] + pictured[:half], strict=True))
     answered: list[Answered] = []
     for start in range(0, len(chosen), options.batch):
-        places = chosen[start : start + options.batch]
-        questions, truths = zip(*([m["content"] for m in records[p]["conversation"][:2]] for p in places), strict=True)
-        own = [read_image(records[p]["images"][0]) if p in others else None for p in places]
-        black = [image and Image.new("RGB", image.size) for image in own]
-        other = [read_image(records[others[p]]["images"][0]) if p in others else None for p in places]
-        said = (assistant.generate(questions, i, max_new_tokens=options.max_new_tokens) for i in (own, black, other))
-        answered += map(Answered, (records[p]["type"] for p in places), questions, truths, *said)
+        indices = chosen[start : start + options.batch]
+        talks = [records[index]["conversation"] for index in indices]
+        prompts = [talk[0]["content"] if len(talk) == 2 else talk[:-1] for talk in talks]
+        own = [[read_image(image) for image in records[index]["images"]] for index in indices]
+        black = [[Image.new("RGB", image.size) for image in images] for images in own]
+        other = [
+            [read_image(image) for image in islice(cycle(records[others[index]]["images"]), len(images))]
+            if images
+            else []
+            for index, images in zip(indices, own, strict=True)
+        ]
+        said = (
+            assistant.generate(prompts, [_given(i) for i in images], max_new_tokens=options.max_new_tokens)
+            for images in (own, black, other)
+        )
+        types, questions = [records[i]["type"] for i in indices], [talk[-2]["content"] for talk in talks]
+        answered += map(Answered, types, questions, map(assistant.processor.taught, talks), *said)
     return answered
+
+
+def _given(images: list[Image.Image]) -> Image.Image | list[Image.Image] | None:
+    """One image as itself, none as None: what most assistants are asked with."""
+    return images if len(images) > 1 else next(iter(images), None)

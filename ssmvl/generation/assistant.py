@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssmvl.checkpoints.hub import ID
 from ssmvl.errors import BackendError, CheckpointError, ContractError, DataError, short
-from ssmvl.interfaces import IGNORED, IMAGE_PLACE, LanguageModel
+from ssmvl.interfaces import IGNORED, IMAGE_PLACE, LanguageModel, Message
 from ssmvl.model.build import build_model, build_processor
 from ssmvl.model.saved import CARD_FILE, is_ours, save_folder, saved_folder, tokenizer_files, write_files
 from ssmvl.model.vlm import VisionLanguageModel
@@ -42,21 +42,21 @@ class Assistant:
     @torch.no_grad()  # not inference_mode: what it caches could not be trained with afterwards
     def generate(
         self,
-        prompts: Sequence[str],
-        images: Sequence[ImageLike | None] | None = None,
+        prompts: Sequence[str | Sequence[Message]],
+        images: Sequence[ImageLike | Sequence[ImageLike] | None] | None = None,
         *,
         max_new_tokens: int = 64,
     ) -> list[str]:
         """Greedy answers, one for each prompt; a row's answer does not depend on the others.
 
         Args:
-            prompts: questions.
-            images: one or None for each prompt.
+            prompts: questions, or conversations that end with one.
+            images: for each prompt an image, a list of them, or None; see `Processor.encode` for where they stand.
             max_new_tokens: length of an answer at the most.
 
         Raises:
-            DataError: prompts are no list of texts, images no list of as many, max_new_tokens no whole number, or an
-                image cannot be decoded.
+            DataError: prompts are no list of texts or conversations, images no list of as many, max_new_tokens no whole
+                number, or an image cannot be decoded.
         """
         _check_lists(prompts, images, max_new_tokens)
         images = [None] * len(prompts) if images is None else images
@@ -64,10 +64,9 @@ class Assistant:
             raise DataError(f"{len(prompts)} prompts, but {len(images)} images; give one image or None for each prompt")
         if not prompts or max_new_tokens < 1:
             return [""] * len(prompts)
-        encode = self.processor.encode
         samples = [
-            encode([{"role": "user", "content": text}], [] if image is None else [image])
-            for text, image in zip(prompts, images, strict=True)
+            self.processor.encode(_conversation(prompt), _images(own))
+            for prompt, own in zip(prompts, images, strict=True)
         ]
         return self._answer(samples, max_new_tokens)
 
@@ -209,13 +208,26 @@ def _check_lists(prompts: object, images: object, max_new_tokens: object) -> Non
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         one = "one text" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
         raise DataError(f"prompts must be a list of texts, received {one}; write generate([prompt], [image])")
-    for number, text in enumerate(prompts):
-        if not isinstance(text, str):
-            raise DataError(f"prompts must be a list of texts; number {number} is a {type(text).__name__}: {text!r}")
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str | list | tuple):
+            what = f"number {number} is a {type(prompt).__name__}: {prompt!r}"
+            raise DataError(f"prompts must be a list of texts or of conversations; {what}")
+        if not isinstance(prompt, str) and len(prompt) % 2 == 0:
+            raise DataError(f"prompt {number} must end with a message of the user; it has {len(prompt)} messages")
     if isinstance(images, str | bytes) or not (images is None or isinstance(images, Sequence)):
         raise DataError(f"images must be a list, received a {type(images).__name__}; write generate([prompt], [image])")
     if not isinstance(max_new_tokens, SupportsIndex):
         raise DataError(f"max_new_tokens must be a whole number, received {max_new_tokens!r}")
+
+
+def _conversation(prompt: str | Sequence[Message]) -> Sequence[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _images(own: ImageLike | Sequence[ImageLike] | None) -> Sequence[ImageLike]:
+    if own is None:
+        return []
+    return own if isinstance(own, list | tuple) else [cast(ImageLike, own)]
 
 
 def load(

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, compress, groupby
+from itertools import accumulate, compress, groupby, takewhile
 from operator import attrgetter
 from typing import TypedDict
 
@@ -115,6 +115,24 @@ class Processor:
         """
         decoded = [read_image(image) for image in images]
         return {spec: _stack([to_pixels(image, spec) for image in decoded], spec) for spec in self.image_specs}
+
+    def taught(self, conversation: Sequence[Message]) -> str:
+        """The conversation's last answer as training teaches it: what a model that learned it perfectly generates.
+
+        It may differ from the message: prompts strip blanks, and a tokenizer may change a text.
+
+        Raises:
+            DataError: the messages do not alternate, beginning with the user's.
+        """
+        return self.decode(self.answer_ids(conversation))
+
+    def answer_ids(self, conversation: Sequence[Message]) -> list[int]:
+        """The supervised ids of the conversation's last answer, without the end; see `taught`."""
+        pieces = self.prompt.pieces([_without_marks(message) for message in conversation], self.end)
+        answer = list(takewhile(attrgetter("supervised"), reversed(pieces)))[::-1]
+        ids = self._tokenise(answer, marks=False)
+        ends = [at for at, id_ in enumerate(ids) if id_ == self.end_id] or [len(ids)]
+        return ids[ends[-2] + 1 if len(ends) > 1 else 0 : ends[-1]]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids -> text, special tokens left out."""

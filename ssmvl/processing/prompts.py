@@ -51,10 +51,11 @@ def learned(answer: str | None, end: str) -> list[Piece]:
 class PlainPrompt:
     """`{caption}<end>`: images, then what the assistant said; what the user said is left out.
 
-    Without an answer there is no text at all: a model that has seen the images goes on with a caption. The captions of
-    a longer conversation follow each other.
+    Blanks at the ends of a caption are stripped. Without an answer there is no text at all: a model that has seen the
+    images continues with a caption. The captions of a longer conversation follow each other.
 
-    Source: the first stage of LLaVA (arXiv 2304.08485), with the tokenizer's end in place of a line break.
+    Source: the first stage of LLaVA (arXiv 2304.08485), with the tokenizer's end in place of a line break; the released
+    AlignDataset of Prismatic (arXiv 2402.07865), Cobra and ML-Mamba.
     """
 
     image_placement: Literal["before_all_text", "in_place"] = "before_all_text"
@@ -65,7 +66,8 @@ class PlainPrompt:
         Raises:
             DataError: see `turns`.
         """
-        return [piece for _, caption in turns(conversation) for piece in learned(caption, end)]
+        captions = [None if caption is None else caption.strip() for _, caption in turns(conversation)]
+        return [piece for caption in captions for piece in learned(caption, end)]
 
 
 class MambaPrompt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from rich.console import Console
@@ -24,8 +25,8 @@ def report(folder: RunFolder, records: Sequence[Mapping[str, Any]], answered: Se
 
     Args:
         folder: of the run.
-        records: the test set.
-        answered: what was answered to each record.
+        records: the test set, one question each.
+        answered: the answers, one for each record.
     """
     found = results(answered)
     folder.write("results.json", json.dumps(found, indent=2).encode())
@@ -41,6 +42,8 @@ def report(folder: RunFolder, records: Sequence[Mapping[str, Any]], answered: Se
             row.append(Cell(read_image(record["images"][0]), one.question, one.seen, one.truth))
     draw_contact_sheet(rows, folder.root / "answers.png")
     print(f"look at {folder.root / 'answers.png'} and {folder.root / 'curves.png'}")
-    folder.write("example.png", pictured[0][0]["images"][0])
-    ask = shlex.join(["--image", str(folder.root / "example.png"), "--prompt", pictured[0][1].question])
-    print(f"ask it: ssmvl generate {shlex.quote(str(folder.root))} {ask}", flush=True)
+    simple = ((r, a) for r, a in pictured if len(r["images"]) == 1 and len(r["conversation"]) == 2)
+    for record, one in islice(simple, 1):
+        folder.write("example.png", record["images"][0])
+        ask = shlex.join(["--image", str(folder.root / "example.png"), "--prompt", one.question])
+        print(f"ask it: ssmvl generate {shlex.quote(str(folder.root))} {ask}", flush=True)

@@ -102,6 +102,11 @@ class Stage(Reading):
     callbacks: dict[str, Any] = field(default_factory=dict)
     loggers: dict[str, Any] = field(default_factory=dict)
 
+    def processor(self, of_model: Processor) -> Processor:
+        """The model's processor as this stage trains with it: the stage's own prompt, and its cut."""
+        prompt = of_model.prompt if self.prompt is None else self.prompt()
+        return replace(of_model, prompt=prompt, max_text_tokens=self.max_text_tokens)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -138,6 +143,38 @@ def stage_order(recipe: Recipe) -> list[str]:
     return list(order) if isinstance(order, list) and sorted(map(str, order)) == sorted(named) else named
 
 
+def recipe_after(recipe: Recipe, stage: str) -> Recipe:
+    """The recipe that a stage's model is saved with: its prompt is the one that the stage trained with."""
+    prompt = (recipe.data["stages"].get(stage) or {}).get("prompt")
+    if prompt is None:
+        return recipe
+    return Recipe({**recipe.data, "model": {**recipe.data["model"], "prompt": prompt}}, recipe.source)
+
+
+def prompts_of_stages(recipe: Recipe) -> list[str]:
+    """One line for each stage, or stream of its data, that trains with another prompt than `model.prompt`."""
+    model, lines = recipe.data["model"].get("prompt"), []
+    for name, stage in (recipe.data.get("stages") or {}).items():
+        if not isinstance(stage, dict):
+            continue
+        own = stage.get("prompt") or model
+        if own != model:
+            what = f"trains with {_shown(own)}, not with model.prompt, {_shown(model)}; its model is saved with that"
+            lines.append(f"stages.{name}.prompt: {what}")
+        data = stage.get("data")
+        streams = data.get("streams") if isinstance(data, dict) else None
+        for stream, share in streams.items() if isinstance(streams, dict) else ():
+            if isinstance(share, dict) and share.get("prompt") not in (None, own):
+                what = f"trains with {_shown(share['prompt'])}, but the stage's model is saved with {_shown(own)}"
+                lines.append(f"stages.{name}.data.streams.{stream}.prompt: {what}")
+    return lines
+
+
+def _shown(prompt: Any) -> str:
+    named = isinstance(prompt, dict) and list(prompt) == ["name"]
+    return repr(prompt["name"] if named else prompt)
+
+
 def check(recipe: Recipe) -> tuple[Plan, list[str]]:
     """Find every mistake of a recipe without allocating a weight.
 
@@ -145,7 +182,7 @@ def check(recipe: Recipe) -> tuple[Plan, list[str]]:
     tokenizer is read if nothing must be fetched for it.
 
     Returns:
-        The bound recipe, and notes on what could not be checked.
+        The bound recipe, and notes: what could not be checked, and where stages train with other prompts.
 
     Raises:
         RecipeError: every problem found.
@@ -194,7 +231,7 @@ def check(recipe: Recipe) -> tuple[Plan, list[str]]:
         problems += _check_prefixes(f"stages.{name}.optimizer.lr_of", stage_.optimizer.lr_of, model)
     if problems:
         raise RecipeError(problems, recipe.source)
-    return plan, notes
+    return plan, notes + prompts_of_stages(recipe)
 
 
 def _check_tokenizer(recipe: Recipe, model: VisionLanguageModel, notes: list[str]) -> list[Problem]:

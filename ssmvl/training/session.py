@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,21 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ssmvl.checkpoints.layouts import SAME
 from ssmvl.data.shared_memory import clean_stale_segments
+from ssmvl.data.streams import read_records
 from ssmvl.data.workers import cores
 from ssmvl.errors import Problem, RecipeError, RunError
-from ssmvl.evaluation.runner import Evaluation, ask
+from ssmvl.evaluation.runner import Evaluation, ask, one_question_each, require_answerable
 from ssmvl.generation.assistant import load
 from ssmvl.model.build import build_model, build_processor
 from ssmvl.model.loading import open_weights
 from ssmvl.model.saved import ABOUT_FILE, save_folder
+from ssmvl.processing.processor import Processor
 from ssmvl.recipes.merge import Recipe
 from ssmvl.training.checkpoints.pruning import remove_old
 from ssmvl.training.distributed import every_rank, first_rank, patient
 from ssmvl.training.report import report
 from ssmvl.training.run_folder import RunFolder
-from ssmvl.training.schema import Plan
+from ssmvl.training.schema import Plan, recipe_after
 from ssmvl.training.trainer import read_questions, stage_store, stage_trainer
 
 WAIT = 600.0  # seconds that ranks wait for each other while they train, as torch has it for GPUs
@@ -104,11 +107,13 @@ class Session:
     def _find_inputs(self, names: Sequence[str]) -> None:
         """Find or fetch what these stages read, before one is trained: a wrong path costs seconds."""
         model = build_model(self.recipe, device="meta")
-        build_processor(self.recipe, model)
-        for stage in (self.plan.stages[name] for name in names):
+        processor = build_processor(self.recipe, model)
+        for name in names:
+            stage = self.plan.stages[name]
             stage.data(split="train")
             if stage.evaluation is not None:
-                stage.evaluation.data(split="test")
+                where = f"stages.{name}.evaluation"
+                self._check_questions(where, stage.evaluation, stage.processor(processor))
         for name in names:
             start = self._start(name)
             if isinstance(start, Path):
@@ -118,7 +123,13 @@ class Session:
             elif start != "recipe":
                 open_weights(start, "model").check(model)
         if self._evaluation is not None:
-            self._evaluation.data(split="test")
+            last = list(self.plan.stages.values())[-1].processor(processor)
+            self._check_questions("evaluation", self._evaluation, replace(last, max_text_tokens=None))
+
+    def _check_questions(self, where: str, options: Evaluation, processor: Processor) -> None:
+        records = read_records(options.data(split="test"))
+        if note := require_answerable(records, processor, options.max_new_tokens):
+            self._say(f"{where}: {note}")
 
     def _train(self, name: str) -> None:
         found, passed = first_rank(lambda: stage_store(self.folder, name).newest())
@@ -137,7 +148,8 @@ class Session:
         )
         if self.rank == 0:
             tensors = {key: tensors[key] for key in SAME.sources(vlm.model)}  # FSDP2 gives tied ones twice
-            save_folder(self.folder.model(name), tensors, self.recipe, trainer.state.train_dataloader.dataset.processor)
+            processor = trainer.state.train_dataloader.dataset.processor
+            save_folder(self.folder.model(name), tensors, recipe_after(self.recipe, name), processor)
             remove_old(stage_store(self.folder, name), self.plan.stages[name].keep)  # all have been sent by now
         self._say(f"stage {name}: finished, {self.folder.model(name)} holds its model")
         trainer.close()
@@ -148,7 +160,7 @@ class Session:
         return stage_trainer(self.recipe, self.plan, self.folder, name, self._start(name), checkpoint)
 
     def _evaluate(self, options: Evaluation, model: Path) -> None:
-        records = read_questions(options)
+        records = one_question_each(read_questions(options))
         self._say(f"asking {len(records)} test questions")
         mine = ask(load(model), records, range(self.rank, len(records), self.world), options)
         parts = dist.all_gather_object(mine, patient())

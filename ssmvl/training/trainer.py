@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,9 +64,7 @@ def stage_trainer(
     sharded = (world > 1 and stage.sharding == "fsdp2") or (checkpoint is not None and not joined)
     reproducibility.seed_all(plan.seed)
     vlm = _model(recipe, stage, start, sharded)
-    processor = build_processor(recipe, vlm.model)
-    prompt = stage.prompt() if stage.prompt is not None else processor.prompt
-    processor = replace(processor, prompt=prompt, max_text_tokens=stage.max_text_tokens)
+    processor = stage.processor(build_processor(recipe, vlm.model))
     data = every_rank(lambda: stage.data(split="train"))
     batch = stage.batch // world
     loader = train_loader(data, processor, batch=batch, seed=plan.seed, loader=stage.loader)
@@ -168,8 +165,7 @@ def _watchers(recipe: Recipe, folder: RunFolder, name: str, stage: Stage, loader
 
 
 def _evaluator(asked: StageEvaluation, processor: Processor, recipe: Recipe) -> StageEvaluator:
-    records = read_questions(asked)
-    return every_rank(lambda: StageEvaluator(asked, records, processor, recipe))
+    return StageEvaluator(asked, read_questions(asked), processor, recipe)
 
 
 def _named(kind: Literal["callbacks", "loggers"], stage: str, wanted: dict[str, Any]) -> list[Any]:

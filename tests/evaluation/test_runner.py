@@ -10,23 +10,31 @@ from typing import Any, cast
 import pytest
 from PIL import Image
 from rich.console import Console
+from ssmvl_ml_mamba.prompts import ZephyrPrompt
 
+from ssmvl.errors import DataError
 from ssmvl.evaluation.results import Row, results, table
-from ssmvl.evaluation.runner import Answered, Evaluation, ask
+from ssmvl.evaluation.runner import Answered, Evaluation, ask, one_question_each, require_answerable
 from ssmvl.generation.assistant import Assistant
+from ssmvl.interfaces import ImageSpec, Prompt
+from ssmvl.processing.processor import Processor
+from ssmvl.processing.prompts import MambaPrompt, PlainPrompt, VicunaPrompt
+from ssmvl.processing.tokenizers import byte_tokenizer
 
 
 class BrightnessReader:
     """Answers with the image's brightness, "-" without one; remembers what it was asked."""
 
-    def __init__(self) -> None:
-        self.calls: list[tuple[list[str], list[tuple[int, int] | None], int]] = []
+    processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(4),), places=1)
 
-    def generate(
-        self, prompts: Sequence[str], images: Sequence[Image.Image | None], *, max_new_tokens: int
-    ) -> list[str]:
-        self.calls.append((list(prompts), [image and image.size for image in images], max_new_tokens))
-        return [str(cast(tuple[int, ...], image.getpixel((0, 0)))[0]) if image else "-" for image in images]
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[Any], list[Any], int]] = []
+
+    def generate(self, prompts: Sequence[Any], images: Sequence[Any], *, max_new_tokens: int) -> list[str]:
+        listed = [image if isinstance(image, list) else [image] if image else [] for image in images]
+        sizes = [[one.size for one in image] for image in listed]
+        self.calls.append((list(prompts), [size[0] if len(size) == 1 else size for size in sizes], max_new_tokens))
+        return ["+".join(str(one.getpixel((0, 0))[0]) for one in image) or "-" for image in listed]
 
 
 def record(type_: str, brightness: int | None, answer: str, width: int = 2) -> dict[str, Any]:
@@ -88,6 +96,79 @@ def test_questions_without_an_image_are_asked_without_one_each_time() -> None:
     assert [(one.seen, one.blind, one.swapped) for one in found] == [
         ("-", "-", "-"), ("7", "0", "8"), ("-", "-", "-"), ("8", "0", "7"),
     ]  # fmt: skip
+
+
+def talk(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+
+
+def test_all_images_of_a_question_are_shown() -> None:
+    one, two, three = (record("row", brightness, "7", width=2 + brightness) for brightness in (1, 2, 3))
+    pair = {**one, "images": one["images"] + two["images"], "conversation": talk("Both?", "1+2 \n")}
+    found, reader = answers([pair, three])
+    assert [(a.truth, a.seen, a.blind, a.swapped) for a in found] == [
+        ("1+2", "1+2", "0+0", "3+3"),
+        ("7", "3", "0", "1"),
+    ]
+    assert [sizes for _, sizes, _ in reader.calls] == [
+        [[(3, 3), (4, 3)], (5, 3)], [[(3, 3), (4, 3)], (5, 3)], [[(5, 3), (5, 3)], (3, 3)],
+    ]  # fmt: skip
+
+
+def test_every_question_of_a_conversation_is_asked_after_those_before() -> None:
+    first, second = record("row", 1, ""), record("row", 2, "")
+    images = first["images"] + second["images"]
+    marked = talk("<image> One?", "1", "<image> Two?", "1+2")
+    single = one_question_each([{**first, "images": images, "conversation": marked}])
+    assert [len(one["images"]) for one in single] == [1, 2]
+    found, reader = answers(single, batch=1)
+    assert [(a.question, a.truth, a.seen) for a in found] == [
+        ("<image> One?", "1", "1"),
+        ("<image> Two?", "1+2", "1+2"),
+    ]
+    assert reader.calls[0][0] == ["<image> One?"]
+    assert reader.calls[3][0] == [marked[:3]]
+    (plain,) = one_question_each([{**first, "images": images, "conversation": talk("Two?", "1+2")}])
+    assert len(plain["images"]) == 2
+
+
+@pytest.mark.parametrize("prompt", [MambaPrompt, PlainPrompt, VicunaPrompt, ZephyrPrompt])
+@pytest.mark.parametrize("answer", ["7", " 7", "7\n", "two\nlines ", "", "the <|endoftext|>", " "])
+def test_a_model_that_learned_every_answer_is_always_right(prompt: type[Prompt], answer: str) -> None:
+    processor = Processor(byte_tokenizer(), prompt(), (ImageSpec(4),), places=1)
+    asked = {**record("row", 7, ""), "conversation": talk("Why? <image>", "so ", "And?", answer)}
+    labels = processor.encode(asked["conversation"], asked["images"], train=True)["labels"].tolist()
+    ids = [id_ for id_ in labels if id_ >= 0]
+    ids.reverse()  # the last answer stands between the last two ends
+    ends = [at for at, id_ in enumerate(ids) if id_ == processor.end_id]
+    learned = processor.decode(ids[ends[0] + 1 : ends[1]][::-1])
+
+    class Learned(BrightnessReader):
+        def generate(self, prompts: Sequence[Any], images: Sequence[Any], *, max_new_tokens: int) -> list[str]:
+            return [learned] * len(prompts)
+
+    reader = Learned()
+    reader.processor = processor
+    (found,) = ask(cast(Assistant, reader), [asked], [0], options())
+    assert found.truth == found.seen
+
+
+def test_records_that_cannot_be_evaluated_are_named_beforehand() -> None:
+    good, processor = record("row", 7, "seven"), BrightnessReader.processor
+    assert require_answerable([good], processor, 5) == ""
+    note = require_answerable([good, record("row", 7, "eleven")], processor, 5)
+    assert note == "1 of 2 answers are longer than max_new_tokens=5; they can only count as wrong"
+    for wrong, why in (
+        ({"conversation": talk("What?")}, "its last question has no answer"),
+        ({"conversation": talk("<image><image>", "x")}, "2 <image> marks in the text, but 1 images"),
+        ({"images": [b"damaged"]}, "cannot be decoded as an image"),
+        ({"conversation": [{"role": "user"}] * 2}, "message 0 must be"),
+        ({"conversation": []}, "empty conversation"),
+    ):
+        with pytest.raises(DataError, match=f"(?s)sample 'x9' cannot be used: .*{why}"):
+            require_answerable([good, {**good, "id": "x9", **wrong}], processor, 5)
+    with pytest.raises(DataError, match="the evaluation set is empty"):
+        require_answerable([], processor, 5)
 
 
 def test_no_records() -> None:

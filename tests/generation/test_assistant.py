@@ -13,6 +13,7 @@ import ssmvl
 from ssmvl.checkpoints import read_tensors
 from ssmvl.errors import BackendError, CheckpointError, DataError
 from ssmvl.generation.assistant import Assistant
+from ssmvl.interfaces import Message
 from ssmvl.model.build import build_processor
 from ssmvl.processing.batch import collate, pad
 
@@ -152,7 +153,7 @@ def test_no_prompts_no_tokens(assistant: Assistant) -> None:
     [
         (("a",), r"list of texts, received one text; write generate\(\[prompt\], \[image\]\)"),
         ((None,), "list of texts, received a NoneType"),
-        ((["a", 5],), "list of texts; number 1 is a int: 5"),
+        ((["a", 5],), "list of texts or of conversations; number 1 is a int: 5"),
         ((["a"], Image.new("RGB", (8, 8))), "images must be a list, received a Image"),
         ((["a"], "x"), "images must be a list, received a str"),
         ((["a"], b"x"), "images must be a list, received a bytes"),
@@ -186,6 +187,27 @@ def test_a_device_or_dtype_that_is_none_is_refused(tmp_path: Path, options: dict
     with pytest.raises(BackendError, match=message) as caught:
         ssmvl.load(tmp_path, **options)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_several_images_and_turns_reach_the_model(assistant: Assistant) -> None:
+    red, blue = (Image.new("RGB", (48, 48), colour) for colour in ("red", "blue"))
+    talk: list[Message] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    question: list[Message] = [{"role": "user", "content": "which?"}]
+    cases: list[tuple[Any, Any, list[Message], list[Image.Image]]] = [
+        ("which?", [red, blue], question, [red, blue]),
+        (talk, red, talk, [red]),
+        ("which?", None, question, []),
+    ]
+    answers = assistant.generate([case[0] for case in cases], [case[1] for case in cases], max_new_tokens=6)
+    for answer, (_, _, conversation, own) in zip(answers, cases, strict=True):
+        ids = assistant.processor.encode(conversation, own)["ids"][None]
+        assert [answer] == assistant.generate_ids(ids, torch.ones_like(ids), own, max_new_tokens=6)
+    with pytest.raises(DataError, match="prompt 0 must end with a message of the user; it has 2 messages"):
+        assistant.generate([talk[:2]])
 
 
 def test_images_and_prompts_must_match_in_number(assistant: Assistant) -> None:

@@ -65,6 +65,11 @@ def test_plain_is_the_captions_alone() -> None:
     assert PlainPrompt().pieces([user(), assistant(), user(), assistant(), user()], "<end>") == ANSWER * 2
 
 
+def test_a_caption_is_stripped_as_the_released_code_does() -> None:
+    talk = [user(), {"role": "assistant", "content": "\n so. "}]
+    assert PlainPrompt().pieces(talk, "<end>") == ANSWER
+
+
 def test_zephyr_turn_after_turn() -> None:
     pieces = ZephyrPrompt().pieces([user(), assistant(), user(), assistant()], "<end>")
     middle = Piece("<end>\n<|assistant|>\n", template=True)

@@ -12,7 +12,9 @@ import torch
 import ssmvl
 from ssmvl.checkpoints import read_tensors
 from ssmvl.errors import CheckpointError, DataError, MissingDependencyError, RecipeError, RunError
+from ssmvl.processing.prompts import PlainPrompt, VicunaPrompt
 from ssmvl.training import run
+from ssmvl.training.checkpoints.export import export
 from ssmvl.vision.digit_vit import SHIPPED
 
 Composer = Callable[..., subprocess.Popen[str]]
@@ -50,7 +52,12 @@ def test_a_run_leaves_what_it_promises_and_goes_on_where_it_was(tiny: Path, capf
 
 
 def test_each_stage_starts_from_the_files_of_the_one_before_and_trains_its_parts_only(tiny: Path) -> None:
-    folder = ssmvl.train(tiny, "stages.finetune.optimizer.lr=0.0", "stages.finetune.train=[language]")
+    prompts = ("stages.align.prompt=plain", "stages.finetune.prompt=vicuna")
+    folder = ssmvl.train(tiny, "stages.finetune.optimizer.lr=0.0", "stages.finetune.train=[language]", *prompts)
+    assert type(ssmvl.load(folder).processor.prompt) is VicunaPrompt  # each with the prompt it was trained with
+    assert type(ssmvl.load(folder / "align").processor.prompt) is PlainPrompt
+    export(folder / "align/checkpoints", "exported")
+    assert type(ssmvl.load("exported").processor.prompt) is PlainPrompt
     align, _ = read_tensors(folder / "align" / "model" / "model.safetensors")
     final, _ = read_tensors(folder / "model" / "model.safetensors")
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from ssmvl.errors import Problem, RecipeError
 from ssmvl.processing.tokenizers import byte_tokenizer
 from ssmvl.recipes.merge import load_recipe
 from ssmvl.training.freezing import is_under
-from ssmvl.training.schema import check
+from ssmvl.training.schema import check, recipe_after
 
 Install = Callable[[str, str], None]
 
@@ -53,6 +53,20 @@ def test_a_right_recipe_becomes_a_plan_in_its_order() -> None:
     assert plan.stages["finetune"].optimizer.betas == (0.9, 0.98)
     assert plan.evaluation is not None
     assert notes == []
+
+
+def test_prompts_that_differ_from_the_models_are_noted_and_saved() -> None:
+    shares = "{a: {data: {name: digit_scenes}, proportion: 1, prompt: zephyr}}"
+    recipe = load_recipe(
+        "quickstart", "stages.align.prompt=plain", f"stages.finetune.data={{name: mix, streams: {shares}}}"
+    )
+    assert check(recipe)[1] == [
+        "stages.align.prompt: trains with 'plain', not with model.prompt, 'mamba'; its model is saved with that",
+        "stages.finetune.data.streams.a.prompt: trains with 'zephyr', but the stage's model is saved with 'mamba'",
+    ]
+    assert recipe_after(recipe, "align").data["model"]["prompt"] == {"name": "plain"}
+    assert recipe_after(recipe, "finetune") is recipe
+    assert recipe.data["model"]["prompt"] == {"name": "mamba"}
 
 
 def test_order_overrules_the_order_of_the_mapping() -> None:

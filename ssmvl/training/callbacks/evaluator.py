@@ -15,9 +15,8 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ssmvl.errors import DataError
 from ssmvl.evaluation.results import results
-from ssmvl.evaluation.runner import ask
+from ssmvl.evaluation.runner import ask, one_question_each
 from ssmvl.generation.assistant import Assistant
 from ssmvl.processing.batch import collate, pad
 from ssmvl.processing.processor import Processor
@@ -36,12 +35,9 @@ class StageEvaluator(Callback):
 
     Args:
         options: of the stage.
-        records: the evaluation set, the same on every rank.
+        records: the evaluation set, the same on every rank; see `ssmvl.evaluation.runner.require_answerable`.
         processor: the stage's.
         recipe: the run's.
-
-    Raises:
-        DataError: a record that this rank will ask cannot be.
     """
 
     def __init__(
@@ -50,12 +46,8 @@ class StageEvaluator(Callback):
         self._options, self._records, self._processor, self._recipe = options, records, processor, recipe
         ends = {Event.BATCH_END, Event.EPOCH_END}
         self._due = create_interval_scheduler(options.interval, checkpoint_events=False, final_events=ends)
-        # Ranks of sharded models must do the same number of things: one that is short repeats the last record.
-        rank, world, last = dist.get_global_rank(), dist.get_world_size(), len(records) - 1
-        self._mine = [min(place, last) for place in range(rank, len(records) + -len(records) % world, world)]
+        self._questions = one_question_each(records)
         self._asked_at = 0  # the step after which it was asked last
-        for place in self._mine:
-            self._encode(records[place])
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Tell FSDP2 by which methods its units are entered; before it has sharded them this does nothing."""
@@ -74,12 +66,6 @@ class StageEvaluator(Callback):
         if self._due(state, Event.EPOCH_END):
             self._evaluate(state, logger)
 
-    def _encode(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        try:
-            return self._processor.encode(record["conversation"], record["images"], train=True)
-        except (ValueError, LookupError, TypeError) as error:  # a DataError is a ValueError
-            raise DataError(f"the evaluation set's sample {record['id']!r} cannot be used: {error}") from error
-
     def _evaluate(self, state: State, logger: Logger) -> None:
         if self._asked_at == state.timestamp.batch.value:  # an epoch's end may follow the last step's
             return
@@ -88,11 +74,10 @@ class StageEvaluator(Callback):
         with _evaluating(model), torch.no_grad(), get_precision_context(state.precision):
             losses = self._losses(model, state)
             assistant = _RankedAssistant(model.model, self._processor, self._recipe)
-            answered = ask(assistant, self._records, self._mine, self._options)
-        pairs = _in_order(list(zip(losses, answered, strict=True)), len(self._records))
-        total, count = (sum(column) for column in zip(*(loss for loss, _ in pairs), strict=True))
+            answered = ask(assistant, self._questions, _mine(len(self._questions)), self._options)
+        total, count = map(sum, zip(*_in_order(losses, len(self._records)), strict=True))
         logger.log_metrics({"evaluation/loss": total / count})
-        found = results(one for _, one in pairs)
+        found = results(_in_order(answered, len(self._questions)))
         if dist.get_global_rank() == 0:
             right = ", ".join(f"{type_ or 'all'} {row['accuracy']:.1%}" for type_, row in found.items())
             tqdm.write(f"evaluation after step {self._asked_at}: loss {total / count:.4f}, right: {right}")
@@ -103,9 +88,11 @@ class StageEvaluator(Callback):
     def _losses(self, model: ComposerVLM, state: State) -> list[tuple[float, int]]:
         """Of each of this rank's records the summed loss and the number of its supervised tokens."""
         found: list[tuple[float, int]] = []
-        for start in range(0, len(self._mine), self._options.batch):
-            records = [self._records[place] for place in self._mine[start : start + self._options.batch]]
-            batch = collate([self._encode(record) for record in records])
+        mine = _mine(len(self._records))
+        for start in range(0, len(mine), self._options.batch):
+            records = [self._records[index] for index in mine[start : start + self._options.batch]]
+            encode = self._processor.encode
+            batch = collate([encode(r["conversation"], r["images"], train=True) for r in records])
             outputs = model(state.device.batch_to_device(batch))
             each = F.cross_entropy(outputs["logits"].float(), outputs["labels"], reduction="none")
             counts = batch["num_labels"]
@@ -135,6 +122,12 @@ def _evaluating(model: ComposerVLM) -> Iterator[None]:
         yield
     finally:
         model.train()
+
+
+def _mine(count: int) -> list[int]:
+    """This rank's indices; sharded ranks must do equally many things, so one that is short repeats the last."""
+    rank, world = dist.get_global_rank(), dist.get_world_size()
+    return [min(index, count - 1) for index in range(rank, count + -count % world, world)]
 
 
 def _in_order(mine: list[Any], count: int) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from ssmvl.recipes.merge import Recipe, load_recipe
 from ssmvl.training.checkpoints.composer_files import METADATA_FILE, model_tensors
 from ssmvl.training.checkpoints.newest import CHECKPOINT, damage, newest_whole
 from ssmvl.training.checkpoints.stores import BucketStore
+from ssmvl.training.schema import prompts_of_stages, recipe_after
 
 GIVE_RECIPE = "give it with --recipe: the run folder, such as runs/NAME, or a recipe (in Python recipe=)"
 
@@ -92,13 +94,14 @@ def export(
             raise CheckpointError(f"{checkpoint} does not lie in a run folder, so its recipe is unknown; {GIVE_RECIPE}")
         made = _built(load_recipe(recipe))  # before much is fetched
         with _fetched(str(checkpoint), trust_pickle) as (path, name, passed):
-            save_folder(out, _tensors(path, made, trust_pickle), made.recipe, made.processor)
+            tensors = _tensors(path, made, trust_pickle)
+            save_folder(out, tensors, _trained_recipe(made.recipe, name), made.processor)
         return name, passed
     path, passed = find_checkpoint(checkpoint, trust_pickle)
     made = _built(load_recipe(_recipe_of(path) if recipe is None else recipe))
     tensors = _tensors(path, made, trust_pickle)
     same_modules(_run_recipe(path), made.model, made.recipe)
-    save_folder(out, tensors, made.recipe, made.processor)
+    save_folder(out, tensors, _trained_recipe(made.recipe, str(path.absolute())), made.processor)
     return str(path), passed
 
 
@@ -113,6 +116,15 @@ class _Built(NamedTuple):
 def _built(recipe: Recipe) -> _Built:
     model = build_model(recipe, device="meta")
     return _Built(recipe, model, build_processor(recipe, model))
+
+
+def _trained_recipe(recipe: Recipe, checkpoint: str) -> Recipe:
+    """The recipe with the prompt of the stage whose folder a checkpoint lies in."""
+    folders = [name for name in checkpoint.split("/")[-3:-1] if name in (recipe.data.get("stages") or {})]
+    if not folders and (prompts := prompts_of_stages(recipe)):
+        unknown = f"{checkpoint} is not in a stage's folder, so its prompt is unknown and model.prompt is saved"
+        warnings.warn(f"{unknown}; {'; '.join(prompts)}", stacklevel=3)
+    return recipe_after(recipe, folders[-1]) if folders else recipe
 
 
 def _tensors(path: Path, made: _Built, trust_pickle: bool) -> dict[str, Tensor]:

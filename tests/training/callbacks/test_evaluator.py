@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from ranks import two_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ssmvl
+from ssmvl.data.shards import ensure_shards
 from ssmvl.errors import DataError, RecipeError
 from ssmvl.evaluation.results import Row
 from ssmvl.evaluation.runner import Answered
 from ssmvl.language import mamba_lm
-from ssmvl.training import trainer
 from ssmvl.training.callbacks import evaluator
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed warn on their own
@@ -95,11 +97,21 @@ def test_a_set_is_asked_once_where_steps_and_epoch_end_together(
     assert re.search(said, capfd.readouterr().out, re.MULTILINE)
 
 
-def test_a_record_that_cannot_be_asked_is_named_before_training(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(options: object) -> list[dict[str, object]]:
-        talk = [{"role": "user", "content": "<image> and <image>"}, {"role": "assistant", "content": "2"}]
-        return [{"id": "x17", "conversation": talk, "images": [], "type": ""}]
-
-    monkeypatch.setattr(trainer, "read_questions", read)
-    with pytest.raises(DataError, match=r"the evaluation set's sample 'x17' cannot be used: 2 <image> marks"):
-        ssmvl.train(tiny, *ONE_STAGE, *ASKED)
+@pytest.mark.parametrize("where", ["evaluation", "stages.finetune.evaluation"])
+def test_a_record_that_cannot_be_asked_is_named_before_training(
+    tiny: Path, where: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(buffer, "PNG")
+    talk = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "the longest of all"}]
+    good = {"id": "x16", "conversation": talk, "images": [buffer.getvalue()], "type": ""}
+    sets = {"bad": [good, {**good, "id": "x17", "images": [b"damaged"]}], "good": [good]}
+    for name, records in sets.items():
+        ensure_shards(Path("d", name, "test"), lambda records=records: records, total=len(records))
+    bad, fine = (f"{where}={{data: {{name: shards, folder: d/{name}}}, max_new_tokens: 2}}" for name in sets)
+    with pytest.raises(DataError, match=r"the evaluation set's sample 'x17' cannot be used: .*cannot be decoded"):
+        ssmvl.train(tiny, *ONE_STAGE, bad)
+    assert "started" not in capfd.readouterr().out
+    ssmvl.train(tiny, *ONE_STAGE, fine, "stages.finetune.duration=1ba")
+    note = f"{where}: 1 of 1 answers are longer than max_new_tokens=2; they can only count as wrong"
+    assert note in capfd.readouterr().out

@@ -212,6 +212,20 @@ def test_another_model_of_the_same_shapes(tensors: dict[str, Tensor]) -> None:
     assert not OUT.exists()
 
 
+def test_a_checkpoint_outside_of_its_stages_folder_has_no_known_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, tensors = run_of("quickstart", "stages.align.prompt=plain")
+    elsewhere = write_file(Path("copied/ep0-ba4-rank0.pt"), state(tensors))
+    with pytest.warns(UserWarning, match=r"is not in a stage's folder, .*stages\.align\.prompt: trains with 'plain'"):
+        export(elsewhere, OUT, "runs/quickstart")
+    write_file(FILE, state(tensors))
+    export(FILE, "known")
+    prompts = [load_recipe(folder).data["model"]["prompt"]["name"] for folder in (OUT, "known")]
+    assert prompts == ["mamba", "plain"]
+
+
 def test_names_that_mean_no_checkpoint(tensors: dict[str, Tensor]) -> None:
     with pytest.raises(CheckpointError, match=r"^gs://bucket/ep0-ba4: no such file .* s3:// is read, copy it here"):
         export("gs://bucket/ep0-ba4", OUT)
