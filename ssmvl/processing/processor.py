@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ssmvl.errors import DataError
 from ssmvl.interfaces import IGNORED, IMAGE_PLACE, ImageSpec, Message, Piece, Prompt
-from ssmvl.processing.tokenizers import END
+from ssmvl.processing.tokenizers import END, beginning
 from ssmvl.processing.transforms import ImageLike, read_image, to_pixels
 
 __all__ = ["Processor", "Sample", "IMAGE"]
 
 IMAGE = "<image>"
+BEGIN = "<s>"  # at the very beginning of a template: the token that the tokenizer begins a text with
 
 
 class Sample(TypedDict):
@@ -69,7 +70,8 @@ class Processor:
 
         `<image>` marks in the user's text say where images stand. Without any mark they come first: before all text,
         or, where the prompt writes images in place, before the first question, each on a line of its own. Where the
-        prompt writes them before all text, marks are left out, and blanks at the ends of their message with them.
+        prompt writes them before all text, marks are left out, and blanks at the ends of their message with them. What
+        the tokenizer's post-processor begins a text with, such as Llama's `<s>`, comes before the images.
 
         Args:
             conversation: messages, the user's first.
@@ -91,6 +93,7 @@ class Processor:
             pieces = self.prompt.pieces([marked, *rest], self.end)
         elif marks and not in_place:
             pieces = self.prompt.pieces([_without_marks(message) for message in conversation], self.end)
+        pieces, begin = self._beginning(pieces)
         ids = array("q", [IMAGE_PLACE]) * (0 if in_place else self.places * len(images))
         labels = array("q", [IGNORED]) * len(ids)
         for supervised, together in groupby(pieces, key=attrgetter("supervised")):
@@ -99,6 +102,7 @@ class Processor:
             labels.extend(tokens if supervised else [IGNORED] * len(tokens))
         if not ids:
             raise DataError(f"nothing to read in this sample: neither text nor image from {_plain(conversation)}")
+        ids, labels = array("q", begin) + ids, array("q", [IGNORED]) * len(begin) + labels
         if train and not _teaches(labels):
             raise DataError(f"nothing to learn in this sample: no supervised token in {_plain(conversation)}")
         if train and self.max_text_tokens is not None:
@@ -138,6 +142,15 @@ class Processor:
         """Ids -> text, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def _beginning(self, pieces: list[Piece]) -> tuple[list[Piece], list[int]]:
+        """The pieces without `BEGIN`, and the ids that every text of this tokenizer begins with."""
+        begin = self._begin
+        if pieces and pieces[0].template and pieces[0].text.startswith(BEGIN):
+            pieces = [pieces[0]._replace(text=pieces[0].text.removeprefix(BEGIN)), *pieces[1:]]
+            id_ = self.tokenizer.token_to_id(BEGIN)
+            begin = begin or ([] if id_ is None else [id_])
+        return pieces, begin
+
     def _tokenise(self, pieces: Iterable[Piece], marks: bool) -> list[int]:
         """Ids of pieces that are read as one text, with places for the `<image>` marks of a user.
 
@@ -159,6 +172,10 @@ class Processor:
     def _special(self) -> dict[str, list[int]]:
         added = self.tokenizer.get_added_tokens_decoder()  # slow: it makes an object of each
         return {token.content: [id_] for id_, token in added.items() if token.special}
+
+    @cached_property
+    def _begin(self) -> list[int]:
+        return beginning(self.tokenizer)
 
     def _ids(self, text: str) -> list[int]:
         self.tokenizer.encode_special_tokens = True  # none is found

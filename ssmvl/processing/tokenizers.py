@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from ssmvl.checkpoints.hub import ID, local
 from ssmvl.errors import CheckpointError
@@ -33,7 +35,8 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, str]:
     """A tokenizer and its token that ends an answer.
 
     The end is the `eos_token` of the `tokenizer_config.json` beside a `tokenizer.json`, or `<|endoftext|>` where that
-    names none.
+    names none. Truncation, padding and dropout that a file carries are dropped with a warning; what its post-processor
+    begins a text with is kept, or follows the config's `add_bos_token`.
 
     Args:
         name: `bytes`; `words`, which is `bytes` with the words of the quickstart's questions as tokens of their own;
@@ -59,7 +62,10 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, str]:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise CheckpointError(f"{path}: cannot be read as a tokenizer ({error})") from error
-    end = _eos_token(path.with_name(CONFIG_FILE)) or END
+    _drop_what_changes_texts(tokenizer, path)
+    config = _config(path.with_name(CONFIG_FILE))
+    _follow_add_bos_token(tokenizer, config, path)
+    end = config.get("eos_token") or END
     if end not in [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]:
         raise CheckpointError(
             f"{path}: the tokenizer has no special token {end} to end an answer with; "
@@ -95,14 +101,61 @@ def config_text(end: str) -> str:
     return json.dumps(config, indent=2) + "\n"
 
 
-def _eos_token(config: Path) -> str | None:
-    if not config.is_file():
-        return None
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """The ids that a tokenizer's post-processor puts before a text, such as those of Llama's `<s>`; mostly none."""
+    for text in ("a", "the", "0"):
+        if plain := tokenizer.encode(text, add_special_tokens=False).ids:
+            whole = tokenizer.encode(text).ids
+            places = (at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
+            return list(whole[: next(places, 0)])
+    return []
+
+
+def _drop_what_changes_texts(tokenizer: Tokenizer, path: Path) -> None:
+    """Take away settings of a file that cut, pad or vary texts: the processor does that, and says so."""
+    dropped = []
+    if tokenizer.truncation is not None:
+        dropped.append(f"truncation to {tokenizer.truncation['max_length']} tokens")
+        tokenizer.no_truncation()
+    if tokenizer.padding is not None:
+        dropped.append("padding")
+        tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        dropped.append(f"dropout of merges, {tokenizer.model.dropout:g}")
+        tokenizer.model.dropout = None
+    if dropped:
+        warnings.warn(f"{path} carries {' and '.join(dropped)}: dropped, texts are read whole and as is", stacklevel=3)
+
+
+def _follow_add_bos_token(tokenizer: Tokenizer, config: dict[str, Any], path: Path) -> None:
+    """Have texts begin as the config's `add_bos_token` says, as transformers does; as the file has it if that is unset.
+
+    Raises:
+        CheckpointError: the config asks for a `bos_token` that the tokenizer does not have.
+    """
+    add, begins = config.get("add_bos_token"), bool(beginning(tokenizer))
+    if not isinstance(add, bool) or add == begins:
+        return
+    if not add:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # one that adds nothing
+        return
+    bos, id_ = config.get("bos_token"), tokenizer.token_to_id(config.get("bos_token") or "")
+    if id_ is None:
+        raise CheckpointError(f"{path}: {CONFIG_FILE} has add_bos_token, but the tokenizer has no bos_token {bos!r}")
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, id_)])
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """A `tokenizer_config.json`, its `eos_token` and `bos_token` as texts; empty if there is none."""
+    if not path.is_file():
+        return {}
     try:
-        named = json.loads(config.read_bytes()).get("eos_token")
+        config = dict(json.loads(path.read_bytes()).items())
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{config}: cannot be read ({error})") from error
-    end = named.get("content") if isinstance(named, dict) else named
-    if not (end is None or isinstance(end, str)):
-        raise CheckpointError(f"{config}: eos_token must be a text, or a mapping with its `content`; is {named!r}")
-    return end
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    for name in ("eos_token", "bos_token"):
+        named = config.get(name)
+        config[name] = named.get("content") if isinstance(named, dict) else named
+        if not isinstance(config[name], str | None):
+            raise CheckpointError(f"{path}: {name} must be a text, or a mapping with its `content`; is {named!r}")
+    return config

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from PIL import Image
+from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer
 
 import ssmvl
 from ssmvl.data.scenes.scenes import QUESTIONS
 from ssmvl.errors import CheckpointError
-from ssmvl.interfaces import ImageSpec
+from ssmvl.interfaces import ImageSpec, Prompt
 from ssmvl.model.saved import save_folder
 from ssmvl.processing.processor import Processor
-from ssmvl.processing.prompts import MambaPrompt
+from ssmvl.processing.prompts import MambaPrompt, PlainPrompt, VicunaPrompt
 from ssmvl.processing.tokenizers import END, byte_tokenizer, load_tokenizer
 
 BYTES = byte_tokenizer()
@@ -134,6 +138,83 @@ def test_a_damaged_config_names_the_file(tmp_path: Path, config: object) -> None
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: cannot be read"):
         load_tokenizer(str(tmp_path))
+
+
+def test_truncation_padding_and_dropout_of_a_file_are_dropped_and_reported(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")], dropout=0.9))
+    tokenizer.add_special_tokens([END])
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=20)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    said = r"tokenizer\.json carries truncation to 4 tokens and padding and dropout of merges, 0\.9: dropped"
+    with pytest.warns(UserWarning, match=said):
+        loaded, end = load_tokenizer(str(tmp_path))
+    for _ in range(10):
+        assert loaded.encode("ab" * 9).ids == [2] * 9
+    processor = Processor(loaded, MambaPrompt(), (ImageSpec(8),), places=1, end=end)
+    save_folder(tmp_path / "saved", {"weight": torch.zeros(1)}, ssmvl.load_recipe("quickstart"), processor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_tokenizer(str(tmp_path / "saved"))
+
+
+def llamas(folder: Path, *, special: bool, template: bool, config: dict[str, Any] | None = None) -> Processor:
+    """Of a tokenizer with `<s>` in its vocabulary, and perhaps among its special tokens and in its post-processor."""
+    tokens = ["<unk>", "<s>", *sorted({*map(chr, range(32, 127)), "\n"})]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.add_special_tokens(["</s>", *(["<s>"] if special else [])])
+    if template:
+        post = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer.post_processor = post
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", **(config or {})}))
+    loaded, end = load_tokenizer(str(folder))
+    return Processor(loaded, MambaPrompt(), (ImageSpec(8),), places=2, end=end)
+
+
+ASKED = [{"role": "user", "content": "Why?"}]
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("prompt", [MambaPrompt(), PlainPrompt(), VicunaPrompt()])
+def test_a_begin_token_of_the_post_processor_is_kept_before_images(
+    tmp_path: Path, special: bool, prompt: Prompt
+) -> None:
+    processor = replace(llamas(tmp_path, special=special, template=True), prompt=prompt)
+    image = Image.new("RGB", (8, 8))
+    sample = processor.encode([*ASKED, {"role": "assistant", "content": "So."}], [image], train=True)
+    ids, labels = sample["ids"].tolist(), sample["labels"].tolist()
+    assert (ids.count(1), ids[0], labels[0]) == (1, 1, -100)
+    if prompt.image_placement == "before_all_text":
+        assert ids[:4] == [1, -1, -1, ids[3]]
+    assert "<s>" not in processor.decode([id_ for id_ in ids if id_ > 1])
+    assert ids[-1] == labels[-1] == processor.end_id
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_vicunas_begin_is_one_token_wherever_there_is_one(tmp_path: Path, special: bool) -> None:
+    processor = replace(llamas(tmp_path, special=special, template=False), prompt=VicunaPrompt())
+    assert processor.encode(ASKED)["ids"].tolist()[:2] == [1, processor.tokenizer.token_to_id("A")]
+    bytes_alone = Processor(byte_tokenizer(), VicunaPrompt(), (ImageSpec(8),), places=1)
+    assert bytes_alone.decode(bytes_alone.encode(ASKED)["ids"].tolist()).startswith("A chat between")
+
+
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("add", [True, False, None])
+def test_the_config_may_ask_for_a_begin_token_or_not(tmp_path: Path, template: bool, add: bool | None) -> None:
+    config = {"add_bos_token": add, "bos_token": {"content": "<s>"}}
+    processor = llamas(tmp_path, special=True, template=template, config=config)
+    begins = template if add is None else add
+    assert (processor.encode(ASKED)["ids"].tolist()[0] == 1) == begins
+    save_folder(tmp_path / "saved", {"weight": torch.zeros(1)}, ssmvl.load_recipe("quickstart"), processor)
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert (again("Why?")["input_ids"][0] == 1) == begins
+
+
+def test_a_begin_token_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has add_bos_token, but the tokenizer has no bos_token '<bos>'"):
+        llamas(tmp_path, special=True, template=False, config={"add_bos_token": True, "bos_token": "<bos>"})
 
 
 def test_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
