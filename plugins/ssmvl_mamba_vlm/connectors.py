@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmvl.interfaces import Count, Grid, ScanOrderPart
+from ssmvl.layers.linear import cast_for
 from ssmvl.layers.paths import PathFolding, PathTables
 from ssmvl.layers.selective import selective_arguments, selective_parameters
 from ssmvl.ops.reorder import path_table
@@ -61,7 +62,7 @@ class MambaProjector(nn.Module):
         """
         paths = self.paths(grid, x.device)
         self.folding.check(x.shape[1], paths, None)
-        x = x.to(self.w1.weight.dtype)
+        x = cast_for(x, self.w1)
         h = self.w1(x)
         if len(h):  # without images there is nothing to scan
             h = self._scan(self._convolve(h, grid), paths)

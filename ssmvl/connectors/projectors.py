@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ssmvl.interfaces import Grid
+from ssmvl.layers.linear import cast_for
 
 __all__ = ["fused_mlp", "PositionwiseConnector", "MlpConnector"]
 
@@ -43,7 +44,7 @@ class PositionwiseConnector(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """X (I, L, in_width) -> (I, L, out_width)."""
-        return self.projector(x.to(next(self.projector.parameters()).dtype))
+        return self.projector(cast_for(x, self.projector))
 
     def shard_units(self) -> Sequence[nn.Module]:
         """None: the projector belongs to the model's own unit."""

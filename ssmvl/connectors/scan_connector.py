@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ssmvl.interfaces import Grid, ScanOrder
 from ssmvl.layers.block import Block
+from ssmvl.layers.linear import cast_for
 from ssmvl.layers.paths import PathTables
 
 __all__ = ["ScanConnector"]
@@ -39,7 +40,7 @@ class ScanConnector(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """X (I, L, in_width) -> (I, L, out_width)."""
         paths = self.paths(grid, x.device)
-        x = self.stem(x.to(next(self.projector.parameters()).dtype))
+        x = self.stem(cast_for(x, self.projector))
         for block in self.layers if len(x) else ():  # without images there is nothing to scan
             x = block(x, paths)
         return self.projector(x)

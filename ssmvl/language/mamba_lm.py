@@ -15,6 +15,7 @@ from ssmvl.interfaces import Count, Mixer, MixerPart
 from ssmvl.language.mamba_layouts import HF_LAYOUT, HF_MODELS
 from ssmvl.language.state import RecurrentState
 from ssmvl.layers.block import Block, scale_residual
+from ssmvl.layers.linear import cast_for
 from ssmvl.layers.mamba1 import Mamba1Mixer
 from ssmvl.layers.mamba2 import Mamba2Mixer
 from ssmvl.layers.norm import RMSNorm
@@ -84,15 +85,15 @@ class MambaLM(nn.Module):
         """
         state.check(self._name, len(embeds), self.embedding.weight)
         check_rows("prefill", embeds.shape[0], embeds.shape[1], lengths, None, embeds.device)
-        hidden = []
-        # In stretches, so that memory does not grow with T: each continues from the state that the last one left.
+        hidden = embeds.new_empty(embeds.shape, dtype=self.norm_f.weight.dtype)
+        # In stretches, so that beside the result memory does not grow with T: each continues from the last one's state.
         for start in range(0, max(embeds.shape[1], 1), STRETCH):
             x = _residual(embeds[:, start : start + STRETCH])
             rest = (lengths - start).clamp(0, x.shape[1])
             for block, layer in zip(self.layers, state.layers, strict=True):
                 x = block.prefill(x, rest, layer)
-            hidden.append(self.norm_f(x))
-        return hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
+            hidden[:, start : start + STRETCH] = self.norm_f(x)
+        return hidden
 
     @torch.no_grad()
     def step(self, embeds: Tensor, state: RecurrentState) -> Tensor:
@@ -109,7 +110,12 @@ class MambaLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden (*, D) -> logits (*, V)."""
-        return F.linear(hidden, self.embedding.weight if self.lm_head is None else self.lm_head.weight)
+        if self.lm_head is not None:
+            return self.lm_head(cast_for(hidden, self.lm_head))
+        weight: Tensor = self.embedding.weight
+        if type(self.embedding) is not nn.Embedding:  # an adapter of the embedding changes the head that is tied to it
+            weight = self.embedding(torch.arange(self.vocab_rows, device=hidden.device))
+        return F.linear(hidden, weight)
 
     def new_state(
         self, rows: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmvl.interfaces import Count
+from ssmvl.layers.linear import cast_for, conv_taps
 from ssmvl.layers.paths import PathFolding, PathParameters
 from ssmvl.layers.selective import selective_arguments, selective_parameters
 from ssmvl.ops.causal_conv import causal_conv, causal_conv_step
@@ -107,7 +108,7 @@ class Mamba1Mixer(nn.Module):
             ShapeError: the mixer has several paths.
         """
         self.folding.check_causal()
-        device, dtype = device or self.D.device, dtype or self.in_proj.weight.dtype
+        device, dtype = device or self.D.device, dtype or self._taps.dtype
         return Mamba1State(
             torch.zeros(rows, self.conv1d.kernel_size[0] - 1, self.inner, device=device, dtype=dtype),
             torch.zeros(rows, self.inner, self.d_state, device=device, dtype=torch.promote_types(dtype, torch.float32)),
@@ -115,10 +116,10 @@ class Mamba1Mixer(nn.Module):
 
     @property
     def _taps(self) -> Tensor:
-        return self.conv1d.weight.squeeze(1)
+        return conv_taps(self.conv1d)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x, z = self.in_proj(x.to(self.in_proj.weight.dtype)).chunk(2, dim=-1)
+        x, z = self.in_proj(cast_for(x, self.in_proj)).chunk(2, dim=-1)
         return x, z
 
     def _arguments(self, x: Tensor) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssmvl.errors import ShapeError
 from ssmvl.interfaces import Count
 from ssmvl.layers.discretisation import initial_dt_bias, negative_exp
+from ssmvl.layers.linear import cast_for, conv_taps
 from ssmvl.layers.norm import GatedRMSNorm
 from ssmvl.layers.paths import PathFolding, PathParameters
 from ssmvl.ops.causal_conv import causal_conv, causal_conv_step
@@ -147,7 +148,7 @@ class Mamba2Mixer(nn.Module):
             ShapeError: the mixer has several paths.
         """
         self.folding.check_causal()
-        device, dtype = device or self.D.device, dtype or self.in_proj.weight.dtype
+        device, dtype = device or self.D.device, dtype or self._taps.dtype
         shape = (rows, self.heads, self.head_dim, self.d_state)
         return Mamba2State(
             torch.zeros(rows, self.conv1d.kernel_size[0] - 1, self.channels, device=device, dtype=dtype),
@@ -156,10 +157,10 @@ class Mamba2Mixer(nn.Module):
 
     @property
     def _taps(self) -> Tensor:
-        return self.conv1d.weight.squeeze(1)
+        return conv_taps(self.conv1d)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        projected = self.in_proj(x.to(self.in_proj.weight.dtype))
+        projected = self.in_proj(cast_for(x, self.in_proj))
         z, xBC, dt = projected.split([self.inner, self.channels, self.heads], dim=-1)
         return z, xBC, dt
 

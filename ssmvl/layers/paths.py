@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from ssmvl.errors import ShapeError
 from ssmvl.interfaces import Grid, ScanOrder
@@ -110,11 +109,3 @@ class PathFolding:
         if self.count == 1:
             return y.squeeze(2)
         return y.mean(2) if self.merge_by == "mean" else y.sum(2)
-
-
-def per_path(x: Tensor, linear: nn.Linear, count: int) -> Tensor:
-    """X (*, count*I) -> (*, count*O): each path's part by its own rows of `linear.weight` (count*O, I); no bias."""
-    if count == 1:
-        return F.linear(x, linear.weight)
-    weight = linear.weight.unflatten(0, (count, -1))
-    return torch.einsum("...ki,koi->...ko", x.unflatten(-1, (count, -1)), weight).flatten(-2)

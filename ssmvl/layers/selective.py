@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmvl.layers.discretisation import initial_dt_bias, negative_exp
-from ssmvl.layers.paths import per_path
+from ssmvl.layers.linear import is_plain, per_path
 
 __all__ = ["selective_parameters", "selective_arguments"]
 
@@ -38,15 +38,16 @@ def selective_parameters(
 
 
 def selective_arguments(
-    x: Tensor, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor, count: int
+    x: Tensor, x_proj: nn.Module, dt_proj: nn.Module, A_log: Tensor, D: Tensor, count: int
 ) -> dict[str, Any]:
     """X (*, K*E) and the parameters of K = `count` paths -> arguments of `selective_scan` and of its step.
 
-    x and dt are (*, K*E), A (K*E, S), B and C (*, K, S): K groups of channels.
+    x and dt are (*, K*E), A (K*E, S), B and C (*, K, S): K groups of channels. The bias of a plain `dt_proj` is added
+    by the op, in fp32; that of a wrapped one (adapters, quantized weights) by the layer.
     """
     size = A_log.shape[1]
     projected = per_path(x, x_proj, count).unflatten(-1, (count, -1))
-    dt, B, C = projected.split([dt_proj.in_features, size, size], dim=-1)
+    dt, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)
     dt = per_path(dt.flatten(-2), dt_proj, count)
-    rest = {"D": D, "dt_bias": dt_proj.bias, "dt_softplus": True}
+    rest = {"D": D, "dt_bias": dt_proj.bias if is_plain(dt_proj) else None, "dt_softplus": True}
     return {"x": x, "dt": dt, "A": negative_exp(A_log), "B": B, "C": C, **rest}

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ssmvl.interfaces import Connector, Fusion, Grid, ImageSpec, LanguageModel, VisionEncoder
-from ssmvl.ops.splice import splice
+from ssmvl.ops.splice import require_filled, splice
 
 __all__ = ["VisionLanguageModel"]
 
+CHUNK = 1024  # positions that a prefill embeds and reads at once
 Images = Mapping[ImageSpec, Tensor]
 
 
@@ -95,7 +96,7 @@ class VisionLanguageModel(nn.Module):
         return self.connector(self.fusion(features), self.grid)
 
     def prefill(self, ids: Tensor, lengths: Tensor, visual: Tensor, image_positions: Tensor, state: Any) -> Tensor:
-        """Read rows into `state`.
+        """Read rows into `state`, `CHUNK` positions at a time: memory grows with T by ids and visual tokens only.
 
         Args:
             ids: (B, T) right-padded, -1 at image places.
@@ -106,11 +107,24 @@ class VisionLanguageModel(nn.Module):
 
         Returns:
             (B, V), logits after each row's last real position.
+
+        Raises:
+            ShapeError: images and image places do not match in number.
         """
-        language = cast(LanguageModel, self.language)
-        embeds = splice(language.embed(ids.clamp(min=0)), visual, image_positions)
-        hidden = language.prefill(embeds, lengths, state)
-        return language.head(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
+        language, tokens = cast(LanguageModel, self.language), visual.flatten(0, 1)
+        require_filled(visual, image_positions)
+        places = image_positions % ids.shape[1]  # of the image places in their rows
+        last = torch.zeros((), device=ids.device)
+        for start in range(0, ids.shape[1], CHUNK):
+            chunk = ids[:, start : start + CHUNK]
+            length, inside = chunk.shape[1], (places >= start) & (places < start + CHUNK)
+            flat = image_positions[inside] // ids.shape[1] * length + places[inside] - start
+            embeds = splice(language.embed(chunk.clamp(min=0)), tokens[None, inside], flat)
+            hidden = language.prefill(embeds, (lengths - start).clamp(0, length), state)
+            end = lengths - 1 - start
+            found = hidden[torch.arange(len(ids), device=ids.device), end.clamp(0, length - 1)]
+            last = torch.where(((end >= 0) & (end < length))[:, None], found, last.to(found.dtype))
+        return language.head(last)
 
     def step(self, ids: Tensor, state: Any) -> Tensor:
         """Ids (B,) -> logits (B, V); `state` advances in place."""

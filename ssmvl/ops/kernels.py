@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssmvl.errors import BackendError
+from ssmvl.ops.precision import differentiable_once
 
 
 def ssd(
@@ -26,6 +27,7 @@ def ssd(
     """The op `ssmvl.ops.ssd.ssd`. The states between chunks have the dtype of C, as the kernel keeps them."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
+    x, dt, A, B, C, D, state = differentiable_once(x, dt, A, B, C, D, state)
     y, last = mamba_chunk_scan_combined(
         x,
         dt,
@@ -58,6 +60,7 @@ def selective_scan(
     """
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
+    x, dt, A, B, C, D, state = differentiable_once(x, dt, A, B, C, D, state)
     x, B, C = (t.to(dt.dtype) for t in (x, B, C))
     sequences = x.transpose(1, 2), dt.transpose(1, 2), A, B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)
     y, last = selective_scan_fn(*(t.contiguous() for t in sequences), D, return_last_state=True)
@@ -91,6 +94,7 @@ def causal_conv(
     """The op `ssmvl.ops.causal_conv.causal_conv`."""
     from causal_conv1d import causal_conv1d_fn
 
+    x, weight, bias, window = differentiable_once(x, weight, bias, window)
     y = causal_conv1d_fn(
         _channels_last(x),
         weight,

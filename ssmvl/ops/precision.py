@@ -1,4 +1,4 @@
-"""Where an op leaves the precision that surrounds it."""
+"""Autograd functions of ops: the precision of their backward, and the refusal of second derivatives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
+
+from ssmvl.errors import BackendError
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -18,13 +20,61 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def backward_without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate the `backward` of an autograd Function: autocast is off in it, and it has no gradient of its own."""
+    """Decorate the `backward` of an autograd Function: autocast is off in it, and differentiating it raises.
 
-    @once_differentiable
+    torch's `once_differentiable` attaches its error to no input, so autograd prunes it and returns what other paths
+    contribute, a wrong second derivative. Here the error lies on every path from the gradients to the inputs that the
+    Function has saved: it must save each input that its gradients depend on.
+    """
+
     @functools.wraps(backward)
-    def run(ctx: Any, *grads: torch.Tensor | None) -> Any:
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
         device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
-        with without_autocast(device):
-            return backward(ctx, *grads)
+        with torch.no_grad(), without_autocast(device):
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        inputs = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
+        if not inputs:
+            return found
+        first = [grad for grad in found if grad is not None]
+        linked = iter(_NoSecondDerivative.apply(len(first), *first, *inputs))
+        return tuple(None if grad is None else next(linked) for grad in found)
 
     return run
+
+
+def differentiable_once(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The same tensors, for an op whose own backward cannot be differentiated: a second derivative raises."""
+    needed = [t for t in tensors if t is not None and t.requires_grad]
+    if not (needed and torch.is_grad_enabled()):
+        return tensors
+    # Empty copies are in the graph of the tensors and keep none of their memory.
+    marked = iter(_Once.apply(len(needed), *needed, *(t.reshape(-1)[:0].clone() for t in needed)))
+    return tuple(next(marked) if t is not None and t.requires_grad else t for t in tensors)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[count:])
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    @backward_without_autocast
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *grads, *([None] * len(ctx.saved_tensors))
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise BackendError(
+            "ssmvl's scans, convolutions and norms have no second derivative: their gradients cannot be differentiated "
+            "again, as gradient penalties, MAML and Hessian-vector products do"
+        )

@@ -18,11 +18,23 @@ def splice(embeds: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
     Raises:
         ShapeError: the numbers of visual tokens and of places differ.
     """
-    tokens = visual.flatten(0, 1)
-    if tokens.shape[0] != positions.shape[0]:
+    require_filled(visual, positions)
+    flat = embeds.flatten(0, 1).index_copy(0, positions, visual.flatten(0, 1).to(embeds.dtype))
+    return flat.view_as(embeds)
+
+
+def require_filled(visual: Tensor, positions: Tensor) -> None:
+    """Find that there are as many image places as visual tokens.
+
+    Args:
+        visual: (I, M, D).
+        positions: (I*M,).
+
+    Raises:
+        ShapeError: there are more or fewer.
+    """
+    if visual.shape[0] * visual.shape[1] != positions.shape[0]:
         raise ShapeError(
             f"{visual.shape[0]} images of {visual.shape[1]} visual tokens do not fill {positions.shape[0]} places;"
             " each image needs exactly as many places as the connector gives tokens"
         )
-    flat = embeds.flatten(0, 1).index_copy(0, positions, tokens.to(embeds.dtype))
-    return flat.view_as(embeds)

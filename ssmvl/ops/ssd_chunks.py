@@ -167,13 +167,13 @@ class _SSD(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if keep:
             ctx.chunk = chunk
-            ctx.save_for_backward(x, dt, log, B, C, D, segments, *entering)
+            ctx.save_for_backward(x, dt, log, B, C, D, segments, state, *entering)
         return y, h
 
     @staticmethod
     @backward_without_autocast
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, log, B, C, D, segments, *entering = ctx.saved_tensors
+        x, dt, log, B, C, D, segments, _, *entering = ctx.saved_tensors
         groups, chunk = B.shape[2], ctx.chunk
         dy = torch.zeros_like(x) if dy is None else dy
         dh = None if dh is None else dh.contiguous()

@@ -114,7 +114,7 @@ class Encoder(nn.Module, ABC):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (I, 3, S, S) -> what the tower takes: computed in fp32 at least, then in the dtype of its weights."""
-        dtype = next(self.parameters()).dtype
+        dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
         planes = pixels.to(torch.promote_types(dtype, torch.float32)).unbind(1)
         scaled = [(plane / 255 - m) / s for plane, m, s in zip(planes, self.mean, self.std, strict=True)]
         return torch.stack(scaled, dim=1).to(dtype)

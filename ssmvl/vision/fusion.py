@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ssmvl.errors import ShapeError
 from ssmvl.interfaces import Grid
+from ssmvl.layers.linear import cast_for
 
 __all__ = ["ChannelFusion", "SequenceFusion"]
 
@@ -66,8 +67,8 @@ class SequenceFusion(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """{encoder: (I, N, D_i)} -> (I, E*N, D), E encoders, D the largest D_i; in the dtype of the weights."""
-        dtype = next(self.parameters()).dtype
-        return torch.cat([self.projections[name](features[name].to(dtype)) for name in self.order], dim=1)
+        maps = ((self.projections[name], features[name]) for name in self.order)
+        return torch.cat([linear(cast_for(x, linear)) for linear, x in maps], dim=1)
 
 
 def _order(widths: Mapping[str, int], order: list[str] | None) -> list[str]:

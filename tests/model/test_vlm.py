@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 import ssmvl
 from ssmvl.errors import ShapeError
+from ssmvl.model import vlm
 from ssmvl.model.build import build_processor
 from ssmvl.model.vlm import VisionLanguageModel
 from ssmvl.processing.batch import Batch, collate, pack, pad
@@ -84,7 +87,33 @@ def test_images_and_places_that_differ_in_number_are_refused(model: VisionLangua
         model(**{**inputs, "images": {spec: inputs["images"][spec][:0]}})
 
 
-def test_prefill_and_steps_equal_forward(model: VisionLanguageModel, processor: Processor) -> None:
+MEMORY = """
+import resource, sys, torch, ssmvl
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+narrow = ("model.language.num_layers=1", "model.language.width=256", "model.connector.num_layers=1")
+model = ssmvl.build_model("quickstart", *narrow).eval()
+visual, places = torch.zeros(2, 9, 256), torch.arange(18)
+@torch.no_grad()
+def read(length):
+    ids = torch.zeros(1, length, dtype=torch.long)
+    return model.prefill(ids, torch.tensor([length]), visual, places, model.language.new_state(1))
+read(2048)
+before = peak()
+read(65536)
+print((peak() - before) / (65536 * 256 * 4))
+"""
+
+
+def test_a_long_prompt_takes_less_memory_than_its_hidden_states() -> None:
+    share = float(subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout)
+    assert share < 0.2
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 10, 1024])
+def test_prefill_and_steps_equal_forward(
+    model: VisionLanguageModel, processor: Processor, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vlm, "CHUNK", chunk)
     whole_samples = samples(processor, [1, 0, 2])
     inputs = pad(collate(whole_samples))
     with torch.no_grad():

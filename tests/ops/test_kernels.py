@@ -170,3 +170,13 @@ def test_what_the_kernels_do_not_take(op: str, values: Values, reason: str) -> N
         OPS[op](**values, backend="mamba_ssm")
     assert "\n" not in str(error.value)
     torch.testing.assert_close(OPS[op](**values), OPS[op](**values, backend="torch"))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_second_derivative_raises(op: str) -> None:
+    values = convolution() if op == "causal_conv" else inputs(op, 2, 9)
+    x = values["x"].requires_grad_()
+    y, _ = OPS[op](**values, backend="mamba_ssm")
+    (first,) = torch.autograd.grad(y.sum() + x.pow(3).sum(), x, create_graph=True)
+    with pytest.raises(BackendError, match="have no second derivative"):
+        first.sum().backward()

@@ -1,4 +1,4 @@
-"""Gradients of both state-space ops: by differences, and of the recurrence written out."""
+"""Gradients of both state-space ops: by differences, and of the recurrence written out; no second derivatives."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 from oracle import Values, inputs, recurrence
 from torch import Tensor
 
+from ssmvl.errors import BackendError
+from ssmvl.ops.causal_conv import causal_conv
+from ssmvl.ops.rms_norm import rms_norm
 from ssmvl.ops.selective_scan import selective_scan
 from ssmvl.ops.ssd import ssd
 
@@ -169,3 +172,48 @@ def test_very_long_decay_has_finite_gradients(op: str) -> None:
         (y.sum() + state.sum()).backward()
         assert y.isfinite().all()
         assert all(value.grad.isfinite().all() for value in values.values())
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor) -> Tensor:
+    return causal_conv(x, weight, bias, window=window)[0]
+
+
+def norm(x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+    return rms_norm(x, weight, 1e-5, gate)
+
+
+def double(*sizes: int) -> Tensor:
+    return torch.rand(sizes, dtype=torch.float64) + 0.1
+
+
+def scan_of(op: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    values = {key: value for key, value in small(op).items() if torch.is_tensor(value)}
+    if op == "selective_scan":
+        del values["D"]  # its skip is made of ops of torch, whose second derivative is right
+    return lambda *given: OPS[op](**dict(zip(values, given, strict=True)))[0], list(values.values())
+
+
+ONCE: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+    "ssd": scan_of("ssd"),
+    "selective_scan": scan_of("selective_scan"),
+    "conv": (conv, [double(2, 9, 6), double(6, 4), double(6), double(2, 3, 6)]),
+    "norm": (norm, [double(2, 300, 64), double(64), double(2, 300, 64)]),
+}
+
+
+@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()], ids=["sum", "square"])
+@pytest.mark.parametrize(("op", "number"), [(op, number) for op, (_, t) in ONCE.items() for number in range(len(t))])
+def test_a_second_derivative_raises_whatever_it_is_of(op: str, number: int, loss: Callable[..., Tensor]) -> None:
+    run, tensors = ONCE[op]
+    given = [t.clone().requires_grad_(at == number) for at, t in enumerate(tensors)]
+    found = run(*given)
+    (first,) = torch.autograd.grad(loss(found), given[number], create_graph=True)
+    (plain,) = torch.autograd.grad(loss(run(*given)), given[number])
+    assert torch.equal(first, plain)
+    if first.requires_grad:  # elsewhere it does not depend on the input: the gradient of a sum in D
+        with pytest.raises(BackendError, match="have no second derivative"):
+            torch.autograd.grad(first.sum(), given[number])
+    # a direct path beside the op must not hide it
+    (mixed,) = torch.autograd.grad(loss(run(*given)) + given[number].pow(3).sum(), given[number], create_graph=True)
+    with pytest.raises(BackendError, match="have no second derivative"):
+        mixed.sum().backward()

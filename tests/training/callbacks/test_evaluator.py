@@ -18,7 +18,7 @@ from ssmvl.data.shards import ensure_shards
 from ssmvl.errors import DataError, RecipeError
 from ssmvl.evaluation.results import Row
 from ssmvl.evaluation.runner import Answered
-from ssmvl.language import mamba_lm
+from ssmvl.model import vlm
 from ssmvl.training.callbacks import evaluator
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed warn on their own
@@ -59,7 +59,7 @@ def test_two_sharded_ranks_find_what_one_finds(tiny: Path, monkeypatch: pytest.M
         Path(f"{run}.json").write_text(json.dumps(answers))
 
     monkeypatch.setattr(evaluator, "results", kept)
-    monkeypatch.setattr(mamba_lm, "STRETCH", 4)  # inputs of unequal lengths take unequal numbers of stretches
+    monkeypatch.setattr(vlm, "CHUNK", 4)  # inputs of unequal lengths take unequal numbers of chunks
     two_ranks(lambda: train("two", *ASKED), tiny.parent)
     train("one", *ASKED)
     train("none")
