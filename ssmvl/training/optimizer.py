@@ -6,8 +6,9 @@ Composer is imported only where it is used.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from torch import nn
@@ -17,8 +18,7 @@ from ssmvl.interfaces import Check
 from ssmvl.training.freezing import is_under
 
 if TYPE_CHECKING:
-    from composer import Algorithm, Trainer
-    from composer.optim import ComposerScheduler
+    from composer import Algorithm, State, Trainer
 
 
 def _fractions(numbers: tuple[float, ...]) -> bool:
@@ -65,13 +65,38 @@ def gradient_clipping() -> Algorithm:
     return GradientClipping("norm", 1.0)
 
 
-def cosine_schedule(warmup: str) -> ComposerScheduler:
-    """Cosine decay to zero at the end of the stage, after a linear warmup if there is one."""
-    from composer import Time
-    from composer.optim import CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
+def cosine_schedule(warmup: str, batch: int) -> Callable[[State], float]:
+    """Cosine decay to zero at the end of the stage, after a linear warmup if there is one.
 
-    # With an empty warmup Composer's scheduler would warn at every step.
-    return CosineAnnealingWithWarmupScheduler(warmup) if Time.from_input(warmup).value else CosineAnnealingScheduler()
+    Progress is measured in the unit of the stage's duration; epochs are counted in samples, so that a run that resumes
+    with another batch continues where it was.
+
+    Args:
+        warmup: Composer time: a share of the duration, a time in its unit; or batches of epochs, epochs of batches.
+        batch: samples of one step, over all ranks.
+    """
+    from composer import Time, TimeUnit
+
+    def multiplier(state: State) -> float:
+        """The factor of the peak learning rate at a state's timestamp."""
+        now, duration, start = state.timestamp, cast(Any, state.max_duration), Time.from_input(warmup)
+        epoch = int(cast(Any, state.dataloader_len)) * batch
+        mean = now.sample.value / now.batch.value if now.batch.value else batch  # samples of a step so far
+        epochs = duration.unit is TimeUnit.EPOCH
+        at = now.epoch.value + now.sample_in_epoch.value / epoch if epochs else now.get(duration.unit).value
+        if start.unit is TimeUnit.DURATION:
+            end = start.value * duration.value
+            end = end if epochs else int(end)
+        elif start.unit is duration.unit:
+            end = start.value
+        else:
+            end = start.value * mean / epoch if epochs else start.value * epoch / mean
+        if at < end:
+            return at / end
+        rest = (at - end) / (duration.value - end) if duration.value > end else 0.0
+        return (1 + math.cos(math.pi * min(rest, 1.0))) / 2
+
+    return multiplier
 
 
 def restore_options(trainer: Trainer, asked: list[dict[str, Any]]) -> None:

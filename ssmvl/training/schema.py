@@ -32,6 +32,8 @@ TIME = re.compile(r"\d+(\.\d+)?dur|\d+(ba|ep|sp|tok)")
 INTERVAL = re.compile(r"0*[1-9]\d*(ba|ep|sp|tok|sec)")
 NAME = re.compile(r"\w[\w-]*")
 RESERVED = ("model", "tensorboard")  # what a run folder holds beside its stages
+DURATION = re.compile(r"0*[1-9]\d*(ba|ep|sp|tok)")
+Duration = Annotated[str, Check("a whole number and a unit (ba, ep, sp, tok), e.g. 1ep", DURATION.fullmatch)]
 Interval = Annotated[str, Check("a whole number and a unit (ba, ep, sp, tok, sec), e.g. 500ba", INTERVAL.fullmatch)]
 
 
@@ -63,7 +65,7 @@ class Stage(Reading):
         warmup: Composer time, e.g. `0.03dur` or `100ba`.
         batch: samples of one step, over all ranks.
         microbatch: samples of one forward on one rank; all of the rank's if None.
-        duration: Composer time, e.g. `1ep` or `500ba`.
+        duration: Composer time, e.g. `1ep` or `500ba`; the learning rate is zero at its end.
         checkpoint: interval between checkpoints, Composer time.
         keep: how many of the newest checkpoints stay.
         loader: how the data are read.
@@ -89,7 +91,7 @@ class Stage(Reading):
     )
     batch: Count
     microbatch: Count | None = None
-    duration: Interval
+    duration: Duration
     checkpoint: Interval = "500ba"
     keep: Count = 2
     loader: Loader = field(default_factory=Loader)

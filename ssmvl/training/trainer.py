@@ -88,7 +88,7 @@ def stage_trainer(
                 get_num_tokens_in_batch=num_tokens,
             ),
             optimizers=optimizer,
-            schedulers=cosine_schedule(stage.warmup),
+            schedulers=cosine_schedule(stage.warmup, stage.batch),
             algorithms=[gradient_clipping(), *([UnusedParameters()] if encoders else [])],
             max_duration=stage.duration,
             device_train_microbatch_size=stage.microbatch or batch,
