@@ -1,4 +1,4 @@
-"""The optimizer of a stage: its schema, parameter groups, gradient clipping, learning-rate schedule, and resuming.
+"""The optimizer of a stage: its schema, parameter groups, learning-rate schedule, and resuming.
 
 Composer is imported only where it is used.
 """
@@ -18,7 +18,7 @@ from ssmvl.interfaces import Check
 from ssmvl.training.freezing import is_under
 
 if TYPE_CHECKING:
-    from composer import Algorithm, State, Trainer
+    from composer import State, Trainer
 
 
 def _fractions(numbers: tuple[float, ...]) -> bool:
@@ -56,13 +56,6 @@ def adamw(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
             groups.setdefault((lr, decay), []).append(parameter)
     listed: list[dict[str, Any]] = [{"params": p, "lr": lr, "weight_decay": d} for (lr, d), p in groups.items()]
     return torch.optim.AdamW(listed, lr=options.lr, betas=options.betas)
-
-
-def gradient_clipping() -> Algorithm:
-    """Clip the global norm of the gradients at 1."""
-    from composer.algorithms import GradientClipping
-
-    return GradientClipping("norm", 1.0)
 
 
 def cosine_schedule(warmup: str, batch: int) -> Callable[[State], float]:

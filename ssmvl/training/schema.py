@@ -70,7 +70,9 @@ class Stage(Reading):
         keep: how many of the newest checkpoints stay.
         loader: how the data are read.
         loss_jump: nats by which the loss of a step may exceed the largest of the 50 before it; more stops training, as
-            does a loss that is no number. Any if None.
+            does a loss that is not finite. Any if None.
+        max_skipped_steps: steps in a row that are skipped, without changing weights, because a gradient is not finite;
+            one more stops training.
         evaluation: a set that is scored and asked while the stage trains; none if None.
         packed: whether a recurrent language model reads a micro-batch in one row, without padding; else, and where
             samples are short and about equally long this is faster, one row per sample.
@@ -96,6 +98,7 @@ class Stage(Reading):
     keep: Count = 2
     loader: Loader = field(default_factory=Loader)
     loss_jump: Annotated[float, Check("a number above 0", lambda jump: jump > 0)] | None = 2.0
+    max_skipped_steps: Annotated[int, Check("a whole number, at least 0", lambda count: count >= 0)] = 0
     evaluation: StageEvaluation | None = None
     packed: bool = True
     sharding: Literal["fsdp2", "ddp"] = "fsdp2"

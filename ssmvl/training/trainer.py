@@ -36,7 +36,8 @@ from ssmvl.training.composer_classes import composer_class
 from ssmvl.training.composer_model import ComposerVLM, UnusedParameters
 from ssmvl.training.distributed import every_rank, patient
 from ssmvl.training.freezing import is_under
-from ssmvl.training.optimizer import adamw, cosine_schedule, gradient_clipping, restore_options
+from ssmvl.training.gradients import GradientClipping, all_finite
+from ssmvl.training.optimizer import adamw, cosine_schedule, restore_options
 from ssmvl.training.run_folder import RunFolder
 from ssmvl.training.schema import Plan, Stage, StageEvaluation
 
@@ -72,7 +73,10 @@ def stage_trainer(
     store = stage_store(folder, name)
     optimizer = adamw(vlm, stage.optimizer)
     asked = [dict(group) for group in optimizer.param_groups]
-    callbacks = [Identity(recipe), *_watchers(recipe, folder, name, stage, loader), OldCheckpoints(store, stage.keep)]
+    clipping = GradientClipping()
+    guard = LossGuard(clipping, stage.loss_jump, stage.max_skipped_steps, stage.checkpoint)
+    callbacks = [Identity(recipe), *_watchers(recipe, folder, name, stage, loader, guard)]
+    callbacks.append(OldCheckpoints(store, stage.keep))
     callbacks += _named("callbacks", name, stage.callbacks)
     with warnings.catch_warnings(), resuming(checkpoint):
         warnings.simplefilter("ignore")  # Composer's own deprecations; nothing a user could act on
@@ -89,7 +93,7 @@ def stage_trainer(
             ),
             optimizers=optimizer,
             schedulers=cosine_schedule(stage.warmup, stage.batch),
-            algorithms=[gradient_clipping(), *([UnusedParameters()] if encoders else [])],
+            algorithms=[clipping, *([UnusedParameters()] if encoders else [])],
             max_duration=stage.duration,
             device_train_microbatch_size=stage.microbatch or batch,
             accumulate_train_batch_on_tokens=True,
@@ -115,6 +119,9 @@ def stage_trainer(
     fsdp.state_dict_type = "sharded"
     if checkpoint is not None:
         restore_options(trainer, asked)
+        if not all_finite(vlm):
+            advice = "remove it, and the run resumes from the one before"
+            raise RunError(f"{checkpoint} holds weights that are not finite; {advice}")
     return trainer
 
 
@@ -147,13 +154,15 @@ def _trained(vlm: ComposerVLM) -> list[str]:
     return [name for name, parameter in vlm.model.named_parameters() if parameter.requires_grad]
 
 
-def _watchers(recipe: Recipe, folder: RunFolder, name: str, stage: Stage, loader: TrainLoader) -> list[Callback]:
+def _watchers(
+    recipe: Recipe, folder: RunFolder, name: str, stage: Stage, loader: TrainLoader, guard: LossGuard
+) -> list[Callback]:
     processor: Processor = loader.dataset.processor
     asked = stage.evaluation
     return [
         AnswerAccuracy(),
         DamagedSamples(loader, folder.damaged(name)),
-        LossGuard(stage.loss_jump),
+        guard,
         Pace(),
         Norms(),
         *([] if asked is None else [_evaluator(asked, processor, recipe)]),

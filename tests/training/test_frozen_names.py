@@ -16,6 +16,7 @@ from ssmvl import training
 OURS = {
     "AnswerAccuracy",
     "DamagedSamples",
+    "GradientClipping",
     "Identity",
     "LossGuard",
     "Norms",
@@ -27,7 +28,6 @@ OURS = {
 }
 COMPOSERS = {
     "CheckpointSaver",
-    "GradientClipping",
     "LRMonitor",
     "RuntimeEstimator",
     "SpeedMonitor",

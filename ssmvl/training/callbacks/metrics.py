@@ -8,11 +8,10 @@ import psutil
 import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ssmvl.processing.batch import num_samples
 from ssmvl.training.callbacks.accuracy import WINDOW
+from ssmvl.training.gradients import total_norm
 
 
 class Pace(Callback):
@@ -84,11 +83,5 @@ class Norms(Callback):
                 parts.setdefault(".".join(path[: 2 if path[0] == "encoders" else 1]), []).append(parameter)
         for part, parameters in parts.items():
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            norms = {"weight": _norm(parameters), "gradient": _norm(gradients)}
+            norms = {"weight": total_norm(parameters), "gradient": total_norm(gradients)}
             logger.log_metrics({f"norm/{what}/{part}": norm for what, norm in norms.items()})
-
-
-@torch.no_grad()
-def _norm(tensors: list[torch.nn.Parameter] | list[Tensor]) -> float:
-    norm = torch.nn.utils.get_total_norm(tensors)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

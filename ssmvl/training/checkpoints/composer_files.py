@@ -65,6 +65,17 @@ def model_tensors(path: Path, trust_pickle: bool = False) -> dict[str, Tensor]:
     return found
 
 
+def weights_problem(path: Path) -> str:
+    """Why the model's weights in a whole checkpoint cannot be trained on: one is not finite. Empty if all are.
+
+    Raises:
+        CheckpointError: see `model_tensors`.
+    """
+    wrong = [name for name, tensor in model_tensors(path).items() if not tensor.isfinite().all()]
+    what = short(", ".join(wrong[:5])) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+    return f"holds weights that are not finite: {what}" if wrong else ""
+
+
 def read_index(folder: Path, trust_pickle: bool = False) -> Any:
     """What the shards of a folder hold and where: torch's `Metadata`, or records with its attributes.
 

@@ -7,17 +7,23 @@ import zipfile
 from itertools import islice
 from pathlib import Path
 
-from ssmvl.errors import short
-from ssmvl.training.checkpoints.composer_files import read_index
+from ssmvl.errors import CheckpointError, short
+from ssmvl.training.checkpoints.composer_files import read_index, weights_problem
 
 CHECKPOINT = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # of one device or DDP a file, sharded a folder
 
 
-def newest_whole(folder: Path, trust_pickle: bool = False) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint of a folder that is whole, or None, and what is wrong with each newer one."""
+def newest_whole(folder: Path, trust_pickle: bool = False, finite: bool = False) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint of a folder that is whole, or None, and what is wrong with each newer one.
+
+    Args:
+        folder: of a stage's checkpoints.
+        trust_pickle: see `ssmvl.training.checkpoints.composer_files.read_index`.
+        finite: whether its weights are read, and must be finite.
+    """
     passed: dict[Path, str] = {}
     for path in _newest_first(folder):
-        why = damage(path, trust_pickle)
+        why = damage(path, trust_pickle) or (_weights_damage(path) if finite else "")
         if not why:
             return path, passed
         passed[path] = f"{path} {why}"
@@ -46,6 +52,13 @@ def damage(path: Path, trust_pickle: bool = False) -> str:
             return ""
     except Exception as error:  # a damaged index, which is a pickle, may raise anything
         return f"cannot be read ({type(error).__name__}: {short(str(error))})"
+
+
+def _weights_damage(path: Path) -> str:
+    try:
+        return weights_problem(path)
+    except CheckpointError as error:
+        return f"cannot be read ({short(str(error))})"
 
 
 def _shards_damage(folder: Path, trust_pickle: bool) -> str:

@@ -36,7 +36,7 @@ class FolderStore:
 
         What is written over them is not whole before its own index is there.
         """
-        found, passed = newest_whole(self._folder)
+        found, passed = newest_whole(self._folder, finite=True)
         for path in passed:
             if path.is_dir():
                 (path / METADATA_FILE).unlink(missing_ok=True)

@@ -1,14 +1,18 @@
-"""A loss that is no number, or jumps, ends a stage on every rank before a checkpoint is made of it."""
+"""Losses, gradients or weights that are not finite, and losses that jump, end a stage before a checkpoint is made."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from ranks import two_ranks
+from torch import Tensor
 
 import ssmvl
+from ssmvl.checkpoints import read_tensors
 from ssmvl.errors import RecipeError, RunError
 from ssmvl.training import run
 from ssmvl.training.callbacks import loss_guard
@@ -30,7 +34,7 @@ def test_a_loss_that_is_no_number_ends_both_ranks(tiny: Path) -> None:
     for said in two_ranks(train, tiny.parent):
         error = said[said.index("error: ") :]
         step = int(error.removeprefix("error: step ").partition(":")[0])
-        assert "the loss is nan; the samples of this step: train-" in error
+        assert "the gradient is not finite (norm nan); the samples of this step: train-" in error
         assert error.count("train-") == 8  # of both ranks
         assert "Traceback" not in said
     left = [path.name for path in Path("runs/tiny/finetune/checkpoints").glob("ep*")]
@@ -52,3 +56,65 @@ def test_a_jump_ends_it_unless_any_is_allowed(tiny: Path, monkeypatch: pytest.Mo
     ssmvl.train(tiny, *ONE_STAGE, "run=any", "stages.finetune.loss_jump=null")
     with pytest.raises(RecipeError, match=r"stages\.finetune\.loss_jump"):
         ssmvl.train(tiny, "stages.finetune.loss_jump=0")
+
+
+def bad_gradients(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Have backward overflow in these steps, counted from the launch, while the loss stays finite."""
+    loss, calls = ComposerVLM.loss, itertools.count(1)
+
+    def overflowing(self: ComposerVLM, *given: Any) -> Tensor:
+        total = loss(self, *given) * 1.0
+        if next(calls) in steps:
+            total.register_hook(lambda gradient: gradient * float("inf"))
+        return total
+
+    monkeypatch.setattr(ComposerVLM, "loss", overflowing)
+
+
+def finite(folder: str) -> bool:
+    tensors, _ = read_tensors(f"{folder}/model.safetensors")
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Path("runs/tiny/finetune/checkpoints")
+    with monkeypatch.context() as patch:
+        bad_gradients(patch, 4)
+        with pytest.raises(RunError, match=r"step 4: the gradient is not finite \(norm \w+\); .*: train-"):
+            ssmvl.train(tiny, *ONE_STAGE)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["ep0-ba2-rank0.pt", "ep0-ba3-rank0.pt"]
+    # a checkpoint of an older version, which had been saved after such a step
+    newest = checkpoints / "ep0-ba3-rank0.pt"
+    state = torch.load(newest, weights_only=False)
+    state["state"]["model"]["model.language.norm_f.weight"][0] = float("nan")
+    torch.save(state, newest)
+    ssmvl.train(tiny, *ONE_STAGE)
+    said = capfd.readouterr().out
+    assert f"passes over a checkpoint: {newest} holds weights that are not finite: language.norm_f.weight" in said
+    assert "resumed at step 2," in said
+    assert finite("runs/tiny/model")
+
+
+def test_steps_in_a_row_are_skipped_up_to_a_number(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        bad_gradients(patch, 2, 3, 6)
+        ssmvl.train(tiny, *ONE_STAGE, "stages.finetune.max_skipped_steps=2")
+    said = capfd.readouterr().out
+    assert [line.partition(", skipped ")[2][:26] for line in said.splitlines() if ", skipped (" in line] == [
+        "(1 of at most 2 in a row):", "(2 of at most 2 in a row):", "(1 of at most 2 in a row):",
+    ]  # fmt: skip
+    assert finite("runs/tiny/model")
+    with monkeypatch.context() as patch:
+        bad_gradients(patch, 2, 3, 4)
+        with pytest.raises(RunError, match=r"step 4: the gradient is not finite .* max_skipped_steps"):
+            ssmvl.train(tiny, *ONE_STAGE, "run=stopped", "stages.finetune.max_skipped_steps=2")
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny: Path) -> None:
+    with pytest.raises(RunError, match=r"step 1: the weights are not finite after it; .*: train-"):
+        ssmvl.train(tiny, *ONE_STAGE, lr(1e30), "stages.finetune.optimizer.weight_decay=1e10")
+    assert not [*Path("runs/tiny/finetune/checkpoints").iterdir()]

@@ -1,0 +1,48 @@
+"""Gradient clipping that keeps the norm, and norms and finiteness of parameters, sharded or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from composer import Event, Logger, State
+from composer.algorithms import GradientClipping as ComposerClipping
+from composer.utils import dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+CLIPPED_AT = 1.0
+
+
+class GradientClipping(ComposerClipping):
+    """Clip the global norm of the gradients at 1, as Composer does, and keep it: `norm`, before clipping.
+
+    Checkpoints name algorithms by class, so it keeps the name of Composer's.
+    """
+
+    norm: Tensor | float = 0.0
+
+    def __init__(self) -> None:
+        super().__init__("norm", CLIPPED_AT)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Clip after the backward of a step."""
+        if event == Event.AFTER_TRAIN_BATCH:
+            norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), CLIPPED_AT)
+            self.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@torch.no_grad()
+def total_norm(tensors: Iterable[Tensor]) -> float:
+    """The 2-norm of all tensors together, over all ranks that share them."""
+    norm = torch.nn.utils.get_total_norm(list(tensors))
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+@torch.no_grad()
+def all_finite(model: nn.Module) -> bool:
+    """Whether every parameter is finite, on every rank; all of them ask at the same moment."""
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    found = torch.stack([part.isfinite().all() for part in own]).all().int()
+    dist.all_reduce(found, reduce_operation="MIN")
+    return bool(found)
