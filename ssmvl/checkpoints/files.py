@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from ssmvl.errors import CheckpointError
 from ssmvl.files import flush, written_whole
 
 WEIGHTS_FILE, SHARD_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+DIGESTS_FILE = "SHA256SUMS"  # of the files of tensors in a folder, as `sha256sum --check` reads it
 SHARD = 5 * 10**9  # bytes of one file, as hubs prefer
 BYTES = "surrogateescape"  # text read so is written as the bytes it was
 
@@ -42,10 +44,31 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
 
 
+def check_digest(path: Path) -> None:
+    """Compare a file with its digest in the `DIGESTS_FILE` beside it, where there is one.
+
+    Raises:
+        CheckpointError: they differ, or the digests cannot be read; names the file.
+    """
+    listed = path.with_name(DIGESTS_FILE)
+    try:
+        lines = listed.read_text().splitlines() if listed.is_file() else []
+        digests = {name.lstrip(" *"): digest for digest, _, name in (line.partition(" ") for line in lines)}
+        damaged = path.name in digests and _digest(path) != digests[path.name].lower()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be compared with {listed} ({error})") from error
+    if damaged:
+        raise CheckpointError(
+            f"{path}: is damaged, its SHA-256 digest is not the one in {DIGESTS_FILE}; copy or download it again (or "
+            f"delete {DIGESTS_FILE}, if you changed the file yourself)"
+        )
+
+
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
     """Write a folder of tensor files and text files; an older such folder is replaced once this one is whole.
 
     Up to `SHARD` bytes of tensors lie in `WEIGHTS_FILE`; more in several files, which `SHARD_INDEX_FILE` lists.
+    `DIGESTS_FILE` has the SHA-256 digest of each.
 
     Args:
         folder: holds nothing but such files, or does not exist.
@@ -78,10 +101,15 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], texts: Mapping[str
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _ours(name: str, texts: Mapping[str, str]) -> bool:
     return (
         name in texts
-        or name == SHARD_INDEX_FILE
+        or name in (SHARD_INDEX_FILE, DIGESTS_FILE)
         or re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name) is not None
     )
 
@@ -97,6 +125,9 @@ def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     split = split_torch_state_dict_into_shards(kept, max_shard_size=SHARD)
     for name, inside in split.filename_to_tensors.items():
         write_tensors(folder / name, {key: kept[key] for key in inside}, {"format": "pt"})  # transformers wants it
+    digests = "".join(f"{_digest(folder / name)}  {name}\n" for name in split.filename_to_tensors)
+    with written_whole(folder / DIGESTS_FILE) as file:
+        file.write_text(digests)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         with written_whole(folder / SHARD_INDEX_FILE) as file:

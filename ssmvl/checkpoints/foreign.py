@@ -13,7 +13,7 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor
 
-from ssmvl.checkpoints.files import SHARD_INDEX_FILE, WEIGHTS_FILE, read_tensors
+from ssmvl.checkpoints.files import SHARD_INDEX_FILE, WEIGHTS_FILE, check_digest, read_tensors
 from ssmvl.checkpoints.hub import user_path
 from ssmvl.errors import CheckpointError, short
 
@@ -42,11 +42,12 @@ class Foreign:
     source: str
 
 
-def open_checkpoint(path: str | Path) -> Foreign:
+def open_checkpoint(path: str | Path, *, verify: bool = True) -> Foreign:
     """Open a checkpoint file, or a folder that holds one, in one file or in shards.
 
     Args:
         path: `*.safetensors`, `*.bin`, `*.pt`, `*.pth`, an index of shards (`*.index.json`), or a folder.
+        verify: whether files are read once more, to compare them with the digests in a `SHA256SUMS` beside them.
 
     Raises:
         CheckpointError: nothing is there or more than one, a file is damaged or missing, a tensor in it cannot be
@@ -57,7 +58,7 @@ def open_checkpoint(path: str | Path) -> Foreign:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     config = path.parent / "config.json"
-    return Foreign(_tensors(path), read_json(config) if config.is_file() else {}, str(path))
+    return Foreign(_tensors(path, verify), read_json(config) if config.is_file() else {}, str(path))
 
 
 def _of_folder(folder: Path) -> Path:
@@ -70,12 +71,14 @@ def _of_folder(folder: Path) -> Path:
     return found[0]
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _tensors(path: Path, verify: bool) -> dict[str, Tensor]:
     if path.name.endswith(".index.json"):
-        return _shards(path)
+        return _shards(path, verify)
     with path.open("rb") as file:
         if file.read(len(POINTER)) == POINTER:
             raise CheckpointError(f"{path}: is a pointer of git LFS, not the file itself; fetch that with git lfs pull")
+    if verify:
+        check_digest(path)
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     if path.suffix in TORCH_FILES:
@@ -84,7 +87,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     raise CheckpointError(f"{path}: a checkpoint ends in one of {allowed}")
 
 
-def _shards(index: Path) -> dict[str, Tensor]:
+def _shards(index: Path, verify: bool) -> dict[str, Tensor]:
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise CheckpointError(f"{index}: has no mapping `weight_map` of tensors to files")
@@ -98,7 +101,7 @@ def _shards(index: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{index.parent / name}: missing, but {index.name} lists it; was it downloaded whole?"
             )
-        inside = _tensors(index.parent / name)
+        inside = _tensors(index.parent / name, verify)
         wrong = sorted(inside.keys() ^ {tensor for tensor, file in where.items() if file == name})
         if wrong:
             raise CheckpointError(f"{index.parent / name}: {index.name} disagrees about {short(', '.join(wrong[:5]))}")

@@ -16,7 +16,7 @@ from ssmvl.checkpoints.hub import ID
 from ssmvl.errors import BackendError, CheckpointError, ContractError, DataError, short
 from ssmvl.interfaces import IGNORED, IMAGE_PLACE, LanguageModel, Message
 from ssmvl.model.build import build_model, build_processor
-from ssmvl.model.saved import CARD_FILE, is_ours, save_folder, saved_folder, tokenizer_files, write_files
+from ssmvl.model.saved import CARD_FILE, is_ours, own_tensors, save_folder, saved_folder, tokenizer_files, write_files
 from ssmvl.model.vlm import VisionLanguageModel
 from ssmvl.processing.batch import collate, pad
 from ssmvl.processing.processor import Processor
@@ -156,9 +156,10 @@ class Assistant:
             folder: made if it is not there; a model card in it that somebody else wrote stays.
 
         Raises:
-            CheckpointError: the folder holds other files, which would be lost, or cannot be written.
+            CheckpointError: the folder holds other files, which would be lost, or cannot be written; or the model
+                could not be loaded again: its tensors are not those of its recipe, or not finite.
         """
-        save_folder(folder, self.model.state_dict(), self.recipe, self.processor)
+        save_folder(folder, own_tensors(self.model), self.recipe, self.processor)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload what `save_pretrained` writes to the hub, as the user that huggingface_hub is logged in as.
@@ -236,6 +237,7 @@ def load(
     recipe: str | Path | Recipe | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    verify: bool = True,
 ) -> Assistant:
     """The assistant saved in a folder, in the `model` folder of a run, or in the hub; or one of weights from elsewhere.
 
@@ -245,6 +247,7 @@ def load(
         recipe: of the model, as `load_recipe` takes it; None if it was saved with the weights.
         device: where the model lies; the current CUDA device, or the CPU where there is none, if None.
         dtype: of the parameters, fp32 if None.
+        verify: whether files are compared with the digests they were saved with, see `build_model`.
 
     Raises:
         RecipeError: the recipe has mistakes.
@@ -262,5 +265,5 @@ def load(
     if device is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     recipe = load_recipe(folder or cast(Any, recipe))
-    model = build_model(recipe, device=device, dtype=dtype, weights=folder or weights)
+    model = build_model(recipe, device=device, dtype=dtype, weights=folder or weights, verify=verify)
     return Assistant(model, build_processor(recipe, model, folder), recipe)

@@ -65,6 +65,7 @@ def build_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     weights: str | Path = "none",
+    verify: bool = True,
 ) -> VisionLanguageModel:
     """Build the model of a recipe.
 
@@ -78,6 +79,8 @@ def build_model(
             folder, or an id in the hub. Encoders that such a file does not hold load their own. Where the recipe that
             a model was saved with lies beside its weights, it must be of the same encoders, fusion, connector and
             language model.
+        verify: whether a folder's files are compared with the digests they were saved with (`SHA256SUMS`). That reads
+            them once more: False saves it for a huge model.
 
     Returns:
         The model, in training mode.
@@ -97,7 +100,7 @@ def build_model(
     part, named = "", str(weights)
     if weights == "recipe":
         part, named = "language", cast(interfaces.LanguageModel, model.language).weights
-    files = None if named == "none" else open_weights(named, "language" if part else "model")
+    files = None if named == "none" else open_weights(named, "language" if part else "model", verify=verify)
     if files is not None:
         if files.layout is SAME:  # written by us
             same_modules(Path(files.found.source).with_name("recipe.yaml"), model, found, dtype)

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from ssmvl.checkpoints import Foreign, Layout, open_checkpoint
+from ssmvl.checkpoints.files import DIGESTS_FILE
 from ssmvl.checkpoints.hub import local
 from ssmvl.errors import CheckpointError, ContractError, short
 from ssmvl.plugins import components
@@ -36,21 +37,22 @@ class Weights(NamedTuple):
         self.layout.load(module, self.found.tensors, self.found.source)
 
 
-def open_weights(name: str | Path, part: Literal["language", "model"]) -> Weights:
+def open_weights(name: str | Path, part: Literal["language", "model"], *, verify: bool = True) -> Weights:
     """Open a checkpoint and recognise its layout; no tensor is read yet.
 
     Args:
         name: a file, a folder, or the id of a model in the hub, which is fetched.
         part: what it shall fill.
+        verify: whether files are compared with the digests beside them, see `open_checkpoint`.
 
     Raises:
         CheckpointError: it cannot be found or read, no registered layout or more than one recognises it, the config
             that its layout needs is not beside it, or it is one of another part.
     """
-    path = local(name, "*.safetensors", "*.json", "recipe.yaml")
+    path = local(name, "*.safetensors", "*.json", "recipe.yaml", DIGESTS_FILE)
     if path.is_dir() and not any(path.glob("*.safetensors")):
         path = local(name, "*.bin", "*.pt", "*.pth", "*.json")  # in the hub, an older model
-    found = open_checkpoint(path)
+    found = open_checkpoint(path, verify=verify)
     layouts, failures, refused = {}, "", []
     for known in components().names("checkpoint"):
         try:

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmvl import __version__
-from ssmvl.checkpoints.files import BYTES, write_folder
+from ssmvl.checkpoints.files import BYTES, DIGESTS_FILE, write_folder
 from ssmvl.checkpoints.hub import local
-from ssmvl.errors import CheckpointError
+from ssmvl.checkpoints.layouts import SAME
+from ssmvl.errors import CheckpointError, short
+from ssmvl.model.build import build_model
 from ssmvl.processing.processor import Processor
 from ssmvl.processing.tokenizers import CONFIG_FILE, TOKENIZER_FILE, config_text
 from ssmvl.recipes.merge import Recipe
@@ -47,8 +49,10 @@ def save_folder(folder: str | Path, tensors: Mapping[str, Tensor], recipe: Recip
     A model card that lies there and is not ours stays.
 
     Raises:
-        CheckpointError: see `write_files`.
+        CheckpointError: see `write_files`; or what would be written could not be loaded: the tensors are not those of
+            the recipe's model, or not finite, or the tokenizer has another number of ids.
     """
+    _require_loadable(str(folder), tensors, recipe, processor)
     card = Path(folder).expanduser() / CARD_FILE
     about = {"format_version": FORMAT_VERSION, "ssmvl": __version__, "torch": torch.__version__}
     texts = {
@@ -57,6 +61,40 @@ def save_folder(folder: str | Path, tensors: Mapping[str, Tensor], recipe: Recip
         ABOUT_FILE: json.dumps(about, indent=2) + "\n",
     }
     write_files(folder, tensors, texts | tokenizer_files(processor))
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model, without the names of wrappers (torch.compile, DDP, DataParallel) around its parts."""
+    wrappers = [
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    ]
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        for outer in sorted(wrappers, key=len, reverse=True):
+            if name.startswith(f"{outer}module."):
+                name = outer + name.removeprefix(f"{outer}module.")
+        tensors[name.replace("_orig_mod.", "")] = tensor
+    return tensors
+
+
+def _require_loadable(folder: str, tensors: Mapping[str, Tensor], recipe: Recipe, processor: Processor) -> None:
+    model = build_model(recipe, device="meta")
+    try:
+        SAME.check(model, tensors, f"{folder} is not written: what should be saved")
+    except CheckpointError as error:
+        advice = "merge adapters (merge_and_unload), and remove parametrizations, weight_norm and pruning first"
+        raise CheckpointError(f"{error}\n{advice}; another model needs its own recipe") from error
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise CheckpointError(f"{folder} is not written: a model on meta holds no weights")
+    wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if wrong:
+        what = f"{len(wrong)} of {len(tensors)} tensors are not finite: {short(', '.join(wrong[:5]))}"
+        raise CheckpointError(f"{folder} is not written: {what}")
+    ids, allowed = processor.tokenizer.get_vocab_size(), model.language.num_tokens
+    if ids != allowed:
+        raise CheckpointError(f"{folder} is not written: the tokenizer has {ids} ids, the language model {allowed}")
 
 
 def write_files(folder: str | Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
@@ -92,7 +130,7 @@ def saved_folder(name: str | Path) -> Path:
     Raises:
         CheckpointError: it holds no model, or one of a newer format.
     """
-    folder = local(name, "*.safetensors", "*.json", "*.yaml")
+    folder = local(name, "*.safetensors", "*.json", "*.yaml", DIGESTS_FILE)
     try:
         folder = folder / "model" if (folder / "model" / ABOUT_FILE).is_file() else folder
         version = int(json.loads((folder / ABOUT_FILE).read_text())["format_version"])

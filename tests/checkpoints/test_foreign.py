@@ -52,11 +52,16 @@ def test_our_own_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "model-00002-of-00002.safetensors",
         "model.safetensors.index.json",
         "about.txt",
+        "SHA256SUMS",
     }
     assert same(open_checkpoint(tmp_path / "model").tensors, TENSORS)
     monkeypatch.undo()
     write_folder(tmp_path / "model", TENSORS, {"about.txt": "x"})  # over the shards
-    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.safetensors", "about.txt"}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {
+        "model.safetensors",
+        "about.txt",
+        "SHA256SUMS",
+    }
 
 
 def test_a_tensor_with_two_names_is_written_once(tmp_path: Path) -> None:

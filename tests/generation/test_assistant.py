@@ -255,6 +255,7 @@ def test_saving_again_replaces_the_folder_whole(assistant: Assistant, tmp_path: 
         "tokenizer_config.json",
         "ssmvl.json",
         "README.md",
+        "SHA256SUMS",
     }
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     (folder / "notes.txt").write_text("mine")

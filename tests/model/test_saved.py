@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
+from torch.nn.utils import parametrizations, prune
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ssmvl
@@ -15,6 +21,7 @@ from ssmvl.checkpoints import files
 from ssmvl.errors import CheckpointError, ContractError
 from ssmvl.generation.assistant import Assistant
 from ssmvl.model.build import build_processor
+from ssmvl.processing.tokenizers import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +190,97 @@ def test_a_language_model_that_transformers_has_not(assistant: Assistant, tmp_pa
     with pytest.raises(ContractError, match="norm_groups must be 1"):
         other.save_language(tmp_path / "language")
     assert not (tmp_path / "language").exists()
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_flipped_byte_is_found_and_its_file_named(
+    assistant: Assistant, tmp_path: Path, shards: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shards:
+        monkeypatch.setattr(files, "SHARD", 10**6)
+    folder = tmp_path / "model"
+    assistant.save_pretrained(folder)
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True)
+    assert_equal(ssmvl.load(folder), assistant)
+    path = max(folder.glob("*.safetensors"))
+    flip(path, path.stat().st_size - 3)
+    for read in (lambda: ssmvl.load(folder), lambda: ssmvl.build_model("quickstart", weights=folder)):
+        with pytest.raises(CheckpointError, match=rf"{path.name}: is damaged, its SHA-256 digest is not the one"):
+            read()
+    assert ssmvl.load(folder, verify=False).model is not None
+    (folder / "SHA256SUMS").unlink()
+    assert ssmvl.load(folder).model is not None
+
+
+def test_a_folder_of_an_earlier_version_has_no_digests_and_loads(assistant: Assistant, tmp_path: Path) -> None:
+    assistant.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "SHA256SUMS").unlink()
+    assert_equal(ssmvl.load(tmp_path / "model"), assistant)
+
+
+def lora(model: Any) -> None:
+    model.language = peft.get_peft_model(model.language, peft.LoraConfig(r=2, target_modules=["in_proj"]))
+
+
+def pruned(model: Any) -> None:
+    prune.l1_unstructured(model.connector.layers[0].mixer.in_proj, "weight", amount=0.5)
+
+
+def wider(model: Any) -> None:
+    model.language.norm_f = torch.nn.RMSNorm(64)
+
+
+def not_a_number(model: Any) -> None:
+    with torch.no_grad():
+        model.language.norm_f.weight[3] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lora, r"missing language\.embedding\.weight .*merge_and_unload"),
+        (lambda model: parametrizations.weight_norm(model.language.layers[0].mixer.in_proj), "original0"),
+        (pruned, r"missing connector\.layers\.0\.mixer\.in_proj\.weight"),
+        (wider, r"language\.norm_f\.weight is \(64,\), the model has \(128,\)"),
+        (not_a_number, r"1 of \d+ tensors are not finite: language\.norm_f\.weight"),
+        (lambda model: model.to("meta"), "a model on meta holds no weights"),
+    ],
+)
+def test_what_could_not_be_loaded_again_is_not_written(
+    assistant: Assistant, tmp_path: Path, change: Callable[[Any], object], why: str
+) -> None:
+    assistant.save_pretrained(tmp_path / "model")
+    changed = copy.deepcopy(assistant)
+    change(changed.model)
+    with pytest.raises(CheckpointError, match=f"(?s)model is not written: .*{why}"):
+        changed.save_pretrained(tmp_path / "model")
+    assert_equal(ssmvl.load(tmp_path / "model"), assistant)  # the older folder stays
+
+
+def test_wrappers_and_merged_adapters_are_saved_under_the_models_own_names(
+    assistant: Assistant, tmp_path: Path
+) -> None:
+    wrapped: Any = copy.deepcopy(assistant)
+    wrapped.model.connector = torch.nn.DataParallel(torch.compile(wrapped.model.connector))
+    wrapped.model.language.layers[0] = torch.compile(torch.nn.DataParallel(wrapped.model.language.layers[0]))
+    wrapped.model = torch.compile(wrapped.model)
+    wrapped.save_pretrained(tmp_path / "wrapped")
+    assert_equal(ssmvl.load(tmp_path / "wrapped"), assistant)
+    adapted: Any = copy.deepcopy(assistant)
+    lora(adapted.model)
+    adapted.model.language = adapted.model.language.merge_and_unload()
+    adapted.save_pretrained(tmp_path / "merged")
+    assert_equal(ssmvl.load(tmp_path / "merged"), assistant)  # its B is zero
+
+
+def test_a_tokenizer_of_another_size_is_not_written(assistant: Assistant, tmp_path: Path) -> None:
+    other = copy.copy(assistant)
+    other.processor = replace(assistant.processor, tokenizer=byte_tokenizer())
+    with pytest.raises(CheckpointError, match=r"the tokenizer has 257 ids, the language model \d+"):
+        other.save_pretrained(tmp_path / "model")

@@ -22,7 +22,7 @@ import ssmvl
 from ssmvl.data.scenes.scenes import QUESTIONS
 from ssmvl.errors import CheckpointError
 from ssmvl.interfaces import ImageSpec, Prompt
-from ssmvl.model.saved import save_folder
+from ssmvl.model.saved import tokenizer_files, write_files
 from ssmvl.processing.processor import Processor
 from ssmvl.processing.prompts import MambaPrompt, PlainPrompt, VicunaPrompt
 from ssmvl.processing.tokenizers import END, byte_tokenizer, load_tokenizer
@@ -152,7 +152,7 @@ def test_truncation_padding_and_dropout_of_a_file_are_dropped_and_reported(tmp_p
     for _ in range(10):
         assert loaded.encode("ab" * 9).ids == [2] * 9
     processor = Processor(loaded, MambaPrompt(), (ImageSpec(8),), places=1, end=end)
-    save_folder(tmp_path / "saved", {"weight": torch.zeros(1)}, ssmvl.load_recipe("quickstart"), processor)
+    write_files(tmp_path / "saved", {"weight": torch.zeros(1)}, tokenizer_files(processor))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_tokenizer(str(tmp_path / "saved"))
@@ -207,7 +207,7 @@ def test_the_config_may_ask_for_a_begin_token_or_not(tmp_path: Path, template: b
     processor = llamas(tmp_path, special=True, template=template, config=config)
     begins = template if add is None else add
     assert (processor.encode(ASKED)["ids"].tolist()[0] == 1) == begins
-    save_folder(tmp_path / "saved", {"weight": torch.zeros(1)}, ssmvl.load_recipe("quickstart"), processor)
+    write_files(tmp_path / "saved", {"weight": torch.zeros(1)}, tokenizer_files(processor))
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert (again("Why?")["input_ids"][0] == 1) == begins
 
@@ -228,7 +228,7 @@ def test_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
 def test_a_saved_folder_reads_back_the_same_here_and_in_transformers(tmp_path: Path) -> None:
     tokenizer, end = load_tokenizer(str(write(tmp_path, {"eos_token": "</s>"}, "</s>")))
     processor = Processor(tokenizer, MambaPrompt(), (ImageSpec(8),), places=1, end=end)
-    save_folder(tmp_path / "saved", {"weight": torch.zeros(1)}, ssmvl.load_recipe("quickstart"), processor)
+    write_files(tmp_path / "saved", {"weight": torch.zeros(1)}, tokenizer_files(processor))
     again, same = load_tokenizer(str(tmp_path / "saved"))
     assert same == "</s>"
     assert again.to_str() == tokenizer.to_str()
