@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -48,6 +48,14 @@ def test_entries_and_names_are_sorted() -> None:
     ]
     assert registry.names("mixer") == ["a", "b"]
     assert registry.names("fusion") == []
+
+
+@pytest.mark.parametrize("name", [5, None, "", " ", "two\nlines", b"x", ("x",)])
+def test_a_name_that_is_no_text_is_refused_whole(name: object) -> None:
+    registry = filled(("mixer", "x", "a"))
+    with pytest.raises(ValueError, match="a mixer's name must be a text of visible characters"):
+        registry.add([Entry("mixer", "y", dict, "b"), Entry("mixer", cast(Any, name), dict, "b")])
+    assert registry.names("mixer") == ["x"]
 
 
 def test_the_core_keeps_its_names() -> None:

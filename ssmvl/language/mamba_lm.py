@@ -59,7 +59,7 @@ class MambaLM(nn.Module):
         self.vocab_rows = -(-num_tokens // vocab_multiple) * vocab_multiple
         self.embedding = nn.Embedding(self.vocab_rows, width)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)  # tied: logits start near unit size
-        blocks = [Block(mixer(width=width, num_paths=1), norm=RMSNorm(width)) for _ in range(num_layers)]
+        blocks = [Block(_decoding(mixer(width=width, num_paths=1)), norm=RMSNorm(width)) for _ in range(num_layers)]
         scale_residual(blocks, num_layers)
         self.layers = nn.ModuleList(blocks)
         self.norm_f = RMSNorm(width)
@@ -202,6 +202,19 @@ class Mamba1LM(MambaLM):
             tied=tied,
             weights=weights,
         )
+
+
+def _decoding(mixer: nn.Module) -> nn.Module:
+    """A mixer that a language model can decode with.
+
+    Raises:
+        ContractError: it lacks a method; without it the model would train but could not generate.
+    """
+    lacking = [name for name in ("prefill", "step", "new_state") if not callable(getattr(mixer, name, None))]
+    if lacking:
+        what = f"the mixer {type(mixer).__name__} lacks {', '.join(lacking)}"
+        raise ContractError(f"{what}, without which a language model cannot generate; see ssmvl.interfaces.Mixer")
+    return mixer
 
 
 def _residual(embeds: Tensor) -> Tensor:

@@ -129,6 +129,16 @@ def test_list_shows_components_with_their_source_and_recipes(capsys: Capture) ->
     assert any(row[:2] == ["connector", "msc_advanced"] and "ssmvl_ml_mamba" in row[2] for row in rows)
 
 
+def test_a_name_that_is_no_text_breaks_its_own_plugin_only(install_plugin: Install, capsys: Capture) -> None:
+    register = "import ssmvl\n@ssmvl.hookimpl\ndef ssmvl_register(register): register('scan_order', {!r}, lambda g: g)"
+    install_plugin("numbers-plugin", register.format(5))
+    install_plugin("good-plugin", register.format("zigzag"))
+    assert main(["list", "scan_order"]) == 0
+    shown = capsys.readouterr().out
+    assert "zigzag" in shown
+    assert "Plugin numbers-plugin 1.0 (numbers_plugin) could not be loaded (ValueError: a scan_order's name" in shown
+
+
 def test_list_shows_one_kind(capsys: Capture) -> None:
     assert main(["list", "scan_order"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]

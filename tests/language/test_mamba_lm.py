@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from ssmvl.errors import ShapeError
+from ssmvl.errors import ContractError, ShapeError
 from ssmvl.language.mamba_lm import Mamba1LM, MambaLM
 from ssmvl.language.state import RecurrentState
 from ssmvl.layers.mamba1 import Mamba1Mixer
@@ -193,3 +193,16 @@ def test_the_step_is_one_graph(lm: MambaLM) -> None:
     assert torch.equal(step(embeds, state), expected)
     for mine, theirs in zip(state.layers, other.layers, strict=True):
         assert all(map(torch.equal, mine, theirs))
+
+
+@pytest.mark.parametrize("lacking", ["prefill", "step", "new_state"])
+def test_a_mixer_that_cannot_decode_is_refused_when_it_is_built(lacking: str) -> None:
+    """Its model would train, and fail at the first answer."""
+
+    def mixer(width: int, num_paths: int) -> nn.Module:
+        made = Mamba2Mixer(width, num_paths, d_state=8, head_dim=8)
+        setattr(made, lacking, None)
+        return made
+
+    with pytest.raises(ContractError, match=f"the mixer Mamba2Mixer lacks {lacking}, without which"):
+        MambaLM(width=16, num_layers=1, num_tokens=20, mixer=mixer)

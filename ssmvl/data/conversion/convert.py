@@ -198,9 +198,11 @@ def _place(out: str, split: str) -> str:
     """The folder or URL of a split.
 
     Raises:
-        DataError: `out` is no place that can be written to.
+        DataError: `out` cannot be written to, or `split` is not the name of a folder in it.
     """
     scheme, host = urlparse(out)[:2]
+    if not re.fullmatch(r"\w[\w.-]*", split):
+        raise DataError(f"--split {split!r} must name a folder in --out: letters, digits, _, - and . after the first")
     if not out or (scheme in LISTED and not host):
         raise DataError(f"--out {out!r} is no place; write a folder, or a URL with a bucket such as s3://bucket/folder")
     if not is_remote(out):

@@ -13,7 +13,7 @@ from ssmvl.data.conversion.parts import SETTINGS, get
 from ssmvl.data.conversion.sources import source_files_of
 from ssmvl.errors import DataError
 
-FORMAT = 1  # counted up when the same sources would give other shards
+FORMAT = 2  # counted up when the same sources would give other shards
 FILES = r"(conversion|index)\.json|skipped\.jsonl"
 OURS = re.compile(rf"{FILES}|part-\d{{5,}}|\.(part-\d{{5,}}|({FILES})\.\d+)\.partial")  # while written, partial
 OTHER_OUT = "choose another --out or delete it"

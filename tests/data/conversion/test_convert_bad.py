@@ -265,3 +265,11 @@ def test_an_out_that_is_no_place_is_refused(tmp_path: Path, monkeypatch: pytest.
 def test_a_cloud_that_cannot_be_listed_is_refused_at_once(tmp_path: Path, out: str) -> None:
     with pytest.raises(DataError, match=r"to s3://, gs://, oci://; convert to a folder and copy it"):
         convert([tmp_path / "x.json"], out)
+
+
+@pytest.mark.parametrize("split", ["../other", "..", ".", "", "a/b", "/tmp/x", ".hidden", "-x", "a b", "x\n"])
+def test_a_split_is_a_folder_in_out(tmp_path: Path, split: str) -> None:
+    for out in (str(tmp_path / "out"), "s3://bucket/out"):
+        with pytest.raises(DataError, match=r"(?s)--split .* must name a folder in --out"):
+            convert([tmp_path / "a.json"], out, split=split)
+    assert list(tmp_path.iterdir()) == []
