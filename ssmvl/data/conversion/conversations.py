@@ -12,8 +12,8 @@ from typing import Any
 
 from ssmvl.data.conversion.media import (
     IMAGE_FIELDS,
+    IMAGE_FILE,
     MARK,
-    MEDIA_FILE,
     UnreadPartError,
     join_parts,
     part_images,
@@ -69,7 +69,8 @@ def conversation(record: Any, images: int) -> list[Turn]:
     marks = sum(turn["content"].count(MARK) for turn in turns if turn["role"] == "user")
     if marks not in (0, images):
         raise UnusableError("image marks", f"{marks} {MARK} marks, but {images} images")
-    if images and not marks and any(MARK in turn["content"] for turn in everything):
+    outside = (turn["content"] for turn in everything if turn["role"] != "user" or turn not in turns)
+    if not marks and any(MARK in text and "</image>" not in text for text in outside):
         raise UnusableError("image marks", f"{MARK} marks only outside the user's questions")
     return turns
 
@@ -80,7 +81,7 @@ def image_names(record: Any) -> list[str]:
         return []
     if _is_lrv(record):
         name = str(record["image_id"])
-        return [name if MEDIA_FILE.fullmatch(name) else f"{name}.jpg"]
+        return [name if IMAGE_FILE.fullmatch(name) else f"{name}.jpg"]
     names = record.get("image") or record.get("images") or []
     names = names if isinstance(names, list) else [names]
     return [name if isinstance(name, str) else repr(name) for name in names] or [
@@ -114,23 +115,27 @@ def _require_only_images(record: Mapping[str, Any], turns: list[Turn], images: i
     parts = [name for name in _part_images(record) if name is not None]
     if parts and parts != names:
         raise UnusableError("unread media", f"typed parts name other images than the record: {parts!r} and {names!r}")
-    if names and not images:
-        raise UnusableError("missing image", f"{names[0]} is not there")
-    told = [turn for field in TALKS for turn in record.get(field) or () if isinstance(turn, Mapping)]
+    if len(names) > images:
+        raise UnusableError("missing image", f"{names[images]} is not there")
     fields = {field: value for field, value in record.items() if field not in (*TALKS, *IMAGE_FIELDS)}
-    for part in (fields, *told):
-        if why := unread_media(part, names or [""] * images):
+    for part in (fields, *_told(record)):
+        if why := unread_media(part, names, images):
             raise UnusableError("unread media", why)
     for number, turn in enumerate(turns):
         if mark := placeholder(turn["content"], question=turn["role"] != "assistant"):
             raise UnusableError("unread media", f"turn {number} has the placeholder {mark}; only {MARK} is read")
 
 
-def _part_images(record: Mapping[str, Any]) -> Iterator[str | None]:
+def _told(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the turns of a record as they are, leaving out what is not an object."""
     for field in TALKS:
-        for turn in record.get(field) or ():
-            if isinstance(turn, Mapping):
-                yield from part_images(turn.get("value", turn.get("content")))
+        turns = record.get(field)
+        yield from (turn for turn in turns if isinstance(turn, Mapping)) if isinstance(turns, list) else ()
+
+
+def _part_images(record: Mapping[str, Any]) -> Iterator[str | None]:
+    for turn in _told(record):
+        yield from part_images(turn.get("value", turn.get("content")))
 
 
 def _is_lrv(record: Mapping[str, Any]) -> bool:

@@ -15,87 +15,128 @@ MARK = "<image>"  # processing.processor.IMAGE, whose module would bring torch i
 IMAGE_FIELDS = ("image", "images")
 IMAGE_PARTS = ("image", "image_url", "input_image")
 TEXT_PARTS = ("text", "input_text", "output_text")
-PLAIN_FIELDS = ("id", "value", "content", "question", "answer", "caption", "text", "title", "user", "assistant")
-OTHER_MEDIA = {"video", "videos", "audio", "audios", "speech", "sound", "sounds", "voice", "clip", "clips", "frames"}
-MEDIA_FIELD = re.compile(r"image|img|picture|photo|screenshot|video|audio|speech|sound|voice|frames|media|pixel")
-MEDIA_FILE = re.compile(
-    r"[^\n]+\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|heic|avif|jxl|svg|ppm|ico|mp4|m4v|avi|mov|mkv|webm|mpe?g|wav|mp3|flac|"
-    r"ogg|opus|m4a|aac)(\?[^\n]*)?|data:(image|video|audio)/.*",
+PLAIN_FIELDS = {
+    *("id", "value", "content", "question", "answer", "caption", "original_caption", "text", "alt", "title"),
+    *("user", "assistant", "url", "type"),
+}
+MEMBERS = "media members"  # the field in which a tar's record lists members that are not read
+OTHER_MEDIA = {
+    MEMBERS,
+    "video",
+    "videos",
+    "audio",
+    "audios",
+    "speech",
+    "sound",
+    "sounds",
+    "voice",
+    "clip",
+    "clips",
+    "frames",
+}
+IMAGE_WORDS = {
+    *("image", "images", "img", "imgs", "picture", "pictures", "pic", "pics", "photo", "photos"),
+    *("screenshot", "screenshots", "pixel", "pixels"),
+}
+OTHER_WORDS = {"video", "videos", "vid", "vids", "audio", "audios"}
+FILE_WORDS = {"file", "files", "filename", "filenames", "path", "paths", "media"}
+IMAGE_FILE = re.compile(
+    r"[^\n]+\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|heic|avif|jxl|jp2|tga|svg|ppm|ico)(\?[^\n]*)?|data:image/.*",
     re.IGNORECASE | re.DOTALL,
 )
-_NAME = r"images?|img|picture|photo|videos?|vid|audios?|speech|sound|vision|point_?cloud"
-_SUFFIX = r"here|placeholder|content|context|token|soft_token|pad|patch|start|begin|\d+"
-# Placeholders that occur in no other kind of text, and those that are also tags of HTML, which an answer may quote.
+OTHER_FILE = re.compile(
+    r"[^\n]+\.(mp4|m4v|avi|mov|mkv|webm|wmv|flv|3gp|mpe?g|wav|mp3|flac|ogg|opus|m4a|aac)(\?[^\n]*)?|"
+    r"data:(video|audio)/.*",
+    re.IGNORECASE | re.DOTALL,
+)
+SIGNATURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....(WEBP|WAVE|AVI )|II\*\0|MM\0\*|....ftyp|OggS|ID3|fLaC|\x1aE\xdf\xa3", re.DOTALL
+)
+# Placeholders of other model families, which no other kind of text holds.
 PLACEHOLDER = re.compile(
-    rf"<\|(?:{_NAME})[ _-]?(?:{_SUFFIX})?\|>|<(?:{_NAME})[ _-]?(?:{_SUFFIX})>|<(?:start|begin)_of_(?:{_NAME})>",
-    re.IGNORECASE,
+    r"<\|(?i:image|img|video|audio|vision)(?:[_ ]?(?i:pad|start|end|placeholder|\d+))?\|>"
+    r"|<(?:ImageHere|IMG_CONTEXT|im_patch|im_start|im_end|vision_start|vision_end)>"
+    r"|<(?:image|img|video|audio)_(?:placeholder|soft_token|token|pad)>|<(?:start|end)_of_(?:image|video|audio)>"
 )
-TAG = re.compile(
-    rf"<(?:{_NAME}) ?/?>|\[(?:IMG|IMAGE|VIDEO|AUDIO)\]|data:(?:image|video|audio)/[\w.+-]+;base64,", re.IGNORECASE
+# Those that code and HTML may hold too: they count in questions only, and not after the name of a generic type.
+IN_QUESTIONS = re.compile(
+    r"(?<!\w)<(?:[Ii]mage|IMAGE|[Vv]ideo|VIDEO|[Aa]udio|AUDIO|[Pp]icture|img)[ _:-]?\d+>"
+    r"|(?<!\w)<(?:Image|IMAGE|[Vv]ideo|VIDEO|[Aa]udio|AUDIO|speech|sound)>"
+    r"|<img>[^<]*</img>|\[(?:IMG|IMAGE|VIDEO|AUDIO)\](?!.*\[/)|(?:^|\s)data:(?:image|video|audio)/[\w.+-]+;base64,"
+    r"|!\[[^\]]*\]\((?!https?:)[^)]*\.(?:jpe?g|png|webp|gif|bmp)\)",
+    re.DOTALL,
 )
+HTML = re.compile(r"\bsrc\s*=|<source\b")  # a text that explains tags; its media are none of the record's
 
 
 class UnreadPartError(ValueError):
-    """A part of a message is neither a text nor an image."""
+    """A message part that conversion does not read."""
 
 
-def unread_media(record: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Why a record has media that are not read, by its fields; empty if it has none.
+def unread_media(record: Mapping[str, Any], names: Sequence[str], images: int) -> str:
+    """Return why fields name media that are not read, or an empty string.
 
     Args:
         record: the fields of a published record, but for its images and turns; or one turn of it.
-        names: of the record's images that are read. Other fields may repeat them, and give the URL they came from.
+        names: of the record's images, as it gives them. Other fields may repeat them, and give the URL they came from.
+        images: number of images that are read. Where they come as bytes, a field may name the file they were in.
     """
     known = {posixpath.basename(name) for name in names}
     for field, value in record.items():
-        if not value or field in PLAIN_FIELDS:
+        if value is None or value is False or value in ("", [], {}) or field.lower() in PLAIN_FIELDS:
             continue
-        files = [name for name in _media_files(value) if not (names and name.startswith(("http://", "https://")))]
-        unread = (
-            any(posixpath.basename(name) not in known for name in files)
-            or field.lower() in OTHER_MEDIA
-            or (not names and MEDIA_FIELD.search(field.lower()))
-        )
+        words = set(field_words(field))
+        unread = field.lower() in OTHER_MEDIA and isinstance(value, str | bytes | list | Mapping)
+        unread |= not images and bool(words & (IMAGE_WORDS | OTHER_WORDS)) and (_names_something(value, words))
+        for name in _media_files(value):
+            linked = images > 0 and name.startswith(("http://", "https://"))
+            repeated = images > 0 and not OTHER_FILE.fullmatch(name) and not words & IMAGE_WORDS
+            repeated |= posixpath.basename(name) in known
+            repeated |= images > 0 and not names and name != "bytes" and not OTHER_FILE.fullmatch(name)
+            unread |= not (linked or repeated)
         if unread:
             return f"the field {field!r} names media that are not read: {value!r}"
     return ""
 
 
+def field_words(field: str) -> list[str]:
+    """Split the name of a field into its words, in lower case: `imagePath2` -> image, path."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", field)]
+
+
 def placeholder(text: str, *, question: bool) -> str:
-    """A placeholder of media in a text, other than `<image>`; empty if there is none.
+    """Return the first placeholder of media in a text, other than `<image>`, or an empty string.
 
     Args:
         text: of a turn.
         question: whether the turn is the user's. An answer may quote tags of HTML such as `<video>`.
     """
-    for found in PLACEHOLDER.finditer(text):
-        return found[0]
-    for found in TAG.finditer(text) if question else ():
-        if found[0] != MARK:
-            return found[0]
-    return ""
+    patterns = [PLACEHOLDER, *([IN_QUESTIONS] if question and not HTML.search(text) else [])]
+    return next((match[0].strip() for match in (pattern.search(text) for pattern in patterns) if match), "")
 
 
 def join_parts(parts: Sequence[Any]) -> str:
     """Join the typed parts of a message into one text, with a mark for each image; leading marks get their own lines.
 
     Raises:
-        UnreadPartError: a part is neither a text nor an image.
+        UnreadPartError: a part is neither a text nor an image, or a text with media of its own.
     """
-    text = ""
+    joined = ""
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in IMAGE_PARTS:
-            text += MARK if text.replace(MARK, "").strip() else f"{MARK}\n"
-        elif kind in TEXT_PARTS and isinstance(said := part.get("text") or "", str):
-            text += said.removeprefix("\n") if text.endswith(f"{MARK}\n") else said
+            joined += MARK if joined.replace(MARK, "").strip() else f"{MARK}\n"
+        elif kind in TEXT_PARTS and isinstance(text := part.get("text") or "", str):
+            if unread_media({field: part[field] for field in part if field != "index"}, [], 0):
+                raise UnreadPartError(f"a text part of a message has media: {part!r}")
+            joined += text.removeprefix("\n") if joined.endswith(f"{MARK}\n") else text
         else:
             raise UnreadPartError(f"a part of a message must be a text or an image; it is {part!r}")
-    return text
+    return joined
 
 
 def part_images(content: Any) -> Iterator[str | None]:
-    """The name of each image among the typed parts of a message; None for a part that names none."""
+    """Yield the name of each image among the typed parts of a message; None for a part that names none."""
     for part in content if isinstance(content, list) else ():
         if isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS:
             given = next((part[key] for key in (*IMAGE_PARTS, "url", "path") if part.get(key)), None)
@@ -103,13 +144,21 @@ def part_images(content: Any) -> Iterator[str | None]:
             yield None if given is None else str(given).removeprefix("file://")
 
 
+def _names_something(value: Any, words: set[str]) -> bool:
+    """Whether the value of a field that is called after media names one: a text, an index, a positive number."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return bool(words & {"id", "index", "idx"}) or value > 0
+    return True
+
+
 def _media_files(value: Any) -> Iterator[str]:
-    """Names of media files in a value, at any depth; bytes count as one."""
+    """Yield the names of media files in a value, at any depth; bytes of media are called "bytes"."""
     if isinstance(value, str):
-        if MEDIA_FILE.fullmatch(value):
+        if IMAGE_FILE.fullmatch(value) or OTHER_FILE.fullmatch(value):
             yield value
     elif isinstance(value, bytes):
-        yield "bytes"
+        if SIGNATURE.match(value):
+            yield "bytes"
     elif isinstance(value, Mapping | list | tuple):
         for inside in value.values() if isinstance(value, Mapping) else value:
             yield from _media_files(inside)

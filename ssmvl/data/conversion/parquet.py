@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmvl.data.conversion.conversations import TALKS
+from ssmvl.data.conversion.media import FILE_WORDS, IMAGE_WORDS, OTHER_MEDIA, OTHER_WORDS, field_words
 from ssmvl.data.conversion.records import Chunk, Image, Published, SourceFile, require
 from ssmvl.errors import DataError, short
 
@@ -25,8 +26,8 @@ class ParquetChunk(Chunk):
     def _records(self) -> Iterator[Published]:
         with _parquet(Path(self.source)) as file:
             number = self.first
-            # every column, because one that is not known may hold media
-            for batch in file.iter_batches(ROWS, row_groups=list(self.groups), use_threads=False):
+            columns = [field.name for field in file.schema_arrow if _is_read(field)]
+            for batch in file.iter_batches(ROWS, row_groups=list(self.groups), columns=columns, use_threads=False):
                 rows = _values(batch, self.source, number)
                 number += len(rows)
                 for row in rows:
@@ -86,6 +87,16 @@ def _parquet(path: Path) -> Iterator[Any]:
             yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is no parquet file, or is damaged ({short(str(error))})") from error
+
+
+def _is_read(field: Any) -> bool:
+    """Whether a column is read: those of samples, and others that may name or hold media, which are then refused."""
+    from pyarrow import types
+
+    if field.name in (*TALKS, *COLUMNS_OF_IMAGES, *TYPES):
+        return True
+    words = {*field_words(field.name)} & (IMAGE_WORDS | OTHER_WORDS | OTHER_MEDIA | FILE_WORDS)
+    return bool(words) and not (types.is_temporal(field.type) or types.is_floating(field.type))
 
 
 def _holds_bytes(type_: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ssmvl.data.conversion.conversations import TALKS
 from ssmvl.data.conversion.images import Place
-from ssmvl.data.conversion.media import MARK, MEDIA_FILE
+from ssmvl.data.conversion.media import IMAGE_FILE, MARK, MEMBERS, OTHER_FILE
 from ssmvl.data.conversion.records import Chunk, Image, Published, SourceFile
 from ssmvl.errors import DataError
 
@@ -30,7 +30,7 @@ class TarChunk(Chunk):
             images = [member for member in members if member.name.lower().endswith(PICTURES)]
             texts = {suffix: _text(members, suffix) for suffix in (".json", ".txt")}
             record = _parsed(texts[".json"])
-            others = [m.name for m in members if m not in images and MEDIA_FILE.fullmatch(m.name)]
+            others = [m.name for m in members if m not in images and _is_media(m.name)]
             if not (isinstance(record, dict) and record.keys() & {*TALKS}):
                 caption = record.get("caption", record.get("text")) if isinstance(record, dict) else None
                 if (caption := texts[".txt"] if caption is None else caption) is not None:
@@ -38,7 +38,7 @@ class TarChunk(Chunk):
                     told = {"texts": [{"user": "\n".join([MARK] * len(images)), "assistant": caption}]}
                     record = {**record, **told} if isinstance(record, dict) else told
             if others and isinstance(record, dict):
-                record["members"] = others  # which the record does not make a sample of
+                record[MEMBERS] = others  # which `conversation` refuses
             yield Published(record, images, "" if images else "text")
 
 
@@ -90,6 +90,10 @@ def _members(path: Path) -> Iterator[tuple[str, str, Place]]:
         raise DataError(
             f"{path} is no tar, or damaged, at byte {at} ({error}); compressed ones are not read"
         ) from error
+
+
+def _is_media(name: str) -> bool:
+    return bool(IMAGE_FILE.fullmatch(name) or OTHER_FILE.fullmatch(name))
 
 
 def _text(members: Sequence[Image], suffix: str) -> str | None:

@@ -78,6 +78,8 @@ def test_turns_that_llava_leaves_out_are_left_out() -> None:
         (llava(ASK, {"from": "tool", "value": "x"}), "a turn of 'tool'"),
         (llava(ASK, {"from": "gpt", "value": 5}), "it is 5"),
         (llava(ASK, "That."), "conversations must be a list of objects"),
+        ({"conversations": 5}, "conversations must be a list of objects"),
+        ({"messages": True}, "messages must be a list of objects"),
         ({"conversations": "What? That."}, "conversations must be a list of objects"),
         ({"id": 1, "image": "a.jpg"}, "none of the fields conversations, messages, texts; its fields are id, image"),
         ({"question": "What?", "answer": "That."}, "none of the fields"),
@@ -189,16 +191,22 @@ def test_typed_parts_may_name_the_images() -> None:
         *[
             (asked(f"{mark} What?", image="a.jpg"), 1)
             for mark in (
-                "<video>", "<audio>", "<ImageHere>", "<image1>", "<image 2>", "<image_3>", "<Image>", "<|image_1|>",
-                "<|image|>", "<|image_pad|>", "<|AUDIO|>", "<img>a.jpg</img>", "<image_placeholder>", "<video_7>",
-                "<start_of_image>", "<image_soft_token>", "<IMG_CONTEXT>", "<img />", "[IMG]", "<speech>",
-                "<vision_start>", "data:image/png;base64,iVBOR",
+                "<video>", "<audio>", "<ImageHere>", "<image1>", "<image 2>", "<image_3>", "<image:4>", "<Image>",
+                "<|image_1|>", "<|image|>", "<|image_pad|>", "<|AUDIO|>", "<img>a.jpg</img>", "<image_placeholder>",
+                "<video_7>", "<start_of_image>", "<image_soft_token>", "<IMG_CONTEXT>", "[IMG]", "<speech>",
+                "<vision_start>", "data:image/png;base64,iVBOR", "![](a.jpg)",
             )
         ],
+        (asked("Watch <video> and say what happens."), 0),
         (asked("What?") | {"system": "x", "conversations": [ASK, {"from": "gpt", "value": "<ImageHere> That."}]}, 0),
         ({"messages": [{"role": "system", "content": "<video>"}, *TALK]}, 0),
         (asked([{"type": "video", "video": "1.mp4"}, {"type": "text", "text": "What?"}]), 0),
         (asked([{"type": "input_audio"}]), 0),
+        (asked([{"type": "text", "text": "What?", "image_url": {"url": "a.jpg"}}]), 0),
+        *[(asked("What?", **{field: "1"}), 0) for field in ("vid", "pic", "imageId", "image_id")],
+        *[(asked("What?", file=name), 0) for name in ("a.wmv", "x.flv", "a.tga", "a.jp2")],
+        (asked("What?", image_id=0), 0),
+        (asked("What?", image="a.jpg", image_2=b"\xff\xd8\xff\xe0"), 1),
     ],
 )  # fmt: skip
 def test_media_that_are_not_read_make_no_text_sample(record: Any, images: int) -> None:
@@ -210,25 +218,46 @@ def test_media_that_are_not_read_make_no_text_sample(record: Any, images: int) -
     [
         (asked("How do I close a <div>?"), 0),
         (asked("What is <video controls> in HTML?"), 0),
+        (asked("Mend this: <video><source src='a.mp4'></video>"), 0),
+        *[(asked(f"What is {text}?"), 0) for text in ("List<Image>", "Flow<Video>", "Pair<Image 1>", "[IMG]x[/IMG]")],
+        (asked("Why is url(data:image/png;base64,iVBOR) slow?"), 0),
         (asked("What?", video=None, audio=[], image="", has_image=False, num_images=0), 0),
+        *[
+            (asked("What?", **{field: value}), 0)
+            for field, value in (
+                ("median_score", 1), ("intermediate_steps", ["a"]), ("remediation", "x"), ("soundness", 3),
+                ("social_media", "x"), ("media_type", "text"), ("speech_act", "ask"), ("model", "gpt-4"),
+            )
+        ],
+        (asked("What?", image="a.jpg", clip=0.31, frames=1, sound=True), 1),
         (asked("What?", image="coco/a.jpg", file_name="a.jpg", image_id=5, image_size=[3, 4]), 1),
         (asked("What?", image="a.jpg", coco_url="http://example.org/x.jpg"), 1),
-        (asked("What?", image="a.jpg", caption="Photo.jpg", model="gpt-4", bbox=[0.1, 0.2]), 1),
-        (llava(ASK, {"from": "gpt", "value": "Write <video> and </video> around it."}), 0),
+        (asked("What?", image="a.jpg", caption="Photo.jpg", Original_Caption="DSC_1.jpg", phash=b"12345678"), 1),
+        (asked("What?", image="a.jpg", original="b.jpg", bbox=[0.1, 0.2]), 1),
+        (asked("What?", filename="a.jpg", image_path="x/a.jpg", sha256=b"12345678"), 1),  # the image came as bytes
+        *[
+            (llava(ASK, {"from": "gpt", "value": text}), 0)
+            for text in (
+                "Write <video> and </video> around it.", "useRef<AudioContext>(null)", "Use <ImageContent>.",
+                "class <ImageContext>", "List<Image 1>", "<image><url>a</url></image>",
+            )
+        ],
     ],
-)
+)  # fmt: skip
 def test_other_fields_and_tags_of_an_answer_are_no_media(record: Any, images: int) -> None:
     assert len(conversation(record, images)) == 2
 
 
 def test_marks_only_outside_of_the_questions_are_refused() -> None:
     record = {"messages": [{"role": "system", "content": "<image>"}, *TALK]}
-    assert why(record, 1) == ("image marks", "<image> marks only outside the user's questions")
+    for images in (0, 1):
+        assert why(record, images) == ("image marks", "<image> marks only outside the user's questions")
     assert why(llava(ASK, {"from": "gpt", "value": "<image>"}), 1)[0] == "image marks"
 
 
 def test_a_named_image_that_nobody_brought_is_missing() -> None:
     assert why(asked("What?", image="a.jpg"), 0) == ("missing image", "a.jpg is not there")
+    assert why(asked("What?", images=["a.jpg", "b.jpg"]), 1) == ("missing image", "b.jpg is not there")
 
 
 def test_details_are_short() -> None:

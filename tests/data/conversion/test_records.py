@@ -76,6 +76,20 @@ def test_records_of_a_parquet_are_skipped_like_others(tmp_path: Path) -> None:
     assert good["images"] == [IMAGE]
 
 
+def test_other_columns_do_not_matter(tmp_path: Path) -> None:
+    talk = pyarrow.array([TALK, TALK])
+    columns = {
+        "image": pyarrow.array([{"bytes": IMAGE, "path": "a.png"}, {"bytes": IMAGE, "path": "b.png"}]),
+        "file_name": pyarrow.array(["a.png", "000012.png"]),
+        "image_time": pyarrow.array([1, 2], pyarrow.timestamp("ns")),
+        "embedding": pyarrow.array([[0.5], [0.5]]),
+        "latin": pyarrow.array([b"\xe9", b"\xe9"]).view(pyarrow.string()),
+        "image_hash": pyarrow.array([b"12345678", b"12345678"]),
+    }
+    pyarrow.parquet.write_table(pyarrow.table({"conversations": talk, **columns}), tmp_path / "a.parquet")
+    assert [len(record["images"]) for record in read(tmp_path / "a.parquet")] == [1, 1]
+
+
 def test_other_columns_of_media_skip_their_rows(tmp_path: Path) -> None:
     typed = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]}, SAID[1]]
     typed[1] = {"role": "assistant", "content": [{"type": "text", "text": "That."}]}

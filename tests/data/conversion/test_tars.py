@@ -166,9 +166,17 @@ def test_an_empty_tar_holds_no_record(tmp_path: Path) -> None:
         read(tarred(tmp_path / "a.tar", []))
 
 
+def test_names_of_a_caption_file_do_not_matter(tmp_path: Path) -> None:
+    about = {"caption": "one", "filename": "000012.jpg", "original_caption": "IMG_1.jpg", "clip": 0.3}
+    (record,) = read(tarred(tmp_path / "a.tar", [("1.png", IMAGE), ("1.json", dumped(about))]))
+    assert record["conversation"][1]["content"] == "one"
+
+
 @pytest.mark.parametrize(
     "members",
     [
+        [("1.png", IMAGE), ("1.json", dumped({"images": ["1.png", "2.png"], "conversations": TALK}))],
+        [("1.jpg", IMAGE), ("1.heic", b"photo"), ("1.txt", b"one")],
         [("1.mp4", b"film"), ("1.json", dumped({"conversations": TALK}))],
         [("1.jpg", IMAGE), ("1.wav", b"sound"), ("1.json", dumped({"caption": "one"}))],
         [("1.jpg", IMAGE), ("1.txt", b"one"), ("1.mp4", b"film")],
@@ -177,4 +185,4 @@ def test_an_empty_tar_holds_no_record(tmp_path: Path) -> None:
 )
 def test_other_media_of_a_tar_are_not_left_out_silently(tmp_path: Path, members: list[tuple[str, bytes]]) -> None:
     (skipped,) = read(tarred(tmp_path / "a.tar", members))
-    assert skipped.reason == "unread media"
+    assert skipped.reason == ("missing image" if b"2.png" in members[-1][1] else "unread media")
