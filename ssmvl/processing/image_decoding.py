@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -25,10 +26,10 @@ Image.init()  # PIL opens a format by name only once it knows all
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")  # others may start other programs
 MODES = {"JPEG": {"L", "RGB", "CMYK"}, "PNG": {"L", "LA", "RGB", "RGBA"}, "WEBP": {"RGB", "RGBA"}}
 MAX_PIXELS = 100_000_000  # a decompression bomb is refused before it is decoded
-PNG, TEXT_CHUNKS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt")
+PNG, TEXT_CHUNKS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 LONG_TEXT = 1 << 16  # bytes
-MIN_IS_WHITE = 0  # of TIFF, which PIL inverts at 8 bits only
-DARK = 1 << 12  # of 16 bits: what stays below was hardly meant to be seen at that scale
+MIN_IS_WHITE, SIGNED = 0, 2  # of TIFF; PIL inverts at 8 bits only
+DARK = 16  # of 255: what stays below was kept in few bits of many
 Turn = Image.Transpose
 UPRIGHT = {  # what turns an image of that EXIF orientation upright
     2: Turn.FLIP_LEFT_RIGHT,
@@ -81,10 +82,33 @@ def decoded(image: Image.Image, what: str) -> Image.Image:
     Raises:
         DataError: floats or integers are out of range. PIL's decoders may raise anything else.
     """
+    tags = getattr(image, "tag_v2", {})
+    inverted = tags.get(ExifTags.Base.PhotometricInterpretation) == MIN_IS_WHITE
+    if tags.get(ExifTags.Base.SampleFormat) in (SIGNED, (SIGNED,)) and image.mode == "L":
+        raise DataError(f"{what}: signed bytes; 0 to 255 are allowed, so shift them")
+    raw = str(getattr(getattr(image, "png", None), "im_rawmode", ""))  # of a PNG, how its pixels are kept
+    if "transparency" in image.info and not isinstance(image.info["transparency"], bytes):
+        image.info["transparency"] = _transparent(image.info["transparency"], raw)
     image.load()
-    inverted = getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == MIN_IS_WHITE
     image = _upright(image)
-    return _eight_bits(image, what, inverted) if image.mode[0] in "IF" else image
+    if image.mode[0] in "IF":
+        return _eight_bits(image, what, inverted)
+    if raw.endswith(";16B") and 0 < max(high for _, high in _extrema(image)) < DARK:
+        raise DataError(f"{what}: 16 bits of which the upper 8 are below {DARK}, almost black; scale them")
+    return image
+
+
+def _extrema(image: Image.Image) -> list[tuple[float, float]]:
+    """The lowest and highest value of each channel of colour."""
+    bands = image.split()[: 1 if image.mode == "LA" else 3]
+    return [cast(tuple[float, float], band.getextrema()) for band in bands]
+
+
+def _transparent(value: Any, raw: str) -> Any:
+    """The transparent value of a PNG at the depth to which PIL decodes it."""
+    if raw in ("L;2", "L;4"):
+        return value * {"L;2": 85, "L;4": 17}[raw]
+    return tuple(part >> 8 for part in value) if raw == "RGB;16B" else value
 
 
 def open_image(image: str | Path | bytes) -> Image.Image:
@@ -149,7 +173,7 @@ def _to_rgb(image: Image.Image, what: str) -> Image.Image:
 
 
 def _without_long_texts(data: bytes) -> bytes:
-    """A PNG without text chunks beyond `LONG_TEXT`, for which PIL would refuse the image; other bytes as they are."""
+    """A PNG without text and colour profiles beyond `LONG_TEXT`, for which PIL would refuse it; other bytes as is."""
     kept, start, at = [], 0, len(PNG)
     kind = b"" if data.startswith(PNG) else b"IEND"
     while kind != b"IEND" and at + 12 <= len(data):
@@ -169,7 +193,9 @@ def _is_long(text: bytes, kind: bytes) -> bool:
     _, _, rest = text.partition(b"\0")
     if kind == b"tEXt" or (kind == b"iTXt" and not rest.startswith(b"\1")):
         return False
-    compressed = rest[1:] if kind == b"zTXt" else rest[2:].split(b"\0", 2)[-1]  # after language and translation
+    compressed = (
+        rest[1:] if kind in (b"zTXt", b"iCCP") else rest[2:].split(b"\0", 2)[-1]
+    )  # after language and translation
     inflating = zlib.decompressobj()
     with contextlib.suppress(zlib.error):
         return len(inflating.decompress(compressed, LONG_TEXT + 1)) > LONG_TEXT
@@ -191,15 +217,15 @@ def _eight_bits(image: Image.Image, what: str, inverted: bool) -> Image.Image:
     found = f"values from {lowest} to {highest} (mode {image.mode})"
     if not 0 <= lowest <= highest <= limit:  # NaN is none of them
         raise DataError(f"{what}: {found}; 0 to {limit} are allowed, so scale them")
-    if image.mode == "F":
-        scaled = np.rint(values * 255)
-    elif image.mode == "I" and highest <= 255 and image.format != "PPM":  # which PIL scales to 16 bits
-        scaled = values
-    elif 0 < highest < DARK:
-        raise DataError(f"{what}: {found} would be almost black, as 16 bits reach {limit}; scale them")
-    else:
-        scaled = (limit - values if inverted else values) >> 8
+    transparent = image.info.get("transparency")
+    alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    if image.mode == "I" and highest <= 255 and image.format != "PPM":  # which PIL scales to 16 bits
+        limit = 255
+    values = limit - values if inverted else values
+    scaled = np.rint(values * 255) if image.mode == "F" else values if limit == 255 else values >> 8
+    if 0 < values.max() and scaled.max() < DARK:
+        raise DataError(f"{what}: {found} would be almost black, as white is {limit}; scale them")
     grey = Image.fromarray(scaled.astype(np.uint8))
-    if "transparency" in image.info:  # the value that is transparent
-        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    if alpha is not None:
+        grey.putalpha(alpha)
     return grey

@@ -12,15 +12,15 @@ from ssmvl.processing.image_decoding import ImageLike, read_image
 
 __all__ = ["read_image", "to_pixels", "ImageLike"]
 
-STRIP, LONGEST = 16, 8192  # longer sides, in shorter ones or in pixels, are reduced first for memory
+STRIP, LONGEST = 16, 4096  # longer sides, in shorter ones or in pixels, are reduced first for memory
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec) -> Tensor:
     """An RGB image -> uint8 (3, S, S), resized as `spec` says, bicubic.
 
-    `resize-crop` and `letterbox` give the pixels that the papers' code feeds its encoders. To bound memory, of a strip
-    more than 16 times as long as wide only the middle is cropped from, and an image longer than 8,192 pixels is reduced
-    to that before it is letterboxed.
+    `resize-crop` and `letterbox` give the pixels that the papers' code feeds its encoders. To bound memory, images more
+    than 16 times as long as wide are first cropped to their middle, and those longer than 4,096 pixels are reduced to
+    that before they are letterboxed.
 
     Source: torchvision's Resize and CenterCrop; the letterbox of Prismatic (arXiv 2402.07865).
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,16 +285,63 @@ def test_32_bit_integers_of_at_most_255_are_8_bits() -> None:
     ],
 )
 def test_few_bits_of_many_are_refused_because_they_would_be_almost_black(raw: bytes) -> None:
-    with pytest.raises(DataError, match=r"would be almost black, as 16 bits reach 65535; scale them"):
+    with pytest.raises(DataError, match=r"would be almost black, as white is 65535; scale them"):
         read_image(raw)
     assert "almost black" in damage(raw)
 
 
 def test_black_stays_black_and_white_is_zero_where_the_tiff_says_so() -> None:
     assert (seen(grey(np.zeros((2, 2)), np.uint16, "PNG")) == 0).all()
-    ramp = (np.arange(256) * 257).reshape(16, 16)
-    inverted = grey(ramp, np.uint16, "TIFF", tiffinfo={262: 0})
-    assert (seen(inverted)[..., 0] == 255 - np.arange(256).reshape(16, 16)).all()
+    ramp = np.arange(256).reshape(16, 16)
+    inverted = grey(ramp * 257, np.uint16, "TIFF", tiffinfo={262: 0})
+    assert (seen(inverted)[..., 0] == 255 - ramp).all()
+    assert (seen(grey(ramp / 255, np.float32, "TIFF", tiffinfo={262: 0}))[..., 0] == 255 - ramp).all()
+    assert seen(grey(np.arange(3000).reshape(30, 100), np.uint16, "TIFF", tiffinfo={262: 0})).min() > 240
+    with pytest.raises(DataError, match="almost black"):
+        read_image(grey(65_535 - np.arange(3000).reshape(30, 100), np.uint16, "TIFF", tiffinfo={262: 0}))
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(depth: int, colour: int, row: bytes, *more: bytes, size: int = 16) -> bytes:
+    """A PNG by its parts: bit depth, colour type, one row for all, chunks before the pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, depth, colour, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress((b"\0" + row) * size))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("colour", [2, 4, 6])
+def test_few_bits_of_16_in_colour_are_refused_too(colour: int) -> None:
+    channels = {2: [4095] * 3, 4: [4095, 65_535], 6: [4095] * 3 + [65_535]}[colour]
+    with pytest.raises(DataError, match="almost black; scale them"):
+        read_image(png(16, colour, struct.pack(f">{len(channels)}H", *channels) * 16))
+    bright = [40_000] * len(channels)
+    assert seen(png(16, colour, struct.pack(f">{len(channels)}H", *bright) * 16)).min() > 100
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "value"),
+    [
+        (4, 0, b"\x77" * 8, b"\0\7"),
+        (2, 0, b"\x55" * 4, b"\0\1"),
+        (16, 2, struct.pack(">3H", 40_000, 50_000, 60_000) * 16, struct.pack(">3H", 40_000, 50_000, 60_000)),
+        (8, 2, b"\1\2\3" * 16, struct.pack(">3H", 1, 2, 3)),
+    ],
+)
+def test_a_transparent_value_is_one_at_every_depth(depth: int, colour: int, row: bytes, value: bytes) -> None:
+    assert (seen(png(depth, colour, row, chunk(b"tRNS", value))) == WHITE).all()
+
+
+def test_a_long_colour_profile_does_not_cost_a_png() -> None:
+    profile = chunk(b"iCCP", b"icc\0\0" + zlib.compress(RNG.bytes(1_500_000)))
+    assert (seen(png(8, 2, b"\xff\0\0" * 16, profile)) == (255, 0, 0)).all()
+
+
+def test_signed_bytes_are_refused() -> None:
+    with pytest.raises(DataError, match="signed bytes"):
+        read_image(grey(np.arange(16).reshape(4, 4), np.uint8, "TIFF", tiffinfo={339: 2}))
 
 
 @pytest.mark.parametrize("values", [np.arange(256.0).reshape(16, 16), np.full((2, 2), -0.1), np.array([[0.5, np.nan]])])

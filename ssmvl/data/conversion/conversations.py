@@ -17,6 +17,7 @@ from ssmvl.data.conversion.media import (
     UnreadPartError,
     join_parts,
     part_images,
+    part_indices,
     placeholder,
     unread_media,
 )
@@ -115,6 +116,9 @@ def _require_only_images(record: Mapping[str, Any], turns: list[Turn], images: i
     parts = [name for name in _part_images(record) if name is not None]
     if parts and parts != names:
         raise UnusableError("unread media", f"typed parts name other images than the record: {parts!r} and {names!r}")
+    indices = [index for turn in _told(record) for index in part_indices(turn.get("value", turn.get("content")))]
+    if indices != sorted(indices):
+        raise UnusableError("image marks", f"typed parts take images in another order: {indices}")
     if len(names) > images:
         raise UnusableError("missing image", f"{names[images]} is not there")
     fields = {field: value for field, value in record.items() if field not in (*TALKS, *IMAGE_FIELDS)}
@@ -147,7 +151,8 @@ def _turns(record: Any) -> list[Turn]:
         raise UnusableError("no conversation", f"not an object, but {record!r}")
     if _is_lrv(record):
         return _pair(record["question"], record["answer"])
-    field = next((field for field in TALKS if record.get(field) is not None), None)
+    there = [field for field in TALKS if record.get(field) is not None]
+    field = next((field for field in there if record[field] != []), next(iter(there), None))
     if field is None:
         raise UnusableError(
             "no conversation", f"none of the fields {', '.join(TALKS)}; its fields are {', '.join(record)}"
@@ -156,7 +161,11 @@ def _turns(record: Any) -> list[Turn]:
     if not isinstance(given, list) or not all(isinstance(turn, Mapping) for turn in given):
         raise UnusableError("no conversation", f"{field} must be a list of objects; it is {given!r}")
     if field == "texts":
-        return [turn for pair in given for turn in _pair(pair.get("user"), pair.get("assistant"))]
+        pairs = [turn for pair in given for turn in _pair(pair.get("user"), pair.get("assistant"))]
+        return pairs[:-1] if given and given[-1].get("assistant") is None else pairs
+    for number, turn in enumerate(given):
+        if not turn.keys() & {"value", "content"}:
+            raise UnusableError("no conversation", f"turn {number} has no text; its fields are {', '.join(turn)}")
     return [_turn(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in given]
 
 

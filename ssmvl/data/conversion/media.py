@@ -6,7 +6,6 @@ of a turn, as placeholders in a text, and as parts of a message.
 
 from __future__ import annotations
 
-import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -45,7 +44,7 @@ IMAGE_FILE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 OTHER_FILE = re.compile(
-    r"[^\n]+\.(mp4|m4v|avi|mov|mkv|webm|wmv|flv|3gp|mpe?g|wav|mp3|flac|ogg|opus|m4a|aac)(\?[^\n]*)?|"
+    r"[^\n]+\.(mp4|m4v|avi|mov|mkv|webm|wmv|flv|3gp|mpe?g|wav|mp3|flac|ogg|opus|m4a|aac|pdf|npy|npz|pt|ply|pcd|las)(\?[^\n]*)?|"
     r"data:(video|audio)/.*",
     re.IGNORECASE | re.DOTALL,
 )
@@ -54,8 +53,8 @@ SIGNATURE = re.compile(
 )
 # Placeholders of other model families, which no other kind of text holds.
 PLACEHOLDER = re.compile(
-    r"<\|(?i:image|img|video|audio|vision)(?:[_ ]?(?i:pad|start|end|placeholder|\d+))?\|>"
-    r"|<(?:ImageHere|IMG_CONTEXT|im_patch|im_start|im_end|vision_start|vision_end)>"
+    r"<\|(?i:image|img|video|audio|vision)(?:[_ ]?(?i:pad|start|end|bos|eos|placeholder|\d+))?\|>"
+    r"|<(?:ImageHere|IMG_CONTEXT|IMG_PLH|im_patch|im_start|im_end|vision_start|vision_end)>"
     r"|<(?:image|img|video|audio)_(?:placeholder|soft_token|token|pad)>|<(?:start|end)_of_(?:image|video|audio)>"
 )
 # Those that code and HTML may hold too: they count in questions only, and not after the name of a generic type.
@@ -81,19 +80,20 @@ def unread_media(record: Mapping[str, Any], names: Sequence[str], images: int) -
         names: of the record's images, as it gives them. Other fields may repeat them, and give the URL they came from.
         images: number of images that are read. Where they come as bytes, a field may name the file they were in.
     """
-    known = {posixpath.basename(name) for name in names}
     for field, value in record.items():
         if value is None or value is False or value in ("", [], {}) or field.lower() in PLAIN_FIELDS:
             continue
         words = set(field_words(field))
-        unread = field.lower() in OTHER_MEDIA and isinstance(value, str | bytes | list | Mapping)
-        unread |= not images and bool(words & (IMAGE_WORDS | OTHER_WORDS)) and (_names_something(value, words))
+        holds = isinstance(value, str | bytes | list | Mapping)
+        unread = field.lower() in OTHER_MEDIA and holds
+        if not images:
+            unread |= bool(words & (IMAGE_WORDS | OTHER_WORDS)) and _names_something(value, words)
+        elif words & IMAGE_WORDS and re.search(r"\d", field):  # image2, image_3
+            unread |= holds and not _repeats(value, names)
         for name in _media_files(value):
-            linked = images > 0 and name.startswith(("http://", "https://"))
-            repeated = images > 0 and not OTHER_FILE.fullmatch(name) and not words & IMAGE_WORDS
-            repeated |= posixpath.basename(name) in known
-            repeated |= images > 0 and not names and name != "bytes" and not OTHER_FILE.fullmatch(name)
-            unread |= not (linked or repeated)
+            metadata = images > 0 and not OTHER_FILE.fullmatch(name)  # of an image that is read
+            metadata &= name.startswith(("http://", "https://")) or not words & IMAGE_WORDS or not names
+            unread |= not (_repeats(name, names) or (metadata and name != "bytes"))
         if unread:
             return f"the field {field!r} names media that are not read: {value!r}"
     return ""
@@ -127,6 +127,8 @@ def join_parts(parts: Sequence[Any]) -> str:
         if kind in IMAGE_PARTS:
             joined += MARK if joined.replace(MARK, "").strip() else f"{MARK}\n"
         elif kind in TEXT_PARTS and isinstance(text := part.get("text") or "", str):
+            if part.get("value") or part.get("content"):
+                raise UnreadPartError(f"a text part must have its text as `text`; it is {part!r}")
             if unread_media({field: part[field] for field in part if field != "index"}, [], 0):
                 raise UnreadPartError(f"a text part of a message has media: {part!r}")
             joined += text.removeprefix("\n") if joined.endswith(f"{MARK}\n") else text
@@ -142,6 +144,18 @@ def part_images(content: Any) -> Iterator[str | None]:
             given = next((part[key] for key in (*IMAGE_PARTS, "url", "path") if part.get(key)), None)
             given = given.get("url") or given.get("path") or given if isinstance(given, Mapping) else given
             yield None if given is None else str(given).removeprefix("file://")
+
+
+def part_indices(content: Any) -> Iterator[int]:
+    """Yield the index that each image among the typed parts of a message gives itself, where it gives one."""
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS and isinstance(part.get("index"), int):
+            yield part["index"]
+
+
+def _repeats(value: Any, names: Sequence[str]) -> bool:
+    """Whether a value is the name of one of a record's images, with more or fewer of its folders."""
+    return isinstance(value, str) and any(f"/{value}".endswith(f"/{n}") or f"/{n}".endswith(f"/{value}") for n in names)
 
 
 def _names_something(value: Any, words: set[str]) -> bool:

@@ -10,7 +10,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from ssmvl.data.conversion.conversations import TALKS
+from ssmvl.data.conversion.conversations import TALKS, image_names
 from ssmvl.data.conversion.images import Place
 from ssmvl.data.conversion.media import IMAGE_FILE, MARK, MEMBERS, OTHER_FILE
 from ssmvl.data.conversion.records import Chunk, Image, Published, SourceFile
@@ -37,6 +37,7 @@ class TarChunk(Chunk):
                     images = images or [Image("an image beside the caption", None)]
                     told = {"texts": [{"user": "\n".join([MARK] * len(images)), "assistant": caption}]}
                     record = {**record, **told} if isinstance(record, dict) else told
+            images = _in_order(images, image_names(record))
             if others and isinstance(record, dict):
                 record[MEMBERS] = others  # which `conversation` refuses
             yield Published(record, images, "" if images else "text")
@@ -90,6 +91,13 @@ def _members(path: Path) -> Iterator[tuple[str, str, Place]]:
         raise DataError(
             f"{path} is no tar, or damaged, at byte {at} ({error}); compressed ones are not read"
         ) from error
+
+
+def _in_order(images: list[Image], names: Sequence[str]) -> list[Image]:
+    """The images in the order in which a record names them, where it names each; else as they are."""
+    found = [next((image for image in images if f"/{image.name}".endswith(f"/{name}")), None) for name in names]
+    named = [image for image in found if image is not None]
+    return named if len(named) == len(names) > 0 and len({id(image) for image in named}) == len(images) else images
 
 
 def _is_media(name: str) -> bool:

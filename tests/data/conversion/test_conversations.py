@@ -78,6 +78,7 @@ def test_turns_that_llava_leaves_out_are_left_out() -> None:
         (llava(ASK, {"from": "tool", "value": "x"}), "a turn of 'tool'"),
         (llava(ASK, {"from": "gpt", "value": 5}), "it is 5"),
         (llava(ASK, "That."), "conversations must be a list of objects"),
+        (llava({"from": "human", "text": "What?"}, SAY), "turn 0 has no text; its fields are from, text"),
         ({"conversations": 5}, "conversations must be a list of objects"),
         ({"messages": True}, "messages must be a list of objects"),
         ({"conversations": "What? That."}, "conversations must be a list of objects"),
@@ -166,6 +167,19 @@ def test_typed_parts_become_one_text_with_marks(parts: list[Any], text: str) -> 
     assert conversation(record, text.count(MARK))[0]["content"] == text
 
 
+def test_typed_parts_take_the_images_in_order() -> None:
+    swapped = [{"type": "image", "index": 1}, {"type": "image", "index": 0}, {"type": "text", "text": "Which?"}]
+    assert why(asked(swapped, images=["a.jpg", "b.jpg"]), 2) == (
+        "image marks", "typed parts take images in another order: [1, 0]",
+    )  # fmt: skip
+
+
+def test_empty_talks_and_unanswered_questions_are_left_out() -> None:
+    assert conversation({"conversations": [], "messages": TALK}, 0) == TALK
+    pairs = [{"user": "What?", "assistant": "That."}, {"user": "And?", "assistant": None}]
+    assert conversation({"texts": pairs}, 0) == TALK
+
+
 def test_typed_parts_may_name_the_images() -> None:
     url = {"type": "image_url", "image_url": {"url": "a.jpg"}}
     record = asked([url, {"type": "image", "image": "file:///b/c.png"}, {"type": "text", "text": "Same?"}])
@@ -206,6 +220,13 @@ def test_typed_parts_may_name_the_images() -> None:
         *[(asked("What?", **{field: "1"}), 0) for field in ("vid", "pic", "imageId", "image_id")],
         *[(asked("What?", file=name), 0) for name in ("a.wmv", "x.flv", "a.tga", "a.jp2")],
         (asked("What?", image_id=0), 0),
+        (asked("<image>What?", image="before/1.jpg", edited_image="after/1.jpg"), 1),
+        *[(asked("What?", image="a.jpg", image2=value), 1) for value in ("000123", "http://x.org/b.jpg")],
+        (asked("What?", image="a.jpg", video_url="https://x.org/v.mp4"), 1),
+        *[(asked("What?", **{field: name}), 0) for field, name in (("cloud", "x.npy"), ("document", "x.pdf"))],
+        (asked("[<IMG_PLH>] What?", image="a.jpg"), 1),
+        (asked("<|audio_bos|> What?"), 0),
+        (asked([{"type": "text", "value": "What?"}]), 0),
         (asked("What?", image="a.jpg", image_2=b"\xff\xd8\xff\xe0"), 1),
     ],
 )  # fmt: skip

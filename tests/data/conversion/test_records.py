@@ -76,6 +76,16 @@ def test_records_of_a_parquet_are_skipped_like_others(tmp_path: Path) -> None:
     assert good["images"] == [IMAGE]
 
 
+def test_both_columns_of_images_are_one_where_they_are_equal(tmp_path: Path) -> None:
+    rows = [
+        {"image": IMAGE, "images": [IMAGE], "messages": SAID},
+        {"image": IMAGE, "images": [draw(5).data], "messages": SAID},
+    ]
+    good, skipped = read(parquet(tmp_path / "a.parquet", rows))
+    assert good["images"] == [IMAGE]
+    assert skipped.reason == "unread media"
+
+
 def test_other_columns_do_not_matter(tmp_path: Path) -> None:
     talk = pyarrow.array([TALK, TALK])
     columns = {

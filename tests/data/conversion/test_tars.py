@@ -166,6 +166,14 @@ def test_an_empty_tar_holds_no_record(tmp_path: Path) -> None:
         read(tarred(tmp_path / "a.tar", []))
 
 
+def test_images_come_in_the_order_in_which_a_record_names_them(tmp_path: Path) -> None:
+    about = {"images": ["x/1.b.png", "1.a.jpg"], "conversations": TALK}
+    other = draw(2, "PNG").data
+    members = [("x/1.a.jpg", IMAGE), ("x/1.b.png", other), ("x/1.json", dumped(about))]
+    (record,) = read(tarred(tmp_path / "a.tar", members))
+    assert record["images"] == [other, IMAGE]
+
+
 def test_names_of_a_caption_file_do_not_matter(tmp_path: Path) -> None:
     about = {"caption": "one", "filename": "000012.jpg", "original_caption": "IMG_1.jpg", "clip": 0.3}
     (record,) = read(tarred(tmp_path / "a.tar", [("1.png", IMAGE), ("1.json", dumped(about))]))
