@@ -238,7 +238,9 @@ class LanguageModel(Protocol):
         """Embeds (B, T, D) -> hidden (B, T, D)."""
 
     def prefill(self, embeds: Tensor, lengths: Tensor, state: Any) -> Tensor:
-        """Embeds (B, T, D) -> hidden (B, T, D); advances `state`."""
+        """Embeds (B, T, D) -> hidden (B, T, D); advances `state`. Long prompts come in chunks, of which a row that has
+        ended has length 0.
+        """
 
     def step(self, embeds: Tensor, state: Any) -> Tensor:
         """Embeds (B, D) -> hidden (B, D); advances `state` in place."""

@@ -101,15 +101,16 @@ class Registry:
         """Add the entries of one plugin: all of them, or none.
 
         Raises:
-            ValueError: an unknown kind, a name that is not a text of visible characters, a target that is neither
+            ValueError: an unknown kind, a name that is not a non-empty printable string, a target that is neither
                 callable nor "module:attribute", or a name that belongs to the core.
         """
         entries = list(entries)
         for entry in entries:
-            if entry.kind not in INJECTED:
+            if not isinstance(entry.kind, str) or entry.kind not in INJECTED:
                 raise ValueError(f"no kind {entry.kind!r} for {entry.name!r}.{nearest(entry.kind, INJECTED)}")
-            if not (isinstance(entry.name, str) and entry.name.isprintable() and entry.name.strip()):
-                raise ValueError(f"a {entry.kind}'s name must be a text of visible characters, received {entry.name!r}")
+            name: object = entry.name
+            if type(name) is not str or not name or not name.isprintable() or name != name.strip():
+                raise ValueError(f"the name of a {entry.kind} must be a non-empty printable string, received {name!r}")
             separator = "/" if entry.kind == "recipe" else ":"
             if not callable(entry.target) and separator not in str(entry.target):
                 form = "package/path.yaml" if entry.kind == "recipe" else "module:attribute"

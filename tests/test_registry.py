@@ -53,7 +53,7 @@ def test_entries_and_names_are_sorted() -> None:
 @pytest.mark.parametrize("name", [5, None, "", " ", "two\nlines", b"x", ("x",)])
 def test_a_name_that_is_no_text_is_refused_whole(name: object) -> None:
     registry = filled(("mixer", "x", "a"))
-    with pytest.raises(ValueError, match="a mixer's name must be a text of visible characters"):
+    with pytest.raises(ValueError, match="the name of a mixer must be a non-empty printable string"):
         registry.add([Entry("mixer", "y", dict, "b"), Entry("mixer", cast(Any, name), dict, "b")])
     assert registry.names("mixer") == ["x"]
 

@@ -19,6 +19,7 @@ from ssmvl.errors import CheckpointError
 from ssmvl.files import flush, written_whole
 
 WEIGHTS_FILE, SHARD_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+ABOUT_FILE = "ssmvl.json"  # of a folder that holds a saved model
 DIGESTS_FILE = "SHA256SUMS"  # of the files of tensors in a folder, as `sha256sum --check` reads it
 SHARD = 5 * 10**9  # bytes of one file, as hubs prefer
 BYTES = "surrogateescape"  # text read so is written as the bytes it was
@@ -52,11 +53,14 @@ def check_digest(path: Path) -> None:
     """
     listed = path.with_name(DIGESTS_FILE)
     try:
-        lines = listed.read_text().splitlines() if listed.is_file() else []
+        lines = listed.read_text(errors="replace").splitlines() if listed.is_file() else []
         digests = {name.lstrip(" *"): digest for digest, _, name in (line.partition(" ") for line in lines)}
         damaged = path.name in digests and _digest(path) != digests[path.name].lower()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be compared with {listed} ({error})") from error
+    ours = path.with_name(ABOUT_FILE).is_file() and listed.is_file()
+    if ours and path.name not in digests:
+        raise CheckpointError(f"{listed}: is damaged, it does not list {path.name}; copy or download the folder again")
     if damaged:
         raise CheckpointError(
             f"{path}: is damaged, its SHA-256 digest is not the one in {DIGESTS_FILE}; copy or download it again (or "

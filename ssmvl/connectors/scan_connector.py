@@ -40,7 +40,7 @@ class ScanConnector(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """X (I, L, in_width) -> (I, L, out_width)."""
         paths = self.paths(grid, x.device)
-        x = self.stem(cast_for(x, self.projector))
+        x = self.stem(cast_for(cast_for(x, self.projector), self.stem))
         for block in self.layers if len(x) else ():  # without images there is nothing to scan
             x = block(x, paths)
         return self.projector(x)

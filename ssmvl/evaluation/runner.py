@@ -60,9 +60,12 @@ def require_answerable(records: Sequence[Mapping[str, Any]], processor: Processo
             talk = record["conversation"]
             if len(talk) % 2:
                 raise DataError("its last question has no answer")
-            str(record["type"])
+            if not isinstance(record["type"], str):
+                raise DataError(f"its type must be a text; it is {record['type']!r}")
             processor.encode(talk, record["images"], train=True)
-            lengths += [len(processor.answer_ids(talk[:end])) for end in range(2, len(talk) + 1, 2)]
+            for single in one_question_each([record]):  # which are asked without their answers
+                processor.read(single["conversation"][:-1], len(single["images"]))
+                lengths.append(len(processor.answer_ids(single["conversation"])))
         except (ValueError, LookupError, TypeError) as error:  # a DataError is a ValueError
             name = record.get("id", "without an id")
             raise DataError(f"the evaluation set's sample {name!r} cannot be used: {error}") from error
@@ -72,14 +75,17 @@ def require_answerable(records: Sequence[Mapping[str, Any]], processor: Processo
 
 
 def one_question_each(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Split records into one for each of their answers, with the turns and the images before it."""
+    """Split records into one for each of their answers, with the turns and the images before it.
+
+    `source` is the index of the record that each was part of.
+    """
     single = []
-    for record in records:
+    for source, record in enumerate(records):
         talk, images = record["conversation"], record["images"]
         marks = [sum(message["content"].count(IMAGE) for message in talk[:end:2]) for end in range(2, len(talk) + 1, 2)]
         for number, count in enumerate(marks, start=1):
             kept = images[:count] if marks[-1] else images
-            single.append({**record, "conversation": talk[: 2 * number], "images": kept})
+            single.append({**record, "conversation": talk[: 2 * number], "images": kept, "source": source})
     return single
 
 
@@ -93,13 +99,15 @@ def ask(
     Args:
         assistant: the model.
         records: all test records, see `one_question_each`; the other images are those of the record half the list away
-            (repeated where it has fewer), a single record's its own.
+            (repeated where it has fewer), a single record's its own. Questions of one `source` are one record here.
         chosen: indices of `records`.
         options: batch size and length of the answers.
     """
-    pictured = [index for index, record in enumerate(records) if record["images"]]
-    half = len(pictured) // 2
-    others = dict(zip(pictured, pictured[half:] + pictured[:half], strict=True))
+    sources = [record.get("source", index) for index, record in enumerate(records)]
+    latest = {sources[index]: index for index, record in enumerate(records) if record["images"]}
+    pictured, half = list(latest), len(latest) // 2
+    other_of = dict(zip(pictured, pictured[half:] + pictured[:half], strict=True))
+    others = {index: latest[other_of[source]] for index, source in enumerate(sources) if source in other_of}
     answered: list[Answered] = []
     for start in range(0, len(chosen), options.batch):
         indices = chosen[start : start + options.batch]

@@ -15,11 +15,22 @@ from torch import Tensor
 from ssmvl.checkpoints.hub import ID
 from ssmvl.errors import BackendError, CheckpointError, ContractError, DataError, short
 from ssmvl.interfaces import IGNORED, IMAGE_PLACE, LanguageModel, Message
-from ssmvl.model.build import build_model, build_processor
-from ssmvl.model.saved import CARD_FILE, is_ours, own_tensors, save_folder, saved_folder, tokenizer_files, write_files
+from ssmvl.model.build import build_model, build_processor, require_same_settings
+from ssmvl.model.saved import (
+    CARD_FILE,
+    FORMAT_VERSION,
+    is_ours,
+    own_tensors,
+    require_loadable,
+    save_folder,
+    saved_folder,
+    tokenizer_files,
+    write_files,
+)
 from ssmvl.model.vlm import VisionLanguageModel
 from ssmvl.processing.batch import collate, pad
 from ssmvl.processing.processor import Processor
+from ssmvl.processing.tokenizers import without_beginning
 from ssmvl.processing.transforms import ImageLike
 from ssmvl.recipes.merge import Recipe, load_recipe
 
@@ -91,6 +102,10 @@ class Assistant:
             raise DataError(
                 f"ids and mask must have one shape (B, T), received {tuple(ids.shape)}, {tuple(mask.shape)}"
             )
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise DataError(f"ids must be whole numbers, received {ids.dtype}")
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise DataError("mask must be true or 1 at real positions and false or 0 elsewhere; it has other values")
         rows = [row[real] for row, real in zip(ids.cpu(), mask.cpu().bool(), strict=True)]
         limit, each = cast(int, self.model.language.num_tokens), self.processor.places
         for number, row in enumerate(rows):
@@ -125,6 +140,8 @@ class Assistant:
         state = cast(LanguageModel, self.model.language).new_state(len(samples), device)
         moved = [inputs[key].to(device) for key in ("ids", "lengths", "image_positions")]
         logits = self.model.prefill(moved[0], moved[1], visual, moved[2], state)
+        if logits.isnan().any():
+            raise BackendError("the model's logits are NaN; its weights or its visual tokens are not finite")
         answers = self._continue(logits, state, max_new_tokens)
         return [self.processor.decode(ids) for ids in answers]
 
@@ -159,7 +176,14 @@ class Assistant:
             CheckpointError: the folder holds other files, which would be lost, or cannot be written; or the model
                 could not be loaded again: its tensors are not those of its recipe, or not finite.
         """
+        self._require_recipe(folder)
         save_folder(folder, own_tensors(self.model), self.recipe, self.processor)
+
+    def _require_recipe(self, folder: str | Path) -> None:
+        try:
+            require_same_settings(self.model, self.recipe)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder} is not written: {error}") from error
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload what `save_pretrained` writes to the hub, as the user that huggingface_hub is logged in as.
@@ -194,11 +218,14 @@ class Assistant:
 
         Raises:
             ContractError: transformers has no such model.
-            CheckpointError: the folder holds other files, which would be lost, or cannot be written.
+            CheckpointError: the folder holds other files, which would be lost, or cannot be written; or the model is
+                not the one of its recipe, see `save_pretrained`.
         """
         write = getattr(self.model.language, "to_transformers", None)
         if write is None:
             raise ContractError(f"{type(self.model.language).__name__} has no method to_transformers")
+        self._require_recipe(folder)
+        require_loadable(str(folder), self.model.state_dict(), self.recipe, self.processor)
         tensors, config = write(self.processor.end_id)
         texts = {"config.json": json.dumps(config, indent=2) + "\n"} | tokenizer_files(self.processor)
         write_files(folder, tensors, texts)
@@ -213,6 +240,8 @@ def _check_lists(prompts: object, images: object, max_new_tokens: object) -> Non
         if not isinstance(prompt, str | list | tuple):
             what = f"number {number} is a {type(prompt).__name__}: {prompt!r}"
             raise DataError(f"prompts must be a list of texts or of conversations; {what}")
+        if isinstance(prompt, str) and prompt != prompt.encode(errors="replace").decode():
+            raise DataError(f"prompt {number} holds half a surrogate pair, which is no text: {prompt!r}")
         if not isinstance(prompt, str) and len(prompt) % 2 == 0:
             raise DataError(f"prompt {number} must end with a message of the user; it has {len(prompt)} messages")
     if isinstance(images, str | bytes) or not (images is None or isinstance(images, Sequence)):
@@ -261,9 +290,12 @@ def load(
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BackendError(f"device {device!r} cannot be used here ({reason}); such as 'cpu' or 'cuda:0'") from error
-    folder = saved_folder(weights) if recipe is None else None
+    folder, version = saved_folder(weights) if recipe is None else (None, FORMAT_VERSION)
     if device is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     recipe = load_recipe(folder or cast(Any, recipe))
     model = build_model(recipe, device=device, dtype=dtype, weights=folder or weights, verify=verify)
-    return Assistant(model, build_processor(recipe, model, folder), recipe)
+    processor = build_processor(recipe, model, folder)
+    if version == 1:
+        without_beginning(processor.tokenizer)
+    return Assistant(model, processor, recipe)

@@ -21,18 +21,28 @@ def cast_for(x: Tensor, module: nn.Module) -> Tensor:
     """
     weight = getattr(module, "weight", None)
     for parameter in [weight] if isinstance(weight, Tensor) else module.parameters():
-        if parameter.is_floating_point():
+        if (
+            parameter.is_floating_point() and parameter.itemsize > 1
+        ):  # 8 bits store weights, and nothing computes in them
             return x.to(parameter.dtype)
     return x
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether reading the weight of a Linear does the same as calling it: nothing wraps or hooks it."""
-    return type(layer) is nn.Linear and not (layer._forward_pre_hooks or layer._forward_hooks)
+    """Check that reading the weight of a Linear does the same as calling it: nothing wraps, replaces or hooks it."""
+    hooks = (
+        layer._forward_pre_hooks,
+        layer._forward_hooks,
+        layer._backward_pre_hooks,
+        layer._backward_hooks,
+    )
+    return type(layer) is nn.Linear and "forward" not in layer.__dict__ and not any(hooks)
 
 
 def conv_taps(conv: nn.Conv1d) -> Tensor:
     """The taps (C, W) of a depthwise convolution, whose layer is not called: the op works on taps.
+
+    Forward and backward hooks of the layer, which may do no more than watch, do not run.
 
     Raises:
         ContractError: something wraps the layer, or changes its weight when it is called, and would be bypassed.
@@ -42,10 +52,11 @@ def conv_taps(conv: nn.Conv1d) -> Tensor:
             f"the mixer's conv1d is a {type(conv).__name__}, which would be bypassed: the mixer reads its taps and "
             "does not call it. Leave conv1d out of the layers that adapters or quantization replace"
         )
-    if conv._forward_pre_hooks:
+    if conv._forward_pre_hooks or "forward" in conv.__dict__:
         raise ContractError(
-            "the mixer's conv1d has forward pre-hooks, which would be bypassed: the mixer reads its taps and does not "
-            "call it. Use torch.nn.utils.parametrizations in place of weight_norm, spectral_norm or pruning by hooks"
+            "the mixer's conv1d has forward pre-hooks or a forward of its own, which would be bypassed: the mixer "
+            "reads its taps and does not call it. Use torch.nn.utils.parametrizations in place of weight_norm, "
+            "spectral_norm or pruning by hooks"
         )
     return conv.weight.squeeze(1)
 

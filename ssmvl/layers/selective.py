@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,10 @@ def selective_arguments(
     by the op, in fp32; that of a wrapped one (adapters, quantized weights) by the layer.
     """
     size = A_log.shape[1]
-    projected = per_path(x, x_proj, count).unflatten(-1, (count, -1))
+    projected = per_path(x, x_proj, count)
+    if is_plain(x_proj) and x_proj.bias is not None:  # ours has none
+        projected = projected + cast(Tensor, x_proj.bias)
+    projected = projected.unflatten(-1, (count, -1))
     dt, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)
     dt = per_path(dt.flatten(-2), dt_proj, count)
     rest = {"D": D, "dt_bias": dt_proj.bias if is_plain(dt_proj) else None, "dt_softplus": True}

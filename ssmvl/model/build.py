@@ -136,6 +136,25 @@ def build_processor(recipe: Recipe, model: VisionLanguageModel, folder: Path | N
     return Processor(tokenizer, parts.prompt(), model.image_specs, model.tokens_per_image, end)
 
 
+def build_prompt(recipe: Recipe) -> interfaces.Prompt:
+    """The prompt of a recipe's model."""
+    prompt: interfaces.Prompt = _bind(recipe).prompt()
+    return prompt
+
+
+def require_same_settings(model: nn.Module, recipe: Recipe) -> None:
+    """Check that a model has the settings that its recipe gives it, of which weights hold nothing.
+
+    Raises:
+        CheckpointError: a setting differs, such as the eps of a norm; names each.
+    """
+    given, ours = _what_counts(build_model(recipe, device="meta")), _what_counts(cast(Any, model))
+    wrong = [name for name in given.keys() & ours.keys() if given[name] != ours[name]]
+    if wrong:
+        listed = [f"{n}: {_shown(ours[n])}, in the recipe {_shown(given[n])}" for n in sorted(wrong)[:20]]
+        raise CheckpointError("the model has other settings than its recipe:\n  " + "\n  ".join(listed))
+
+
 def _bind(recipe: Recipe) -> ModelParts:
     """Every name of `model:` resolved and every option checked; nothing is built."""
     bound, problems = bind(recipe.data["model"], ModelParts, "model")

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ssmvl import __version__
-from ssmvl.checkpoints.files import BYTES, DIGESTS_FILE, write_folder
+from ssmvl.checkpoints.files import ABOUT_FILE, BYTES, DIGESTS_FILE, write_folder
 from ssmvl.checkpoints.hub import local
 from ssmvl.checkpoints.layouts import SAME
 from ssmvl.errors import CheckpointError, short
-from ssmvl.model.build import build_model
+from ssmvl.model.build import build_model, build_prompt
 from ssmvl.processing.processor import Processor
 from ssmvl.processing.tokenizers import CONFIG_FILE, TOKENIZER_FILE, config_text
 from ssmvl.recipes.merge import Recipe
 
-FORMAT_VERSION = 1
-ABOUT_FILE, CARD_FILE = "ssmvl.json", "README.md"
+FORMAT_VERSION = 2  # 1: texts did not begin with what the tokenizer's post-processor puts before them
+CARD_FILE = "README.md"
 OURS = "<!-- Written by ssmvl. Saving again writes it anew, unless this line is deleted. -->"
 CARD = """---
 library_name: ssmvl
@@ -49,10 +49,9 @@ def save_folder(folder: str | Path, tensors: Mapping[str, Tensor], recipe: Recip
     A model card that lies there and is not ours stays.
 
     Raises:
-        CheckpointError: see `write_files`; or what would be written could not be loaded: the tensors are not those of
-            the recipe's model, or not finite, or the tokenizer has another number of ids.
+        CheckpointError: see `write_files` and `require_loadable`.
     """
-    _require_loadable(str(folder), tensors, recipe, processor)
+    own = require_loadable(str(folder), tensors, recipe, processor)
     card = Path(folder).expanduser() / CARD_FILE
     about = {"format_version": FORMAT_VERSION, "ssmvl": __version__, "torch": torch.__version__}
     texts = {
@@ -60,7 +59,7 @@ def save_folder(folder: str | Path, tensors: Mapping[str, Tensor], recipe: Recip
         CARD_FILE: card.read_bytes().decode(errors=BYTES) if card.is_file() and not is_ours(card) else _card(recipe),
         ABOUT_FILE: json.dumps(about, indent=2) + "\n",
     }
-    write_files(folder, tensors, texts | tokenizer_files(processor))
+    write_files(folder, own, texts | tokenizer_files(processor))
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -79,22 +78,49 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _require_loadable(folder: str, tensors: Mapping[str, Tensor], recipe: Recipe, processor: Processor) -> None:
+def require_loadable(
+    folder: str, tensors: Mapping[str, Tensor], recipe: Recipe, processor: Processor
+) -> dict[str, Tensor]:
+    """Check that what would be saved is what the recipe would load: names, shapes, finite values, tokenizer and prompt.
+
+    Returns:
+        The tensors under the first of their names, each with memory of its own: tied ones are written once, and those
+        that the model merely shares are written apart.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    what = f"{folder} is not written"
+    others = [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]
+    if others:
+        raise CheckpointError(f"{what}: {short(', '.join(others[:5]))} are no tensors; quantized models are not saved")
     model = build_model(recipe, device="meta")
     try:
-        SAME.check(model, tensors, f"{folder} is not written: what should be saved")
+        SAME.check(model, tensors, f"{what}: what should be saved")
     except CheckpointError as error:
         advice = "merge adapters (merge_and_unload), and remove parametrizations, weight_norm and pruning first"
         raise CheckpointError(f"{error}\n{advice}; another model needs its own recipe") from error
     if any(tensor.is_meta for tensor in tensors.values()):
-        raise CheckpointError(f"{folder} is not written: a model on meta holds no weights")
+        raise CheckpointError(f"{what}: a model on meta holds no weights")
     wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if wrong:
-        what = f"{len(wrong)} of {len(tensors)} tensors are not finite: {short(', '.join(wrong[:5]))}"
-        raise CheckpointError(f"{folder} is not written: {what}")
+        raise CheckpointError(
+            f"{what}: {len(wrong)} of {len(tensors)} tensors are not finite: {short(', '.join(wrong[:5]))}"
+        )
     ids, allowed = processor.tokenizer.get_vocab_size(), model.language.num_tokens
     if ids != allowed:
-        raise CheckpointError(f"{folder} is not written: the tokenizer has {ids} ids, the language model {allowed}")
+        raise CheckpointError(f"{what}: the tokenizer has {ids} ids, the language model {allowed}")
+    prompt = build_prompt(recipe)
+    if (type(prompt), vars(prompt)) != (type(processor.prompt), vars(processor.prompt)):
+        names = f"{type(processor.prompt).__name__}, the recipe's is {type(prompt).__name__}"
+        raise CheckpointError(f"{what}: the processor's prompt is {names}; name it as model.prompt of the recipe")
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name in SAME.sources(model):
+        place = tensors[name].untyped_storage().data_ptr()
+        own[name] = tensors[name].clone() if place in seen else tensors[name]
+        seen.add(place)
+    return own
 
 
 def write_files(folder: str | Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
@@ -120,8 +146,8 @@ def tokenizer_files(processor: Processor) -> dict[str, str]:
     return {TOKENIZER_FILE: processor.tokenizer.to_str(pretty=True), CONFIG_FILE: config_text(processor.end)}
 
 
-def saved_folder(name: str | Path) -> Path:
-    """The folder of a saved model.
+def saved_folder(name: str | Path) -> tuple[Path, int]:
+    """The folder of a saved model, and its format version.
 
     Args:
         name: the folder, one whose folder `model` it is, as of a run, or the id of a model in the hub, which is
@@ -143,7 +169,7 @@ def saved_folder(name: str | Path) -> Path:
         raise CheckpointError(
             f"{folder} has format version {version}; this ssmvl reads up to {FORMAT_VERSION}; update it"
         )
-    return folder
+    return folder, version
 
 
 def _card(recipe: Recipe) -> str:

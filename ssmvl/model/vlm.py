@@ -112,6 +112,10 @@ class VisionLanguageModel(nn.Module):
             ShapeError: images and image places do not match in number.
         """
         language, tokens = cast(LanguageModel, self.language), visual.flatten(0, 1)
+        if ids.shape[1] <= CHUNK:  # as most are; the general way waits for a GPU in each chunk
+            embeds = splice(language.embed(ids.clamp(min=0)), visual, image_positions)
+            hidden = language.prefill(embeds, lengths, state)
+            return language.head(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
         require_filled(visual, image_positions)
         places = image_positions % ids.shape[1]  # of the image places in their rows
         last = torch.zeros((), device=ids.device)

@@ -75,6 +75,6 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise BackendError(
-            "ssmvl's scans, convolutions and norms have no second derivative: their gradients cannot be differentiated "
-            "again, as gradient penalties, MAML and Hessian-vector products do"
+            "ssmvl's scans, convolutions and norms of large inputs have no second derivative: their gradients cannot "
+            "be differentiated again, as gradient penalties, MAML and Hessian-vector products do"
         )

@@ -23,7 +23,7 @@ from ssmvl.processing.transforms import ImageLike, read_image, to_pixels
 __all__ = ["Processor", "Sample", "IMAGE"]
 
 IMAGE = "<image>"
-BEGIN = "<s>"  # at the very beginning of a template: the token that the tokenizer begins a text with
+BEGIN = "<s>"  # in a template: the token that the tokenizer begins a text with, by whatever name; nothing without one
 
 
 class Sample(TypedDict):
@@ -82,19 +82,24 @@ class Processor:
             DataError: marks and images differ in number, an image cannot be decoded, there is neither text nor an
                 image to read, or nothing is supervised, or nothing within `max_text_tokens`.
         """
+        ids, labels = self.read(conversation, len(images), train=train)
+        return Sample(ids=ids, labels=labels, images=self.pixels(images))
+
+    def read(self, conversation: Sequence[Message], images: int, *, train: bool = False) -> tuple[Tensor, Tensor]:
+        """The ids and labels of a conversation with this number of images, which need not be there; see `encode`."""
         pieces = self.prompt.pieces(conversation, self.end)  # refuses what is no conversation
         marks = sum(message["content"].count(IMAGE) for message in conversation if message["role"] == "user")
-        if marks not in (0, len(images)):
-            raise DataError(f"{marks} {IMAGE} marks in the text, but {len(images)} images; they must match in number")
+        if marks not in (0, images):
+            raise DataError(f"{marks} {IMAGE} marks in the text, but {images} images; they must match in number")
         in_place = self.prompt.image_placement == "in_place"
         if in_place and images and not marks:
             first, *rest = conversation
-            marked: Message = {**first, "content": f"{IMAGE}\n" * len(images) + first["content"]}
+            marked: Message = {**first, "content": f"{IMAGE}\n" * images + first["content"]}
             pieces = self.prompt.pieces([marked, *rest], self.end)
         elif marks and not in_place:
             pieces = self.prompt.pieces([_without_marks(message) for message in conversation], self.end)
         pieces, begin = self._beginning(pieces)
-        ids = array("q", [IMAGE_PLACE]) * (0 if in_place else self.places * len(images))
+        ids = array("q", [IMAGE_PLACE]) * (0 if in_place else self.places * images)
         labels = array("q", [IGNORED]) * len(ids)
         for supervised, together in groupby(pieces, key=attrgetter("supervised")):
             tokens = self._tokenise(together, marks=in_place and not supervised)
@@ -107,9 +112,7 @@ class Processor:
             raise DataError(f"nothing to learn in this sample: no supervised token in {_plain(conversation)}")
         if train and self.max_text_tokens is not None:
             ids, labels = _cut(ids, labels, self.max_text_tokens)
-        pixels = self.pixels(images)
-        as_tensors = [torch.frombuffer(numbers, dtype=torch.int64) for numbers in (ids, labels)]
-        return Sample(ids=as_tensors[0], labels=as_tensors[1], images=pixels)
+        return torch.frombuffer(ids, dtype=torch.int64), torch.frombuffer(labels, dtype=torch.int64)
 
     def pixels(self, images: Sequence[ImageLike]) -> dict[ImageSpec, Tensor]:
         """Images -> uint8 (I, 3, S, S) for each input of the encoders.
@@ -143,12 +146,11 @@ class Processor:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _beginning(self, pieces: list[Piece]) -> tuple[list[Piece], list[int]]:
-        """The pieces without `BEGIN`, and the ids that every text of this tokenizer begins with."""
+        """The pieces without `BEGIN` in front, and the ids that every text of this tokenizer begins with."""
         begin = self._begin
         if pieces and pieces[0].template and pieces[0].text.startswith(BEGIN):
             pieces = [pieces[0]._replace(text=pieces[0].text.removeprefix(BEGIN)), *pieces[1:]]
-            id_ = self.tokenizer.token_to_id(BEGIN)
-            begin = begin or ([] if id_ is None else [id_])
+            begin = begin or self._special[BEGIN]
         return pieces, begin
 
     def _tokenise(self, pieces: Iterable[Piece], marks: bool) -> list[int]:
@@ -171,7 +173,9 @@ class Processor:
     @cached_property
     def _special(self) -> dict[str, list[int]]:
         added = self.tokenizer.get_added_tokens_decoder()  # slow: it makes an object of each
-        return {token.content: [id_] for id_, token in added.items() if token.special}
+        named = self.tokenizer.token_to_id(BEGIN)
+        begin = {BEGIN: self._begin if named is None else [named]}
+        return begin | {token.content: [id_] for id_, token in added.items() if token.special}
 
     @cached_property
     def _begin(self) -> list[int]:

@@ -12,6 +12,7 @@ from ssmvl.processing.processor import IMAGE
 
 __all__ = ["turns", "stripped", "learned", "PlainPrompt", "MambaPrompt", "VicunaPrompt"]
 
+MEDIA = {"image", "images", "image_url", "video", "videos", "audio", "audios"}
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -31,6 +32,8 @@ def turns(conversation: Sequence[Message]) -> list[tuple[str, str | None]]:
         if given.get("role") != expected or not isinstance(given.get("content"), str):
             wanted = f"{{'role': {expected!r}, 'content': a text}}"
             raise DataError(f"message {i} must be {wanted}; received {message!r}. User and assistant take turns")
+        if media := sorted(given.keys() & MEDIA):
+            raise DataError(f"message {i} has {', '.join(media)}, which would be lost; give images as an argument")
     texts = [message["content"] for message in conversation]
     return list(zip_longest(texts[::2], texts[1::2]))
 

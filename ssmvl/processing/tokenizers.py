@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, str]:
     _drop_what_changes_texts(tokenizer, path)
     config = _config(path.with_name(CONFIG_FILE))
     _follow_add_bos_token(tokenizer, config, path)
+    ids = tokenizer.get_vocab().values()
+    if max(ids, default=0) >= tokenizer.get_vocab_size():
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.get_vocab_size()} tokens, but the id {max(ids)}; ids must be 0, 1, "
+            "2, … without gaps, as a language model has them"
+        )
     end = config.get("eos_token") or END
     if end not in [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]:
         raise CheckpointError(
@@ -112,7 +119,7 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
 
 
 def _drop_what_changes_texts(tokenizer: Tokenizer, path: Path) -> None:
-    """Take away settings of a file that cut, pad or vary texts: the processor does that, and says so."""
+    """Drop settings of a file that cut, pad or vary texts, with a warning."""
     dropped = []
     if tokenizer.truncation is not None:
         dropped.append(f"truncation to {tokenizer.truncation['max_length']} tokens")
@@ -124,25 +131,36 @@ def _drop_what_changes_texts(tokenizer: Tokenizer, path: Path) -> None:
         dropped.append(f"dropout of merges, {tokenizer.model.dropout:g}")
         tokenizer.model.dropout = None
     if dropped:
-        warnings.warn(f"{path} carries {' and '.join(dropped)}: dropped, texts are read whole and as is", stacklevel=3)
+        what = f"{path} carries {' and '.join(dropped)}"
+        warnings.warn(f"{what}: dropped, so that texts are read whole", stacklevel=3)
 
 
 def _follow_add_bos_token(tokenizer: Tokenizer, config: dict[str, Any], path: Path) -> None:
-    """Have texts begin as the config's `add_bos_token` says, as transformers does; as the file has it if that is unset.
+    """Have texts begin with the config's `bos_token` as its `add_bos_token` says; as the file has it if that is unset.
 
     Raises:
-        CheckpointError: the config asks for a `bos_token` that the tokenizer does not have.
+        CheckpointError: the config asks for a `bos_token` that the tokenizer does not have, or for another than the
+            file adds.
     """
-    add, begins = config.get("add_bos_token"), bool(beginning(tokenizer))
-    if not isinstance(add, bool) or add == begins:
+    add, bos, begin = config.get("add_bos_token"), config.get("bos_token"), beginning(tokenizer)
+    id_ = tokenizer.token_to_id(bos or "")
+    if not isinstance(add, bool) or add == (begin == [id_]):
         return
     if not add:
-        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # one that adds nothing
-        return
-    bos, id_ = config.get("bos_token"), tokenizer.token_to_id(config.get("bos_token") or "")
-    if id_ is None:
-        raise CheckpointError(f"{path}: {CONFIG_FILE} has add_bos_token, but the tokenizer has no bos_token {bos!r}")
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, id_)])
+        return without_beginning(tokenizer) if begin == [id_] else None
+    if id_ is None or begin:
+        has = f"adds {[tokenizer.id_to_token(number) for number in begin]}" if begin else "has no such token"
+        raise CheckpointError(f"{path}: {CONFIG_FILE} adds the bos_token {bos!r}, but the tokenizer {has}")
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    with suppress(ValueError):  # a token that is written as a variable is
+        tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, id_)])
+    if tokenizer.encode("a").ids != [id_, *plain]:
+        raise CheckpointError(f"{path}: the bos_token {bos!r} cannot be put before a text; rename it")
+
+
+def without_beginning(tokenizer: Tokenizer) -> None:
+    """Have a tokenizer put nothing before a text."""
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # one that adds nothing
 
 
 def _config(path: Path) -> dict[str, Any]:

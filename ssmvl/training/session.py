@@ -15,6 +15,7 @@ from composer import Trainer
 from composer.utils import dist, get_device
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from ssmvl.checkpoints.files import ABOUT_FILE
 from ssmvl.checkpoints.layouts import SAME
 from ssmvl.data.shared_memory import clean_stale_segments
 from ssmvl.data.streams import read_records
@@ -24,7 +25,7 @@ from ssmvl.evaluation.runner import Evaluation, ask, one_question_each, require_
 from ssmvl.generation.assistant import load
 from ssmvl.model.build import build_model, build_processor
 from ssmvl.model.loading import open_weights
-from ssmvl.model.saved import ABOUT_FILE, save_folder
+from ssmvl.model.saved import save_folder
 from ssmvl.processing.processor import Processor
 from ssmvl.recipes.merge import Recipe
 from ssmvl.training.checkpoints.pruning import remove_old

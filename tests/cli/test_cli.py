@@ -136,7 +136,9 @@ def test_a_name_that_is_no_text_breaks_its_own_plugin_only(install_plugin: Insta
     assert main(["list", "scan_order"]) == 0
     shown = capsys.readouterr().out
     assert "zigzag" in shown
-    assert "Plugin numbers-plugin 1.0 (numbers_plugin) could not be loaded (ValueError: a scan_order's name" in shown
+    assert (
+        "Plugin numbers-plugin 1.0 (numbers_plugin) could not be loaded (ValueError: the name of a scan_order" in shown
+    )
 
 
 def test_list_shows_one_kind(capsys: Capture) -> None:

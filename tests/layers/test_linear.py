@@ -161,6 +161,26 @@ def test_parametrizations_and_hooks_of_linears_act(mixer: type[nn.Module], paths
         assert not torch.allclose(hooked(x, table), expected, atol=1e-4), name
 
 
+@pytest.mark.parametrize("paths", [1, 2])
+def test_a_replaced_forward_a_bias_and_backward_hooks_of_selective_projections_act(paths: int) -> None:
+    torch.manual_seed(0)
+    x, table = torch.randn(2, 6, 32), two_ways(GRID) if paths == 2 else None
+    plain: Any = Mamba1Mixer(32, paths)
+    expected = plain(x, table)
+    for name in ("x_proj", "dt_proj"):
+        changed: Any = copy.deepcopy(plain)
+        layer, calls = getattr(changed, name), list[int]()
+        forward = layer.forward
+        layer.forward = lambda given, forward=forward: 2 * forward(given)
+        assert not torch.allclose(changed(x, table), expected, atol=1e-4)
+        watched: Any = copy.deepcopy(plain)
+        getattr(watched, name).register_full_backward_hook(lambda *_, calls=calls: calls.append(1))
+        watched(x, table).sum().backward()
+        assert calls == [1]
+    plain.x_proj.bias = nn.Parameter(torch.ones(plain.x_proj.out_features))
+    assert not torch.allclose(plain(x, table), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("mixer", [Mamba1Mixer, Mamba2Mixer])
 def test_what_would_be_bypassed_at_the_convolution_is_refused(mixer: type[nn.Module]) -> None:
     x = torch.randn(2, 6, 32)
@@ -169,8 +189,12 @@ def test_what_would_be_bypassed_at_the_convolution_is_refused(mixer: type[nn.Mod
     with pytest.raises(ContractError, match="conv1d is a Sequential, which would be bypassed"):
         wrapped(x)
     torch.nn.utils.spectral_norm(cast(nn.Module, hooked.conv1d))
-    with pytest.raises(ContractError, match="conv1d has forward pre-hooks, which would be bypassed"):
+    with pytest.raises(ContractError, match="conv1d has forward pre-hooks or a forward of its own, which would be"):
         hooked(x)
+    patched = mixer(32)
+    cast(Any, patched.conv1d).forward = lambda given: given
+    with pytest.raises(ContractError, match="a forward of its own"):
+        patched(x)
     parametrizations.weight_norm(cast(nn.Module, allowed.conv1d))
     allowed(x).sum().backward()
     assert cast(Any, allowed.conv1d).parametrizations.weight.original0.grad is not None

@@ -7,7 +7,7 @@ import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 import ssmvl
 from ssmvl.data.scenes.scenes import QUESTIONS
 from ssmvl.errors import CheckpointError
-from ssmvl.interfaces import ImageSpec, Prompt
+from ssmvl.interfaces import ImageSpec, Piece, Prompt
 from ssmvl.model.saved import tokenizer_files, write_files
 from ssmvl.processing.processor import Processor
 from ssmvl.processing.prompts import MambaPrompt, PlainPrompt, VicunaPrompt
@@ -213,8 +213,44 @@ def test_the_config_may_ask_for_a_begin_token_or_not(tmp_path: Path, template: b
 
 
 def test_a_begin_token_that_there_is_not_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has add_bos_token, but the tokenizer has no bos_token '<bos>'"):
+    with pytest.raises(CheckpointError, match=r"adds the bos_token '<bos>', but the tokenizer has no such token"):
         llamas(tmp_path, special=True, template=False, config={"add_bos_token": True, "bos_token": "<bos>"})
+
+
+def test_another_begin_token_than_the_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"adds the bos_token '<unk>', but the tokenizer adds \['<s>'\]"):
+        llamas(tmp_path, special=True, template=True, config={"add_bos_token": True, "bos_token": "<unk>"})
+
+
+@pytest.mark.parametrize("bos", ["$0", "$A", "<s> x", "a:0"])
+def test_a_begin_token_of_any_spelling_is_added_once_or_refused(tmp_path: Path, bos: str) -> None:
+    folder = write(tmp_path, {"add_bos_token": True, "bos_token": bos, "eos_token": "<|endoftext|>"}, bos)
+    if bos.startswith("$"):  # a variable of templates
+        with pytest.raises(CheckpointError, match="cannot be put before a text; rename it"):
+            load_tokenizer(str(folder))
+    else:
+        assert load_tokenizer(str(folder))[0].encode("cat").ids == [257, *BYTES.encode("cat").ids]
+
+
+@pytest.mark.parametrize("id_", [258, 400])
+def test_ids_with_gaps_are_refused(tmp_path: Path, id_: int) -> None:
+    saved = json.loads(BYTES.to_str())
+    saved["model"]["vocab"]["Q"] = id_
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(CheckpointError, match=f"has 257 tokens, but the id {id_}; ids must be"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_begin_in_the_middle_of_a_template_is_one_token(tmp_path: Path) -> None:
+    class Turns:
+        image_placement = "before_all_text"
+
+        def pieces(self, conversation: Any, end: str) -> list[Piece]:
+            return [Piece("<s>[", template=True), Piece("x"), Piece("]</s><s>[", template=True)]
+
+    for special in (True, False):
+        processor = replace(llamas(tmp_path, special=special, template=False), prompt=cast(Any, Turns()))
+        assert processor.encode(ASKED)["ids"].tolist().count(1) == 2
 
 
 def test_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
+from ssmvl.checkpoints.files import ABOUT_FILE
 from ssmvl.checkpoints.hub import user_path
 from ssmvl.checkpoints.layouts import SAME
 from ssmvl.data.remote import is_remote
 from ssmvl.errors import CheckpointError, short
-from ssmvl.model.build import build_model, build_processor, same_modules
-from ssmvl.model.saved import ABOUT_FILE, save_folder
+from ssmvl.model.build import build_model, build_processor, build_prompt, same_modules
+from ssmvl.model.saved import save_folder
 from ssmvl.model.vlm import VisionLanguageModel
 from ssmvl.processing.processor import Processor
 from ssmvl.recipes.merge import Recipe, load_recipe
 from ssmvl.training.checkpoints.composer_files import METADATA_FILE, model_tensors
-from ssmvl.training.checkpoints.newest import CHECKPOINT, damage, newest_whole
+from ssmvl.training.checkpoints.newest import CHECKPOINT, corruption, damage, newest_whole
 from ssmvl.training.checkpoints.stores import BucketStore
 from ssmvl.training.schema import prompts_of_stages, recipe_after
 
@@ -60,7 +62,7 @@ def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path,
         raise CheckpointError(f"{name}: no such file or folder{advice}")
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path} holds weights that need no export: ssmvl.load reads the folder of a saved model")
-    if why := damage(path, trust_pickle):
+    if why := damage(path, trust_pickle) or corruption(path):
         raise CheckpointError(f"{path} {why}")
     return path, []
 
@@ -95,13 +97,13 @@ def export(
         made = _built(load_recipe(recipe))  # before much is fetched
         with _fetched(str(checkpoint), trust_pickle) as (path, name, passed):
             tensors = _tensors(path, made, trust_pickle)
-            save_folder(out, tensors, _trained_recipe(made.recipe, name), made.processor)
+            _save(out, tensors, _trained_recipe(made.recipe, name), made.processor)
         return name, passed
     path, passed = find_checkpoint(checkpoint, trust_pickle)
     made = _built(load_recipe(_recipe_of(path) if recipe is None else recipe))
     tensors = _tensors(path, made, trust_pickle)
     same_modules(_run_recipe(path), made.model, made.recipe)
-    save_folder(out, tensors, _trained_recipe(made.recipe, str(path.absolute())), made.processor)
+    _save(out, tensors, _trained_recipe(made.recipe, str(path.absolute())), made.processor)
     return str(path), passed
 
 
@@ -125,6 +127,10 @@ def _trained_recipe(recipe: Recipe, checkpoint: str) -> Recipe:
         unknown = f"{checkpoint} is not in a stage's folder, so its prompt is unknown and model.prompt is saved"
         warnings.warn(f"{unknown}; {'; '.join(prompts)}", stacklevel=3)
     return recipe_after(recipe, folders[-1]) if folders else recipe
+
+
+def _save(out: str | Path, tensors: dict[str, Tensor], recipe: Recipe, processor: Processor) -> None:
+    save_folder(out, tensors, recipe, replace(processor, prompt=build_prompt(recipe)))
 
 
 def _tensors(path: Path, made: _Built, trust_pickle: bool) -> dict[str, Tensor]:

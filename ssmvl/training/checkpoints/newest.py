@@ -19,7 +19,7 @@ def newest_whole(folder: Path, trust_pickle: bool = False, finite: bool = False)
     Args:
         folder: of a stage's checkpoints.
         trust_pickle: see `ssmvl.training.checkpoints.composer_files.read_index`.
-        finite: whether its weights are read, and must be finite.
+        finite: read its weights, and pass over a checkpoint in which one is not finite or has changed on the disk.
     """
     passed: dict[Path, str] = {}
     for path in _newest_first(folder):
@@ -54,8 +54,19 @@ def damage(path: Path, trust_pickle: bool = False) -> str:
         return f"cannot be read ({type(error).__name__}: {short(str(error))})"
 
 
+def corruption(path: Path) -> str:
+    """Return which part of a checkpoint's file does not have its checksum, or an empty string; shards have none."""
+    if path.is_dir():
+        return ""
+    with zipfile.ZipFile(path) as file:
+        part = file.testzip()
+    return f"is damaged: its part {part} does not have the checksum in the file" if part else ""
+
+
 def _weights_damage(path: Path) -> str:
     try:
+        if why := corruption(path):
+            return why
         return weights_problem(path)
     except CheckpointError as error:
         return f"cannot be read ({short(str(error))})"
