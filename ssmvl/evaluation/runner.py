@@ -44,7 +44,7 @@ class Answered(NamedTuple):
 
 
 def require_answerable(records: Sequence[Mapping[str, Any]], processor: Processor, max_new_tokens: int) -> str:
-    """Find, before a model is trained, that each record can be asked and scored; its images are decoded.
+    """Check, before a model is trained, that each record can be asked and scored; its images are decoded.
 
     Returns:
         A note where `max_new_tokens` cuts answers off, which can only count as wrong; else an empty text.
@@ -121,12 +121,12 @@ def ask(
             else []
             for index, images in zip(indices, own, strict=True)
         ]
-        said = (
+        answers = (
             assistant.generate(prompts, [_given(i) for i in images], max_new_tokens=options.max_new_tokens)
             for images in (own, black, other)
         )
         types, questions = [records[i]["type"] for i in indices], [talk[-2]["content"] for talk in talks]
-        answered += map(Answered, types, questions, map(assistant.processor.taught, talks), *said)
+        answered += map(Answered, types, questions, map(assistant.processor.taught, talks), *answers)
     return answered
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ssmvl.checkpoints.hub import ID
 from ssmvl.errors import BackendError, CheckpointError, ContractError, DataError, short
 from ssmvl.interfaces import IGNORED, IMAGE_PLACE, LanguageModel, Message
-from ssmvl.model.build import build_model, build_processor, require_same_settings
+from ssmvl.model.build import build_model, build_processor
 from ssmvl.model.saved import (
     CARD_FILE,
     FORMAT_VERSION,
@@ -176,14 +176,7 @@ class Assistant:
             CheckpointError: the folder holds other files, which would be lost, or cannot be written; or the model
                 could not be loaded again: its tensors are not those of its recipe, or not finite.
         """
-        self._require_recipe(folder)
-        save_folder(folder, own_tensors(self.model), self.recipe, self.processor)
-
-    def _require_recipe(self, folder: str | Path) -> None:
-        try:
-            require_same_settings(self.model, self.recipe)
-        except CheckpointError as error:
-            raise CheckpointError(f"{folder} is not written: {error}") from error
+        save_folder(folder, own_tensors(self.model), self.recipe, self.processor, self.model)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload what `save_pretrained` writes to the hub, as the user that huggingface_hub is logged in as.
@@ -224,8 +217,7 @@ class Assistant:
         write = getattr(self.model.language, "to_transformers", None)
         if write is None:
             raise ContractError(f"{type(self.model.language).__name__} has no method to_transformers")
-        self._require_recipe(folder)
-        require_loadable(str(folder), self.model.state_dict(), self.recipe, self.processor)
+        require_loadable(str(folder), self.model.state_dict(), self.recipe, self.processor, self.model)
         tensors, config = write(self.processor.end_id)
         texts = {"config.json": json.dumps(config, indent=2) + "\n"} | tokenizer_files(self.processor)
         write_files(folder, tensors, texts)

@@ -15,7 +15,7 @@ __all__ = ["cast_for", "conv_taps", "is_plain"]
 
 
 def cast_for(x: Tensor, module: nn.Module) -> Tensor:
-    """X in the dtype that a layer computes in: that of its weight, or of a container's first floating-point parameter.
+    """Cast x to the dtype that a layer computes in: its weight's, or that of a container's first parameter with one.
 
     A layer whose weight is not floating point (4 and 8 bits) casts its input itself; x stays as it is.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -142,14 +143,20 @@ def build_prompt(recipe: Recipe) -> interfaces.Prompt:
     return prompt
 
 
-def require_same_settings(model: nn.Module, recipe: Recipe) -> None:
-    """Check that a model has the settings that its recipe gives it, of which weights hold nothing.
+def require_same_settings(model: nn.Module, described: VisionLanguageModel) -> None:
+    """Check that a model, whose parts may be wrapped, has the settings of its recipe, of which tensors show nothing.
+
+    Args:
+        model: to be saved.
+        described: the model of the recipe, on `meta`.
 
     Raises:
         CheckpointError: a setting differs, such as the eps of a norm; names each.
     """
-    given, ours = _what_counts(build_model(recipe, device="meta")), _what_counts(cast(Any, model))
-    wrong = [name for name in given.keys() & ours.keys() if given[name] != ours[name]]
+    wrapper = re.compile(r"(^|\.)(_orig_mod|module)(?=\.|$)")  # of torch.compile and of data parallel
+    ours = {wrapper.sub("", name).lstrip("."): value for name, value in module_settings(model).items()}
+    given = module_settings(described)
+    wrong = [name for name in given if name in ours and given[name] != ours[name]]
     if wrong:
         listed = [f"{n}: {_shown(ours[n])}, in the recipe {_shown(given[n])}" for n in sorted(wrong)[:20]]
         raise CheckpointError("the model has other settings than its recipe:\n  " + "\n  ".join(listed))

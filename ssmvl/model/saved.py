@@ -14,7 +14,7 @@ from ssmvl.checkpoints.files import ABOUT_FILE, BYTES, DIGESTS_FILE, write_folde
 from ssmvl.checkpoints.hub import local
 from ssmvl.checkpoints.layouts import SAME
 from ssmvl.errors import CheckpointError, short
-from ssmvl.model.build import build_model, build_prompt
+from ssmvl.model.build import build_model, build_prompt, require_same_settings
 from ssmvl.processing.processor import Processor
 from ssmvl.processing.tokenizers import CONFIG_FILE, TOKENIZER_FILE, config_text
 from ssmvl.recipes.merge import Recipe
@@ -43,7 +43,13 @@ print(assistant.generate(["What is in the image?"], ["image.png"]))
 """
 
 
-def save_folder(folder: str | Path, tensors: Mapping[str, Tensor], recipe: Recipe, processor: Processor) -> None:
+def save_folder(
+    folder: str | Path,
+    tensors: Mapping[str, Tensor],
+    recipe: Recipe,
+    processor: Processor,
+    model: nn.Module | None = None,
+) -> None:
     """Write what `saved_folder` finds; an older such folder stays until the new one is complete.
 
     A model card that lies there and is not ours stays.
@@ -51,7 +57,7 @@ def save_folder(folder: str | Path, tensors: Mapping[str, Tensor], recipe: Recip
     Raises:
         CheckpointError: see `write_files` and `require_loadable`.
     """
-    own = require_loadable(str(folder), tensors, recipe, processor)
+    own = require_loadable(str(folder), tensors, recipe, processor, model)
     card = Path(folder).expanduser() / CARD_FILE
     about = {"format_version": FORMAT_VERSION, "ssmvl": __version__, "torch": torch.__version__}
     texts = {
@@ -79,9 +85,20 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def require_loadable(
-    folder: str, tensors: Mapping[str, Tensor], recipe: Recipe, processor: Processor
+    folder: str,
+    tensors: Mapping[str, Tensor],
+    recipe: Recipe,
+    processor: Processor,
+    model: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """Check that what would be saved is what the recipe would load: names, shapes, finite values, tokenizer and prompt.
+
+    Args:
+        folder: for messages.
+        tensors: of the model, by name.
+        recipe: saved with them.
+        processor: saved with them.
+        model: whose settings are compared with the recipe's too, where it is there.
 
     Returns:
         The tensors under the first of their names, each with memory of its own: tied ones are written once, and those
@@ -94,12 +111,15 @@ def require_loadable(
     others = [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]
     if others:
         raise CheckpointError(f"{what}: {short(', '.join(others[:5]))} are no tensors; quantized models are not saved")
-    model = build_model(recipe, device="meta")
+    described = build_model(recipe, device="meta")
     try:
-        SAME.check(model, tensors, f"{what}: what should be saved")
+        SAME.check(described, tensors, f"{what}: what should be saved")
+        if model is not None:
+            require_same_settings(model, described)
     except CheckpointError as error:
         advice = "merge adapters (merge_and_unload), and remove parametrizations, weight_norm and pruning first"
-        raise CheckpointError(f"{error}\n{advice}; another model needs its own recipe") from error
+        told = str(error) if str(error).startswith(what) else f"{what}: {error}"
+        raise CheckpointError(f"{told}\n{advice}; another model needs its own recipe") from error
     if any(tensor.is_meta for tensor in tensors.values()):
         raise CheckpointError(f"{what}: a model on meta holds no weights")
     wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
@@ -107,7 +127,7 @@ def require_loadable(
         raise CheckpointError(
             f"{what}: {len(wrong)} of {len(tensors)} tensors are not finite: {short(', '.join(wrong[:5]))}"
         )
-    ids, allowed = processor.tokenizer.get_vocab_size(), model.language.num_tokens
+    ids, allowed = processor.tokenizer.get_vocab_size(), described.language.num_tokens
     if ids != allowed:
         raise CheckpointError(f"{what}: the tokenizer has {ids} ids, the language model {allowed}")
     prompt = build_prompt(recipe)
@@ -116,7 +136,7 @@ def require_loadable(
         raise CheckpointError(f"{what}: the processor's prompt is {names}; name it as model.prompt of the recipe")
     own: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name in SAME.sources(model):
+    for name in SAME.sources(described):
         place = tensors[name].untyped_storage().data_ptr()
         own[name] = tensors[name].clone() if place in seen else tensors[name]
         seen.add(place)

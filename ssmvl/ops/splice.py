@@ -24,7 +24,7 @@ def splice(embeds: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
 
 
 def require_filled(visual: Tensor, positions: Tensor) -> None:
-    """Find that there are as many image places as visual tokens.
+    """Check that there are as many image places as visual tokens.
 
     Args:
         visual: (I, M, D).

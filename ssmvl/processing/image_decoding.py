@@ -1,6 +1,6 @@
 """Image decoding to RGB (allowed formats, EXIF orientation, 8 bits per channel) and re-encoding at a smaller size.
 
-`read_image` is the one reader: training, generation, conversion, verification and inspection accept the same images.
+`read_image` is the one reader of training, generation, verification and inspection; conversion asks it where in doubt.
 Imports no torch.
 """
 
@@ -187,7 +187,7 @@ def _without_long_texts(data: bytes) -> bytes:
 
 
 def _is_long(text: bytes, kind: bytes) -> bool:
-    """Whether the content of a text chunk is longer than `LONG_TEXT`, once inflated where it may be compressed."""
+    """Check whether the content of a text chunk, once inflated, is longer than `LONG_TEXT`."""
     if len(text) > LONG_TEXT:
         return True
     _, _, rest = text.partition(b"\0")

@@ -98,7 +98,7 @@ def check_language_model(language_model: Callable[[], nn.Module]) -> None:
             prefill=model.prefill,
             step=model.step,
             new_state=model.new_state,
-            shortest=1,
+            shortest=0,
             recurrent=model.recurrent,
         )
     )

@@ -41,7 +41,7 @@ def total_norm(tensors: Iterable[Tensor]) -> float:
 
 @torch.no_grad()
 def all_finite(model: nn.Module) -> bool:
-    """Whether every parameter is finite, on every rank; all of them ask at the same moment."""
+    """Check that every parameter is finite, on every rank; all ranks call it at the same moment."""
     own = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     found = torch.stack([part.isfinite().all() for part in own]).all().int()
     dist.all_reduce(found, reduce_operation="MIN")

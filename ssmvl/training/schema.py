@@ -164,13 +164,15 @@ def prompts_of_stages(recipe: Recipe) -> list[str]:
             continue
         own = stage.get("prompt") or model
         if own != model:
-            what = f"trains with {_shown(own)}, not with model.prompt, {_shown(model)}; its model is saved with that"
+            what = (
+                f"{_shown(own)} overrides model.prompt {_shown(model)}; the stage's model is saved with {_shown(own)}"
+            )
             lines.append(f"stages.{name}.prompt: {what}")
         data = stage.get("data")
         streams = data.get("streams") if isinstance(data, dict) else None
         for stream, share in streams.items() if isinstance(streams, dict) else ():
             if isinstance(share, dict) and share.get("prompt") not in (None, own):
-                what = f"trains with {_shown(share['prompt'])}, but the stage's model is saved with {_shown(own)}"
+                what = f"{_shown(share['prompt'])}, but the stage's model is saved with {_shown(own)}"
                 lines.append(f"stages.{name}.data.streams.{stream}.prompt: {what}")
     return lines
 

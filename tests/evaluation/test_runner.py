@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -132,6 +133,12 @@ def test_every_question_of_a_conversation_is_asked_after_those_before() -> None:
     assert len(plain["images"]) == 2
 
 
+def test_the_other_image_is_of_another_record_however_many_questions_it_has() -> None:
+    long = {**record("row", 9, ""), "conversation": talk(*"abcdefgh")}
+    found, _ = answers(one_question_each([record("row", 7, "7"), long]))
+    assert [(a.seen, a.swapped) for a in found] == [("7", "9"), *[("9", "7")] * 4]
+
+
 @pytest.mark.parametrize("prompt", [MambaPrompt, PlainPrompt, VicunaPrompt, ZephyrPrompt])
 @pytest.mark.parametrize("answer", ["7", " 7", "7\n", "two\nlines ", "", "the <|endoftext|>", " "])
 def test_a_model_that_learned_every_answer_is_always_right(prompt: type[Prompt], answer: str) -> None:
@@ -164,9 +171,13 @@ def test_records_that_cannot_be_evaluated_are_named_beforehand() -> None:
         ({"images": [b"damaged"]}, "cannot be decoded as an image"),
         ({"conversation": [{"role": "user"}] * 2}, "message 0 must be"),
         ({"conversation": []}, "empty conversation"),
+        ({"type": None}, "its type must be a text; it is None"),
     ):
         with pytest.raises(DataError, match=f"(?s)sample 'x9' cannot be used: .*{why}"):
             require_answerable([good, {**good, "id": "x9", **wrong}], processor, 5)
+    captions = replace(processor, prompt=PlainPrompt())  # which asks nothing where there is no image
+    with pytest.raises(DataError, match="sample 'x' cannot be used: nothing to read"):
+        require_answerable([record("row", None, "seven")], captions, 5)
     with pytest.raises(DataError, match="the evaluation set is empty"):
         require_answerable([], processor, 5)
 

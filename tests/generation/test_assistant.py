@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -210,6 +211,24 @@ def test_several_images_and_turns_reach_the_model(assistant: Assistant) -> None:
         assistant.generate([talk[:2]])
 
 
+def test_what_would_be_lost_or_misread_is_refused(assistant: Assistant) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    for mask in (torch.tensor([[-float("inf"), 0, 0]]), torch.tensor([[float("nan"), 1, 1]])):
+        with pytest.raises(DataError, match="mask must be true or 1"):
+            assistant.generate_ids(ids, mask)
+    with pytest.raises(DataError, match="ids must be whole numbers"):
+        assistant.generate_ids(ids.float(), torch.ones(1, 3))
+    with pytest.raises(DataError, match="message 0 has images, which would be lost"):
+        assistant.generate(cast(Any, [[{"role": "user", "content": "q", "images": ["a.png"]}]]))
+    with pytest.raises(DataError, match="half a surrogate pair"):
+        assistant.generate(["a\ud800b"])
+    broken = copy.deepcopy(assistant)
+    with torch.no_grad():
+        broken.model.language.norm_f.weight[0] = float("nan")
+    with pytest.raises(BackendError, match="logits are NaN"):
+        broken.generate(["q"])
+
+
 def test_images_and_prompts_must_match_in_number(assistant: Assistant) -> None:
     with pytest.raises(DataError, match="2 prompts, but 1 images"):
         assistant.generate(["a", "b"], [None])
@@ -323,4 +342,4 @@ def test_a_folder_of_no_or_a_newer_format_is_refused(assistant: Assistant, tmp_p
 def test_the_folder_says_what_wrote_it(assistant: Assistant, tmp_path: Path) -> None:
     assistant.save_pretrained(tmp_path / "model")
     about = json.loads((tmp_path / "model" / "ssmvl.json").read_text())
-    assert (about["format_version"], about["ssmvl"]) == (1, ssmvl.__version__)
+    assert (about["format_version"], about["ssmvl"]) == (2, ssmvl.__version__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,8 @@ from ssmvl.checkpoints import files
 from ssmvl.errors import CheckpointError, ContractError
 from ssmvl.generation.assistant import Assistant
 from ssmvl.model.build import build_processor
-from ssmvl.processing.tokenizers import byte_tokenizer
+from ssmvl.processing.prompts import VicunaPrompt
+from ssmvl.processing.tokenizers import END, byte_tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +238,18 @@ def wider(model: Any) -> None:
     model.language.norm_f = torch.nn.RMSNorm(64)
 
 
+def eps(model: Any) -> None:
+    model.language.norm_f.eps = 0.5
+
+
+def swapped_activation(model: Any) -> None:
+    model.connector.stem[1] = torch.nn.ReLU()
+
+
+def dynamic_int8(model: Any) -> None:
+    model.connector = torch.ao.quantization.quantize_dynamic(model.connector, {torch.nn.Linear})
+
+
 def not_a_number(model: Any) -> None:
     with torch.no_grad():
         model.language.norm_f.weight[3] = float("nan")
@@ -250,6 +264,9 @@ def not_a_number(model: Any) -> None:
         (wider, r"language\.norm_f\.weight is \(64,\), the model has \(128,\)"),
         (not_a_number, r"1 of \d+ tensors are not finite: language\.norm_f\.weight"),
         (lambda model: model.to("meta"), "a model on meta holds no weights"),
+        (eps, r"language\.norm_f\.eps: 0\.5, in the recipe 1e-05"),
+        (swapped_activation, r"connector\.stem\.1: 'ReLU', in the recipe 'GELU'"),
+        (dynamic_int8, "are no tensors; quantized models are not saved"),
     ],
 )
 def test_what_could_not_be_loaded_again_is_not_written(
@@ -274,9 +291,15 @@ def test_wrappers_and_merged_adapters_are_saved_under_the_models_own_names(
     assert_equal(ssmvl.load(tmp_path / "wrapped"), assistant)
     adapted: Any = copy.deepcopy(assistant)
     lora(adapted.model)
+    with torch.no_grad():
+        for name, parameter in adapted.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
     adapted.model.language = adapted.model.language.merge_and_unload()
     adapted.save_pretrained(tmp_path / "merged")
-    assert_equal(ssmvl.load(tmp_path / "merged"), assistant)  # its B is zero
+    assert_equal(ssmvl.load(tmp_path / "merged"), adapted)
+    name = "language.layers.0.mixer.in_proj.weight"
+    assert not torch.equal(adapted.model.state_dict()[name], assistant.model.state_dict()[name])
 
 
 def test_a_tokenizer_of_another_size_is_not_written(assistant: Assistant, tmp_path: Path) -> None:
@@ -284,3 +307,55 @@ def test_a_tokenizer_of_another_size_is_not_written(assistant: Assistant, tmp_pa
     other.processor = replace(assistant.processor, tokenizer=byte_tokenizer())
     with pytest.raises(CheckpointError, match=r"the tokenizer has 257 ids, the language model \d+"):
         other.save_pretrained(tmp_path / "model")
+
+
+def test_weights_that_two_layers_share_are_written_apart(assistant: Assistant, tmp_path: Path) -> None:
+    shared: Any = copy.deepcopy(assistant)
+    first, second, *_ = shared.model.language.layers
+    second.mixer.in_proj.weight = first.mixer.in_proj.weight
+    shared.save_pretrained(tmp_path / "model")
+    assert_equal(ssmvl.load(tmp_path / "model"), shared)
+
+
+def test_a_prompt_that_the_recipe_does_not_name_is_not_lost(assistant: Assistant, tmp_path: Path) -> None:
+    other = copy.copy(assistant)
+    other.processor = replace(assistant.processor, prompt=VicunaPrompt())
+    with pytest.raises(CheckpointError, match="prompt is VicunaPrompt, the recipe's is MambaPrompt"):
+        other.save_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("change", [not_a_number, lora, eps])
+def test_a_language_model_alone_is_checked_alike(
+    assistant: Assistant, tmp_path: Path, change: Callable[[Any], object]
+) -> None:
+    changed = copy.deepcopy(assistant)
+    change(changed.model)
+    with pytest.raises((CheckpointError, ContractError)):
+        changed.save_language(tmp_path / "language")
+    assert not (tmp_path / "language").exists()
+
+
+def test_digests_that_lack_a_file_are_damaged(assistant: Assistant, tmp_path: Path) -> None:
+    assistant.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "SHA256SUMS").write_text("")
+    with pytest.raises(CheckpointError, match=r"SHA256SUMS: is damaged, it does not list model\.safetensors"):
+        ssmvl.load(tmp_path / "model")
+
+
+def test_a_folder_of_version_1_begins_texts_as_it_was_trained(tmp_path: Path) -> None:
+    words = json.loads(load_tokenizer("words")[0].to_str())
+    begin = {"SpecialToken": {"id": END, "type_id": 0}}
+    single = [begin, {"Sequence": {"id": "A", "type_id": 0}}]
+    number = load_tokenizer("words")[0].token_to_id(END)
+    added = {END: {"id": END, "ids": [number], "tokens": [END]}}
+    words["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": added}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(words))
+    recipe = ssmvl.load_recipe("quickstart", f"model.tokenizer={tmp_path}")
+    model = ssmvl.build_model(recipe)
+    made = Assistant(model, build_processor(recipe, model), recipe)
+    made.save_pretrained(tmp_path / "model")
+    about = tmp_path / "model" / "ssmvl.json"
+    for version, begins in ((2, True), (1, False)):
+        about.write_text(about.read_text().replace('"format_version": 2', f'"format_version": {version}'))
+        ids = ssmvl.load(tmp_path / "model").processor.encode([{"role": "user", "content": "hi"}])["ids"].tolist()
+        assert (ids[0] == number) == begins

@@ -225,7 +225,7 @@ def test_another_begin_token_than_the_files_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bos", ["$0", "$A", "<s> x", "a:0"])
 def test_a_begin_token_of_any_spelling_is_added_once_or_refused(tmp_path: Path, bos: str) -> None:
     folder = write(tmp_path, {"add_bos_token": True, "bos_token": bos, "eos_token": "<|endoftext|>"}, bos)
-    if bos.startswith("$"):  # a variable of templates
+    if set(bos) & {"$", ":"}:  # templates have a meaning for these
         with pytest.raises(CheckpointError, match="cannot be put before a text; rename it"):
             load_tokenizer(str(folder))
     else:

@@ -143,7 +143,8 @@ class Averages(nn.Module):
         hidden = torch.zeros_like(embeds)
         for row, length in enumerate(lengths.tolist()):
             state.seen[row] = torch.cat([state.seen[row], embeds[row, :length]])
-            hidden[row, :length] = self.backbone(state.seen[row][None])[0, -length:]
+            if length:  # a row that has ended comes with nothing left
+                hidden[row, :length] = self.backbone(state.seen[row][None])[0, -length:]
         return hidden
 
     def step(self, embeds: Tensor, state: Remembered) -> Tensor:

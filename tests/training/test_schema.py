@@ -61,8 +61,8 @@ def test_prompts_that_differ_from_the_models_are_noted_and_saved() -> None:
         "quickstart", "stages.align.prompt=plain", f"stages.finetune.data={{name: mix, streams: {shares}}}"
     )
     assert check(recipe)[1] == [
-        "stages.align.prompt: trains with 'plain', not with model.prompt, 'mamba'; its model is saved with that",
-        "stages.finetune.data.streams.a.prompt: trains with 'zephyr', but the stage's model is saved with 'mamba'",
+        "stages.align.prompt: 'plain' overrides model.prompt 'mamba'; the stage's model is saved with 'plain'",
+        "stages.finetune.data.streams.a.prompt: 'zephyr', but the stage's model is saved with 'mamba'",
     ]
     assert recipe_after(recipe, "align").data["model"]["prompt"] == {"name": "plain"}
     assert recipe_after(recipe, "finetune") is recipe

@@ -202,7 +202,7 @@ def _place(out: str, split: str) -> str:
     """
     scheme, host = urlparse(out)[:2]
     if not re.fullmatch(r"\w[\w.-]*", split):
-        raise DataError(f"--split {split!r} must name a folder in --out: letters, digits, _, - and . after the first")
+        raise DataError(f"--split {split!r} must name a folder in --out: a letter, digit or _ first, then also - and .")
     if not out or (scheme in LISTED and not host):
         raise DataError(f"--out {out!r} is no place; write a folder, or a URL with a bucket such as s3://bucket/folder")
     if not is_remote(out):

@@ -223,7 +223,7 @@ def prefix_and_path(spec: str) -> tuple[str, Path]:
 
 
 def damage(data: bytes) -> str:
-    """Why the bytes of an image cannot be used; empty if they can.
+    """Return why the bytes of an image cannot be used, or an empty string.
 
     A JPEG, PNG or GIF with its end marker near the end, and a WebP of the size in its header, are taken as whole
     without decoding. All others are decoded, so that whatever decodes is kept: bytes may follow the end marker.

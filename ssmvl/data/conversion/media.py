@@ -154,12 +154,12 @@ def part_indices(content: Any) -> Iterator[int]:
 
 
 def _repeats(value: Any, names: Sequence[str]) -> bool:
-    """Whether a value is the name of one of a record's images, with more or fewer of its folders."""
+    """Check whether a value is the name of one of a record's images, with more or fewer of its folders."""
     return isinstance(value, str) and any(f"/{value}".endswith(f"/{n}") or f"/{n}".endswith(f"/{value}") for n in names)
 
 
 def _names_something(value: Any, words: set[str]) -> bool:
-    """Whether the value of a field that is called after media names one: a text, an index, a positive number."""
+    """Check whether a field that is called after media names one: its value is a text, an index, a positive number."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return bool(words & {"id", "index", "idx"}) or value > 0
     return True

@@ -94,7 +94,7 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 
 def _is_read(field: Any) -> bool:
-    """Whether a column is read: those of samples, and others that may name or hold media, which are then refused."""
+    """Select the columns of samples, and others that may name or hold media, whose records are then refused."""
     from pyarrow import types
 
     if field.name in (*TALKS, *COLUMNS_OF_IMAGES, *TYPES):

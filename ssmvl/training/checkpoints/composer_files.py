@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,21 @@ def model_tensors(path: Path, trust_pickle: bool = False) -> dict[str, Tensor]:
 
 
 def weights_problem(path: Path) -> str:
-    """Why the model's weights in a whole checkpoint cannot be trained on: one is not finite. Empty if all are.
+    """Return which of the model's weights in a complete checkpoint are not finite, or an empty string.
+
+    Shards are read part by part, so that no more than one part is in memory.
 
     Raises:
         CheckpointError: see `model_tensors`.
     """
-    wrong = [name for name, tensor in model_tensors(path).items() if not tensor.isfinite().all()]
+    found: Iterable[tuple[str, Tensor]]
+    if path.is_dir():
+        parts = read_index(path).storage_data.items()
+        named = ((key.fqn, place) for key, place in parts if key.fqn.startswith(SHARDED_MODEL))
+        found = ((name.removeprefix(SHARDED_MODEL), _part(path, place)) for name, place in named)
+    else:
+        found = model_tensors(path).items()
+    wrong = list(dict.fromkeys(name for name, tensor in found if not tensor.isfinite().all()))
     what = short(", ".join(wrong[:5])) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
     return f"holds weights that are not finite: {what}" if wrong else ""
 

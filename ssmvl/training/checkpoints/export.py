@@ -62,7 +62,7 @@ def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path,
         raise CheckpointError(f"{name}: no such file or folder{advice}")
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path} holds weights that need no export: ssmvl.load reads the folder of a saved model")
-    if why := damage(path, trust_pickle) or corruption(path):
+    if why := damage(path, trust_pickle):
         raise CheckpointError(f"{path} {why}")
     return path, []
 
@@ -135,6 +135,8 @@ def _save(out: str | Path, tensors: dict[str, Tensor], recipe: Recipe, processor
 
 def _tensors(path: Path, made: _Built, trust_pickle: bool) -> dict[str, Tensor]:
     """What the model is saved with, of a checkpoint that has that and nothing else."""
+    if why := corruption(path):
+        raise CheckpointError(f"{path} {why}")
     tensors = model_tensors(path, trust_pickle)
     SAME.check(made.model, tensors, f"{path}, with the recipe {made.recipe.source},")
     return {name: tensors[name] for name in SAME.sources(made.model)}

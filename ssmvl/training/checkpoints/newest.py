@@ -7,7 +7,7 @@ import zipfile
 from itertools import islice
 from pathlib import Path
 
-from ssmvl.errors import CheckpointError, short
+from ssmvl.errors import short
 from ssmvl.training.checkpoints.composer_files import read_index, weights_problem
 
 CHECKPOINT = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # of one device or DDP a file, sharded a folder
@@ -68,8 +68,8 @@ def _weights_damage(path: Path) -> str:
         if why := corruption(path):
             return why
         return weights_problem(path)
-    except CheckpointError as error:
-        return f"cannot be read ({short(str(error))})"
+    except Exception as error:  # damaged bytes may raise anything on their way through torch
+        return f"cannot be read ({type(error).__name__}: {short(str(error))})"
 
 
 def _shards_damage(folder: Path, trust_pickle: bool) -> str:

@@ -23,6 +23,7 @@ from ssmvl.checkpoints import read_tensors
 from ssmvl.errors import CheckpointError, RecipeError
 from ssmvl.recipes.merge import load_recipe
 from ssmvl.training.checkpoints.export import export, find_checkpoint
+from ssmvl.training.checkpoints.newest import newest_whole
 
 # Composer and streaming warn on their own account; torch where it saves shards of one rank.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -218,12 +219,23 @@ def test_a_checkpoint_outside_of_its_stages_folder_has_no_known_prompt(
     monkeypatch.chdir(tmp_path)
     _, tensors = run_of("quickstart", "stages.align.prompt=plain")
     elsewhere = write_file(Path("copied/ep0-ba4-rank0.pt"), state(tensors))
-    with pytest.warns(UserWarning, match=r"is not in a stage's folder, .*stages\.align\.prompt: trains with 'plain'"):
+    with pytest.warns(UserWarning, match=r"is not in a stage's folder, .*stages\.align\.prompt: 'plain' overrides"):
         export(elsewhere, OUT, "runs/quickstart")
     write_file(FILE, state(tensors))
     export(FILE, "known")
     prompts = [load_recipe(folder).data["model"]["prompt"]["name"] for folder in (OUT, "known")]
     assert prompts == ["mamba", "plain"]
+
+
+def test_a_flipped_byte_in_a_file_is_found(tensors: dict[str, Tensor]) -> None:
+    write_file(FILE, state(tensors))
+    data = bytearray(FILE.read_bytes())
+    data[data.find(tensors["language.embedding.weight"].numpy().tobytes()) + 163] ^= 64
+    FILE.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"is damaged: its part .* does not have the checksum in the file"):
+        export(FILE, OUT)
+    (why,) = newest_whole(CHECKPOINTS, finite=True)[1].values()
+    assert "does not have the checksum" in why
 
 
 def test_names_that_mean_no_checkpoint(tensors: dict[str, Tensor]) -> None:
