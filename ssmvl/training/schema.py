@@ -22,6 +22,7 @@ from ssmvl.recipes.merge import Recipe
 from ssmvl.training.composer_classes import check_composer
 from ssmvl.training.freezing import is_under
 from ssmvl.training.optimizer import Optimizer
+from ssmvl.training.stage_prompts import prompts_of_stages
 
 
 def _is_place(place: str) -> bool:
@@ -146,40 +147,6 @@ def stage_order(recipe: Recipe) -> list[str]:
     named = [name for name in stages if name != "order"]
     order = stages.get("order", named)
     return list(order) if isinstance(order, list) and sorted(map(str, order)) == sorted(named) else named
-
-
-def recipe_after(recipe: Recipe, stage: str) -> Recipe:
-    """The recipe that a stage's model is saved with: its prompt is the one that the stage trained with."""
-    prompt = (recipe.data["stages"].get(stage) or {}).get("prompt")
-    if prompt is None:
-        return recipe
-    return Recipe({**recipe.data, "model": {**recipe.data["model"], "prompt": prompt}}, recipe.source)
-
-
-def prompts_of_stages(recipe: Recipe) -> list[str]:
-    """One line for each stage, or stream of its data, that trains with another prompt than `model.prompt`."""
-    model, lines = recipe.data["model"].get("prompt"), []
-    for name, stage in (recipe.data.get("stages") or {}).items():
-        if not isinstance(stage, dict):
-            continue
-        own = stage.get("prompt") or model
-        if own != model:
-            what = (
-                f"{_shown(own)} overrides model.prompt {_shown(model)}; the stage's model is saved with {_shown(own)}"
-            )
-            lines.append(f"stages.{name}.prompt: {what}")
-        data = stage.get("data")
-        streams = data.get("streams") if isinstance(data, dict) else None
-        for stream, share in streams.items() if isinstance(streams, dict) else ():
-            if isinstance(share, dict) and share.get("prompt") not in (None, own):
-                what = f"{_shown(share['prompt'])}, but the stage's model is saved with {_shown(own)}"
-                lines.append(f"stages.{name}.data.streams.{stream}.prompt: {what}")
-    return lines
-
-
-def _shown(prompt: Any) -> str:
-    named = isinstance(prompt, dict) and list(prompt) == ["name"]
-    return repr(prompt["name"] if named else prompt)
 
 
 def check(recipe: Recipe) -> tuple[Plan, list[str]]:

@@ -32,7 +32,8 @@ from ssmvl.training.checkpoints.pruning import remove_old
 from ssmvl.training.distributed import every_rank, first_rank, patient
 from ssmvl.training.report import report
 from ssmvl.training.run_folder import RunFolder
-from ssmvl.training.schema import Plan, recipe_after
+from ssmvl.training.schema import Plan
+from ssmvl.training.stage_prompts import recipe_after
 from ssmvl.training.trainer import read_questions, stage_store, stage_trainer
 
 WAIT = 600.0  # seconds that ranks wait for each other while they train, as torch has it for GPUs

@@ -18,7 +18,8 @@ from ssmvl.recipes.ablations import PREFIX, shipped_ablations
 from ssmvl.recipes.files import recipe_names, recipe_path
 from ssmvl.recipes.merge import Recipe, load_recipe
 from ssmvl.training.freezing import is_under
-from ssmvl.training.schema import check, prompts_of_stages, stage_order
+from ssmvl.training.schema import check, stage_order
+from ssmvl.training.stage_prompts import prompts_of_stages
 
 SYSTEMS = ["ml_mamba", "cobra", "vl_mamba", "mamba_vlm", "mamba_vlm_7b"]
 EVERY = [*recipe_names(), *[PREFIX + entry.name for entry in shipped_ablations()]]

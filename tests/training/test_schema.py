@@ -14,7 +14,8 @@ from ssmvl.errors import Problem, RecipeError
 from ssmvl.processing.tokenizers import byte_tokenizer
 from ssmvl.recipes.merge import load_recipe
 from ssmvl.training.freezing import is_under
-from ssmvl.training.schema import check, recipe_after
+from ssmvl.training.schema import check
+from ssmvl.training.stage_prompts import recipe_after
 
 Install = Callable[[str, str], None]
 

@@ -24,7 +24,7 @@ from ssmvl.recipes.merge import Recipe, load_recipe
 from ssmvl.training.checkpoints.composer_files import METADATA_FILE, model_tensors
 from ssmvl.training.checkpoints.newest import CHECKPOINT, corruption, damage, newest_whole
 from ssmvl.training.checkpoints.stores import BucketStore
-from ssmvl.training.schema import prompts_of_stages, recipe_after
+from ssmvl.training.stage_prompts import prompts_of_stages, recipe_after
 
 GIVE_RECIPE = "give it with --recipe: the run folder, such as runs/NAME, or a recipe (in Python recipe=)"
 

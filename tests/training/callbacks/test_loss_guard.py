@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from composer.utils import dist
 from ranks import two_ranks
 from torch import Tensor
 
@@ -112,6 +113,19 @@ def test_steps_in_a_row_are_skipped_up_to_a_number(
         bad_gradients(patch, 2, 3, 4)
         with pytest.raises(RunError, match=r"step 4: the gradient is not finite .* max_skipped_steps"):
             ssmvl.train(tiny, *ONE_STAGE, "run=stopped", "stages.finetune.max_skipped_steps=2")
+
+
+@pytest.mark.long
+def test_both_sharded_ranks_skip_the_same_step(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train() -> None:
+        with monkeypatch.context() as patch:
+            bad_gradients(patch, *([2] if dist.get_global_rank() else []))  # one rank's gradient reaches both
+            ssmvl.train(tiny, *ONE_STAGE, "stages.finetune.max_skipped_steps=1")
+
+    first, second = two_ranks(train, tiny.parent)
+    assert "step 2: the gradient is not finite" in first
+    assert "skipped (" not in second
+    assert finite("runs/tiny/model")
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny: Path) -> None:
