@@ -23,7 +23,7 @@ from ssmvl.data.workers import cores
 from ssmvl.errors import Problem, RecipeError, RunError
 from ssmvl.evaluation.runner import Evaluation, ask, one_question_each, require_answerable
 from ssmvl.generation.assistant import load
-from ssmvl.model.build import build_model, build_processor
+from ssmvl.model.build import build_model, build_processor, build_prompt
 from ssmvl.model.loading import open_weights
 from ssmvl.model.saved import save_folder
 from ssmvl.processing.processor import Processor
@@ -115,7 +115,8 @@ class Session:
             stage.data(split="train")
             if stage.evaluation is not None:
                 where = f"stages.{name}.evaluation"
-                self._check_questions(where, stage.evaluation, stage.processor(processor))
+                prompt = build_prompt(recipe_after(self.recipe, name))
+                self._check_questions(where, stage.evaluation, replace(stage.processor(processor), prompt=prompt))
         for name in names:
             start = self._start(name)
             if isinstance(start, Path):
@@ -125,8 +126,8 @@ class Session:
             elif start != "recipe":
                 open_weights(start, "model", verify=False).check(model)  # names and shapes
         if self._evaluation is not None:
-            last = list(self.plan.stages.values())[-1].processor(processor)
-            self._check_questions("evaluation", self._evaluation, replace(last, max_text_tokens=None))
+            prompt = build_prompt(recipe_after(self.recipe, self.folder.stages[-1]))
+            self._check_questions("evaluation", self._evaluation, replace(processor, prompt=prompt))
 
     def _check_questions(self, where: str, options: Evaluation, processor: Processor) -> None:
         records = read_records(options.data(split="test"))
@@ -150,8 +151,9 @@ class Session:
         )
         if self.rank == 0:
             tensors = {key: tensors[key] for key in SAME.sources(vlm.model)}  # FSDP2 gives tied ones twice
-            processor = trainer.state.train_dataloader.dataset.processor
-            save_folder(self.folder.model(name), tensors, recipe_after(self.recipe, name), processor)
+            recipe = recipe_after(self.recipe, name)
+            processor = replace(trainer.state.train_dataloader.dataset.processor, prompt=build_prompt(recipe))
+            save_folder(self.folder.model(name), tensors, recipe, processor)
             remove_old(stage_store(self.folder, name), self.plan.stages[name].keep)  # all have been sent by now
         self._say(f"stage {name}: finished, {self.folder.model(name)} holds its model")
         trainer.close()

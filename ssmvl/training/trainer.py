@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from composer.utils.parallelism import FSDP2Config
 from ssmvl.data.streams import TrainLoader, read_records, train_loader
 from ssmvl.errors import ContractError, MissingDependencyError, RunError
 from ssmvl.evaluation.runner import Evaluation
-from ssmvl.model.build import build_model, build_processor
+from ssmvl.model.build import build_model, build_processor, build_prompt
 from ssmvl.model.costs import StepFlops
 from ssmvl.processing.batch import num_samples, num_tokens, split_batch
 from ssmvl.processing.processor import Processor
@@ -40,6 +41,7 @@ from ssmvl.training.gradients import GradientClipping, all_finite
 from ssmvl.training.optimizer import adamw, cosine_schedule, restore_options
 from ssmvl.training.run_folder import RunFolder
 from ssmvl.training.schema import Plan, Stage, StageEvaluation
+from ssmvl.training.stage_prompts import recipe_after
 
 
 def stage_trainer(
@@ -157,7 +159,8 @@ def _trained(vlm: ComposerVLM) -> list[str]:
 def _watchers(
     recipe: Recipe, folder: RunFolder, name: str, stage: Stage, loader: TrainLoader, guard: LossGuard
 ) -> list[Callback]:
-    processor: Processor = loader.dataset.processor
+    prompt = build_prompt(recipe_after(recipe, name))
+    processor: Processor = replace(loader.dataset.processor, prompt=prompt)
     asked = stage.evaluation
     return [
         AnswerAccuracy(),

@@ -57,7 +57,7 @@ def test_a_right_recipe_becomes_a_plan_in_its_order() -> None:
 
 
 def test_prompts_that_differ_from_the_models_are_noted_and_saved() -> None:
-    shares = "{a: {data: {name: digit_scenes}, proportion: 1, prompt: zephyr}}"
+    shares = "{a: {data: {name: digit_scenes}, prompt: zephyr}, b: {data: {name: digit_scenes}}}"
     recipe = load_recipe(
         "quickstart", "stages.align.prompt=plain", f"stages.finetune.data={{name: mix, streams: {shares}}}"
     )
@@ -66,6 +66,9 @@ def test_prompts_that_differ_from_the_models_are_noted_and_saved() -> None:
         "stages.finetune.data.streams.a.prompt: 'zephyr', but the stage's model is saved with 'mamba'",
     ]
     assert recipe_after(recipe, "align").data["model"]["prompt"] == {"name": "plain"}
+    one = "{a: {data: {name: digit_scenes}, prompt: zephyr}, b: {data: {name: digit_scenes}, prompt: zephyr}}"
+    mixed = load_recipe("quickstart", f"stages.finetune.data={{name: mix, streams: {one}}}")
+    assert recipe_after(mixed, "finetune").data["model"]["prompt"] == {"name": "zephyr"}
     assert recipe_after(recipe, "finetune") is recipe
     assert recipe.data["model"]["prompt"] == {"name": "mamba"}
 
