@@ -47,10 +47,10 @@ def require_answerable(records: Sequence[Mapping[str, Any]], processor: Processo
     """Check, before a model is trained, that each record can be asked and scored; its images are decoded.
 
     Returns:
-        A note where `max_new_tokens` cuts answers off, which can only count as wrong; else an empty text.
+        A note on answers longer than `max_new_tokens`, which can only count as wrong, or an empty string.
 
     Raises:
-        DataError: a record cannot be, or there is none; names it.
+        DataError: the set is empty, or a record cannot be asked or scored; names the record.
     """
     if not records:
         raise DataError("the evaluation set is empty")
@@ -75,9 +75,9 @@ def require_answerable(records: Sequence[Mapping[str, Any]], processor: Processo
 
 
 def one_question_each(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Split records into one for each of their answers, with the turns and the images before it.
+    """Split each record into one per answer, with the turns and images before it.
 
-    `source` is the index of the record that each was part of.
+    `source` is the index of the original record.
     """
     single = []
     for source, record in enumerate(records):

@@ -66,8 +66,9 @@ class Assistant:
             max_new_tokens: length of an answer at the most.
 
         Raises:
-            DataError: prompts are no list of texts or conversations, images no list of as many, max_new_tokens no whole
-                number, or an image cannot be decoded.
+            DataError: prompts is not a list of texts or conversations, images is not a list of the same length,
+                max_new_tokens is not a whole number, or an image cannot be decoded.
+            BackendError: the logits are NaN.
         """
         _check_lists(prompts, images, max_new_tokens)
         images = [None] * len(prompts) if images is None else images

@@ -21,9 +21,7 @@ def cast_for(x: Tensor, module: nn.Module) -> Tensor:
     """
     weight = getattr(module, "weight", None)
     for parameter in [weight] if isinstance(weight, Tensor) else module.parameters():
-        if (
-            parameter.is_floating_point() and parameter.itemsize > 1
-        ):  # 8 bits store weights, and nothing computes in them
+        if parameter.is_floating_point() and parameter.itemsize > 1:  # float8 is for storage only
             return x.to(parameter.dtype)
     return x
 

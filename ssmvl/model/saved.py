@@ -91,26 +91,27 @@ def require_loadable(
     processor: Processor,
     model: nn.Module | None = None,
 ) -> dict[str, Tensor]:
-    """Check that what would be saved is what the recipe would load: names, shapes, finite values, tokenizer and prompt.
+    """Check that what is saved can be loaded with the recipe: names, shapes, finite values, tokenizer and prompt.
 
     Args:
         folder: for messages.
         tensors: of the model, by name.
         recipe: saved with them.
         processor: saved with them.
-        model: whose settings are compared with the recipe's too, where it is there.
+        model: if given, its settings are compared with the recipe's too.
 
     Returns:
-        The tensors under the first of their names, each with memory of its own: tied ones are written once, and those
-        that the model merely shares are written apart.
+        The tensors to write. Tied ones appear once, under their first name. Others that share memory are copied.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: it cannot be loaded; says why.
     """
     what = f"{folder} is not written"
     others = [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]
     if others:
-        raise CheckpointError(f"{what}: {short(', '.join(others[:5]))} are no tensors; quantized models are not saved")
+        raise CheckpointError(
+            f"{what}: {short(', '.join(others[:5]))} are not tensors; quantized models cannot be saved"
+        )
     described = build_model(recipe, device="meta")
     try:
         SAME.check(described, tensors, f"{what}: what should be saved")

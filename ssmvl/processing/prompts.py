@@ -100,9 +100,9 @@ class MambaPrompt:
 class VicunaPrompt:
     """`<s>{system} USER: {question} ASSISTANT: {answer}<end>USER: …`, turn after turn; images before their question.
 
-    For LLaMA tokenizers, which write the space before an answer, and before the next question, themselves. `<s>` stands
-    for the token that the tokenizer begins a text with; it is left out where there is none. Images are moved to the
-    beginning of their question, as LLaVA-1.5 does before it reads; the ids are then its own.
+    For LLaMA tokenizers, which add the space before an answer and before the next question themselves. `<s>` stands for
+    the tokenizer's BOS token and is omitted if the tokenizer has none. Images are moved to the beginning of their
+    question, as in LLaVA-1.5, so the ids equal LLaVA's.
 
     Source: Vicuna v1.5 (arXiv 2306.05685); with images, LLaVA-1.5 (arXiv 2310.03744).
     """

@@ -36,8 +36,8 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, str]:
     """A tokenizer and its token that ends an answer.
 
     The end is the `eos_token` of the `tokenizer_config.json` beside a `tokenizer.json`, or `<|endoftext|>` where that
-    names none. Truncation, padding and dropout that a file carries are dropped with a warning; what its post-processor
-    begins a text with is kept, or follows the config's `add_bos_token`.
+    names none. Truncation, padding and dropout in the file are disabled with a warning. A BOS token that the
+    post-processor adds is kept, unless the config's `add_bos_token` says otherwise.
 
     Args:
         name: `bytes`; `words`, which is `bytes` with the words of the quickstart's questions as tokens of their own;
@@ -109,7 +109,7 @@ def config_text(end: str) -> str:
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
-    """The ids that a tokenizer's post-processor puts before a text, such as those of Llama's `<s>`; mostly none."""
+    """The ids that a tokenizer's post-processor prepends to a text: usually none, or BOS, such as Llama's `<s>`."""
     for text in ("a", "the", "0"):
         if plain := tokenizer.encode(text, add_special_tokens=False).ids:
             whole = tokenizer.encode(text).ids
@@ -136,11 +136,10 @@ def _drop_what_changes_texts(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def _follow_add_bos_token(tokenizer: Tokenizer, config: dict[str, Any], path: Path) -> None:
-    """Have texts begin with the config's `bos_token` as its `add_bos_token` says; as the file has it if that is unset.
+    """Add or remove the BOS token as the config's `add_bos_token` says; if that is unset, change nothing.
 
     Raises:
-        CheckpointError: the config asks for a `bos_token` that the tokenizer does not have, or for another than the
-            file adds.
+        CheckpointError: the tokenizer does not have the config's `bos_token`, or its post-processor adds another token.
     """
     add, bos, begin = config.get("add_bos_token"), config.get("bos_token"), beginning(tokenizer)
     id_ = tokenizer.token_to_id(bos or "")
@@ -152,19 +151,19 @@ def _follow_add_bos_token(tokenizer: Tokenizer, config: dict[str, Any], path: Pa
         has = f"adds {[tokenizer.id_to_token(number) for number in begin]}" if begin else "has no such token"
         raise CheckpointError(f"{path}: {CONFIG_FILE} adds the bos_token {bos!r}, but the tokenizer {has}")
     plain = tokenizer.encode("a", add_special_tokens=False).ids
-    with suppress(ValueError):  # a token that is written as a variable is
+    with suppress(ValueError):  # a token that is spelled like a template variable
         tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, id_)])
     if tokenizer.encode("a").ids != [id_, *plain]:
         raise CheckpointError(f"{path}: the bos_token {bos!r} cannot be put before a text; rename it")
 
 
 def without_beginning(tokenizer: Tokenizer) -> None:
-    """Have a tokenizer put nothing before a text."""
+    """Stop a tokenizer from prepending BOS."""
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # one that adds nothing
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """A `tokenizer_config.json`, its `eos_token` and `bos_token` as texts; empty if there is none."""
+    """Read a `tokenizer_config.json`, with `eos_token` and `bos_token` as strings; an empty dict if the file is missing."""
     if not path.is_file():
         return {}
     try:

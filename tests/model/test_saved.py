@@ -266,7 +266,7 @@ def not_a_number(model: Any) -> None:
         (lambda model: model.to("meta"), "a model on meta holds no weights"),
         (eps, r"language\.norm_f\.eps: 0\.5, in the recipe 1e-05"),
         (swapped_activation, r"connector\.stem\.1: 'ReLU', in the recipe 'GELU'"),
-        (dynamic_int8, "are no tensors; quantized models are not saved"),
+        (dynamic_int8, "are not tensors; quantized models cannot be saved"),
     ],
 )
 def test_what_could_not_be_loaded_again_is_not_written(

@@ -50,8 +50,8 @@ def conversation(record: Any, images: int) -> list[Turn]:
     without an answer.
 
     Raises:
-        UnusableError: there is none, an answer is blank, its `<image>` marks do not match the images, or it has media
-            that are not read.
+        UnusableError: the record has no conversation, an answer is blank, the `<image>` marks do not match the images,
+            or the record has media that are not read.
     """
     everything = _turns(record)
     _require_only_images(record, everything, images)
