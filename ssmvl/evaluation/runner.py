@@ -112,7 +112,7 @@ def ask(
     for start in range(0, len(chosen), options.batch):
         indices = chosen[start : start + options.batch]
         talks = [records[index]["conversation"] for index in indices]
-        prompts = [talk[0]["content"] if len(talk) == 2 else talk[:-1] for talk in talks]
+        prompts = [talk[:-1] for talk in talks]
         own = [[read_image(image) for image in records[index]["images"]] for index in indices]
         black = [[Image.new("RGB", image.size) for image in images] for images in own]
         other = [
@@ -122,14 +122,8 @@ def ask(
             for index, images in zip(indices, own, strict=True)
         ]
         answers = (
-            assistant.generate(prompts, [_given(i) for i in images], max_new_tokens=options.max_new_tokens)
-            for images in (own, black, other)
+            assistant.generate(prompts, images, max_new_tokens=options.max_new_tokens) for images in (own, black, other)
         )
         types, questions = [records[i]["type"] for i in indices], [talk[-2]["content"] for talk in talks]
         answered += map(Answered, types, questions, map(assistant.processor.taught, talks), *answers)
     return answered
-
-
-def _given(images: list[Image.Image]) -> Image.Image | list[Image.Image] | None:
-    """One image as itself, none as None: what most assistants are asked with."""
-    return images if len(images) > 1 else next(iter(images), None)

@@ -163,7 +163,7 @@ def without_beginning(tokenizer: Tokenizer) -> None:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """Read a `tokenizer_config.json`, with `eos_token` and `bos_token` as strings; an empty dict if the file is missing."""
+    """Read a `tokenizer_config.json`, its `eos_token` and `bos_token` as strings; empty if the file is missing."""
     if not path.is_file():
         return {}
     try:

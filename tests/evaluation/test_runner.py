@@ -31,11 +31,13 @@ class BrightnessReader:
     def __init__(self) -> None:
         self.calls: list[tuple[list[Any], list[Any], int]] = []
 
-    def generate(self, prompts: Sequence[Any], images: Sequence[Any], *, max_new_tokens: int) -> list[str]:
-        listed = [image if isinstance(image, list) else [image] if image else [] for image in images]
-        sizes = [[one.size for one in image] for image in listed]
-        self.calls.append((list(prompts), [size[0] if len(size) == 1 else size for size in sizes], max_new_tokens))
-        return ["+".join(str(one.getpixel((0, 0))[0]) for one in image) or "-" for image in listed]
+    def generate(
+        self, prompts: Sequence[Sequence[Any]], images: Sequence[list[Image.Image]], *, max_new_tokens: int
+    ) -> list[str]:
+        texts = [prompt[0]["content"] if len(prompt) == 1 else prompt for prompt in prompts]
+        sizes = [[one.size for one in image] for image in images]
+        self.calls.append((texts, [size[0] if len(size) == 1 else size for size in sizes], max_new_tokens))
+        return ["+".join(str(cast(Any, one.getpixel((0, 0)))[0]) for one in image) or "-" for image in images]
 
 
 def record(type_: str, brightness: int | None, answer: str, width: int = 2) -> dict[str, Any]:

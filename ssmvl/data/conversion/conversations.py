@@ -15,9 +15,9 @@ from ssmvl.data.conversion.media import (
     IMAGE_FILE,
     MARK,
     UnreadPartError,
+    image_parts,
     join_parts,
-    part_images,
-    part_indices,
+    part_name,
     placeholder,
     unread_media,
 )
@@ -85,9 +85,7 @@ def image_names(record: Any) -> list[str]:
         return [name if IMAGE_FILE.fullmatch(name) else f"{name}.jpg"]
     names = record.get("image") or record.get("images") or []
     names = names if isinstance(names, list) else [names]
-    return [name if isinstance(name, str) else repr(name) for name in names] or [
-        name for name in _part_images(record) if name is not None
-    ]
+    return [name if isinstance(name, str) else repr(name) for name in names] or _names_of_parts(record)
 
 
 def sample_type(record: Any, names: list[str]) -> str:
@@ -113,10 +111,10 @@ def _require_only_images(record: Mapping[str, Any], turns: list[Turn], images: i
     image, *more = [one if isinstance(one, list) else [one] for one in given] or [[]]
     if more and image != more[0]:
         raise UnusableError("unread media", f"image and images differ: {image!r} and {more[0]!r}")
-    parts = [name for name in _part_images(record) if name is not None]
+    parts = _names_of_parts(record)
     if parts and parts != names:
         raise UnusableError("unread media", f"typed parts name other images than the record: {parts!r} and {names!r}")
-    indices = [index for turn in _told(record) for index in part_indices(turn.get("value", turn.get("content")))]
+    indices = [part["index"] for part in _image_parts(record) if isinstance(part.get("index"), int)]
     if indices != sorted(indices):
         raise UnusableError("image marks", f"typed parts take images in another order: {indices}")
     if len(names) > images:
@@ -137,9 +135,13 @@ def _told(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield from (turn for turn in turns if isinstance(turn, Mapping)) if isinstance(turns, list) else ()
 
 
-def _part_images(record: Mapping[str, Any]) -> Iterator[str | None]:
+def _image_parts(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for turn in _told(record):
-        yield from part_images(turn.get("value", turn.get("content")))
+        yield from image_parts(turn.get("value", turn.get("content")))
+
+
+def _names_of_parts(record: Mapping[str, Any]) -> list[str]:
+    return [name for part in _image_parts(record) if (name := part_name(part)) is not None]
 
 
 def _is_lrv(record: Mapping[str, Any]) -> bool:

@@ -18,20 +18,8 @@ PLAIN_FIELDS = {
     *("id", "value", "content", "question", "answer", "caption", "original_caption", "text", "alt", "title"),
     *("user", "assistant", "url", "type"),
 }
-MEMBERS = "media members"  # the field in which a tar's record lists members that are not read
 OTHER_MEDIA = {
-    MEMBERS,
-    "video",
-    "videos",
-    "audio",
-    "audios",
-    "speech",
-    "sound",
-    "sounds",
-    "voice",
-    "clip",
-    "clips",
-    "frames",
+    *("video", "videos", "audio", "audios", "speech", "sound", "sounds", "voice", "clip", "clips", "frames"),
 }
 IMAGE_WORDS = {
     *("image", "images", "img", "imgs", "picture", "pictures", "pic", "pics", "photo", "photos"),
@@ -90,13 +78,18 @@ def unread_media(record: Mapping[str, Any], names: Sequence[str], images: int) -
             unread |= bool(words & (IMAGE_WORDS | OTHER_WORDS)) and _names_something(value, words)
         elif words & IMAGE_WORDS and re.search(r"\d", field):  # image2, image_3
             unread |= holds and not _repeats(value, names)
-        for name in _media_files(value):
-            metadata = images > 0 and not OTHER_FILE.fullmatch(name)  # of an image that is read
-            metadata &= name.startswith(("http://", "https://")) or not words & IMAGE_WORDS or not names
-            unread |= not (_repeats(name, names) or (metadata and name != "bytes"))
-        if unread:
+        if unread or not all(_is_metadata(file, words, names, images) for file in _media_files(value)):
             return f"the field {field!r} names media that are not read: {value!r}"
     return ""
+
+
+def _is_metadata(file: str, words: set[str], names: Sequence[str], images: int) -> bool:
+    """Check whether a media file that a field names is one of the record's images, or only describes one."""
+    if _repeats(file, names):
+        return True
+    if not images or file == "bytes" or OTHER_FILE.fullmatch(file):
+        return False
+    return file.startswith(("http://", "https://")) or not words & IMAGE_WORDS or not names
 
 
 def field_words(field: str) -> list[str]:
@@ -137,20 +130,18 @@ def join_parts(parts: Sequence[Any]) -> str:
     return joined
 
 
-def part_images(content: Any) -> Iterator[str | None]:
-    """Yield the name of each image among the typed parts of a message; None for a part that names none."""
+def image_parts(content: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the images among the typed parts of a message."""
     for part in content if isinstance(content, list) else ():
         if isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS:
-            given = next((part[key] for key in (*IMAGE_PARTS, "url", "path") if part.get(key)), None)
-            given = given.get("url") or given.get("path") or given if isinstance(given, Mapping) else given
-            yield None if given is None else str(given).removeprefix("file://")
+            yield part
 
 
-def part_indices(content: Any) -> Iterator[int]:
-    """Yield the index that each image among the typed parts of a message gives itself, where it gives one."""
-    for part in content if isinstance(content, list) else ():
-        if isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS and isinstance(part.get("index"), int):
-            yield part["index"]
+def part_name(part: Mapping[str, Any]) -> str | None:
+    """The file or URL that an image part names; None if it names none."""
+    given = next((part[key] for key in (*IMAGE_PARTS, "url", "path") if part.get(key)), None)
+    given = given.get("url") or given.get("path") or given if isinstance(given, Mapping) else given
+    return None if given is None else str(given).removeprefix("file://")
 
 
 def _repeats(value: Any, names: Sequence[str]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmvl.data.conversion.conversations import TALKS
-from ssmvl.data.conversion.media import FILE_WORDS, IMAGE_WORDS, MEMBERS, OTHER_MEDIA, OTHER_WORDS, field_words
+from ssmvl.data.conversion.media import FILE_WORDS, IMAGE_WORDS, OTHER_MEDIA, OTHER_WORDS, field_words
 from ssmvl.data.conversion.records import Chunk, Image, Published, SourceFile, require
 from ssmvl.errors import DataError, short
 
@@ -31,13 +31,12 @@ class ParquetChunk(Chunk):
                 rows = _values(batch, self.source, number)
                 number += len(rows)
                 for row in rows:
-                    images, *more = [
-                        cell for column in COLUMNS_OF_IMAGES if (cell := _cell(row.pop(column, None)))
-                    ] or [[]]
-                    if more and [image.data for image in more[0]] != [image.data for image in images]:
-                        row[MEMBERS] = ["image and images differ"]
+                    cells = [_cell(row.pop(column, None)) for column in COLUMNS_OF_IMAGES]
+                    images, *more = [cell for cell in cells if cell] or [[]]
+                    differ = more and [image.data for image in more[0]] != [image.data for image in images]
+                    unread = "the columns image and images differ" if differ else ""
                     given = next((row[column] for column in TYPES if row.get(column)), "" if images else "text")
-                    yield Published(row, images, str(given))
+                    yield Published(row, images, str(given), unread)
 
 
 def parquet_chunks(file: SourceFile) -> Iterator[Chunk]:

@@ -54,11 +54,12 @@ class Image(NamedTuple):
 
 
 class Published(NamedTuple):
-    """A record as it was published."""
+    """A record as it was published, and media of it that the reader of its file does not read."""
 
     record: Any
     images: Sequence[Image]
     type: str
+    unread: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Chunk(ABC):
         """
         for number, (id_, published) in enumerate(zip(self.ids, self._records(), strict=True), self.first):
             try:
+                if published.unread:
+                    raise UnusableError("unread media", published.unread)
                 talk = conversation(published.record, len(published.images))
                 images = [image.read() for image in published.images]
             except UnusableError as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ssmvl.data.conversion.conversations import TALKS, image_names
 from ssmvl.data.conversion.images import Place
-from ssmvl.data.conversion.media import IMAGE_FILE, MARK, MEMBERS, OTHER_FILE
+from ssmvl.data.conversion.media import IMAGE_FILE, MARK, OTHER_FILE
 from ssmvl.data.conversion.records import Chunk, Image, Published, SourceFile
 from ssmvl.errors import DataError
 
@@ -38,9 +38,8 @@ class TarChunk(Chunk):
                     told = {"texts": [{"user": "\n".join([MARK] * len(images)), "assistant": caption}]}
                     record = {**record, **told} if isinstance(record, dict) else told
             images = _in_order(images, image_names(record))
-            if others and isinstance(record, dict):
-                record[MEMBERS] = others  # which `conversation` refuses
-            yield Published(record, images, "" if images else "text")
+            unread = f"the tar's members {', '.join(others)} are not read" if others else ""
+            yield Published(record, images, "" if images else "text", unread)
 
 
 def tar_chunks(file: SourceFile) -> Iterator[Chunk]:
