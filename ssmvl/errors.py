@@ -21,7 +21,10 @@ builtin, so code that knows nothing of this library can catch it.
 from __future__ import annotations
 
 import difflib
+import os
+import traceback
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 __all__ = [
@@ -40,7 +43,11 @@ __all__ = [
     "PluginWarning",
     "nearest",
     "short",
+    "foreign",
 ]
+
+
+OURS = f"{Path(__file__).parent}{os.sep}"
 
 
 class SsmvlError(Exception):
@@ -117,6 +124,25 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, allowed, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{hint} Allowed: {', '.join(allowed) or 'nothing'}."
+
+
+def foreign(error: BaseException) -> str:
+    """The text "KeyError: 'x' (FILE, line N)" for an exception of foreign code, shared by every such message.
+
+    The line is the last one that is neither ours nor torch's. With `SSMVL_TRACEBACK=1` the traceback is printed too.
+    """
+    if wants_traceback():
+        traceback.print_exception(error)
+    text = f"{type(error).__name__}: {error}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((OURS, "<")) and f"{os.sep}torch{os.sep}" not in frame.filename:
+            return f"{text} ({frame.filename}, line {frame.lineno})"
+    return text
+
+
+def wants_traceback() -> bool:
+    """Whether the user asked for tracebacks (`--traceback` or `SSMVL_TRACEBACK=1`)."""
+    return os.environ.get("SSMVL_TRACEBACK", "") not in ("", "0")
 
 
 def short(text: str) -> str:

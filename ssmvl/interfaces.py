@@ -6,7 +6,7 @@ one image, T positions, D width, E inner width, H heads, P head width, S state s
     Grid         (maps, rows, columns); maps > 1 only for a visual long sequence
     segments     (B, L) int32: 0, 1, 2, … in each row, -1 = padding. Only in `forward`: state never meets segments.
     lengths      (B,) real positions of each row; rows are right-padded
-    paths        (K, L) int64: each row a permutation of range(L)
+    paths        a scan order's K paths over a grid, and the way back; see `Paths`
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ __all__ = [
     "ImageSpec",
     "ScanOrder",
     "ScanOrderPart",
+    "Paths",
     "State",
     "Mixer",
     "VisionEncoder",
@@ -139,6 +140,23 @@ ScanOrder = Callable[..., Tensor]
 ScanOrderPart = Annotated[ScanOrder, Part("scan_order")]
 
 
+class Paths(NamedTuple):
+    """The paths of a scan order over one grid, on the device of the input.
+
+    Attributes:
+        order: (K, L) int64: path k reads raster position `order[k, i]` at its step i.
+        inverse: (K, L) int64: raster position j is step `inverse[k, j]` of path k.
+    """
+
+    order: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, order: Tensor) -> Self:
+        """The paths (K, L), with their inverse."""
+        return cls(order, torch.argsort(order, dim=-1))
+
+
 @runtime_checkable
 class State(Protocol):
     """What a recurrent part remembers of each row: fixed shape, updated in place by `step` and `prefill`."""
@@ -161,8 +179,8 @@ class State(Protocol):
 class Mixer(Protocol):
     """Mixes positions. Built with `width` and `num_paths`."""
 
-    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """X (B, L, D), paths (K, L), segments (B, L) -> (B, L, D); training and connectors, no state."""
+    def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
+        """X (B, L, D), K paths of L, segments (B, L) -> (B, L, D); training and connectors, no state."""
 
     def prefill(self, x: Tensor, lengths: Tensor, state: Any) -> Tensor:
         """X (B, L, D) right-padded, lengths (B,) -> (B, L, D); causal; advances `state`; no gradients."""

@@ -12,8 +12,8 @@ from importlib.metadata import Distribution, distributions
 
 import pluggy
 
-from ssmvl.errors import PluginWarning
-from ssmvl.registry import Entry, PluginFailure, Register, Registry
+from ssmvl.errors import PluginWarning, foreign, nearest
+from ssmvl.registry import Entry, Plugin, PluginFailure, Register, Registry, same_defaults
 
 GROUP = "ssmvl"
 hookspec = pluggy.HookspecMarker(GROUP)
@@ -73,30 +73,39 @@ def discover(core: object) -> Registry:
     """Load `core`, then every installed plugin, sorted by distribution and name.
 
     A plugin that fails is warned of once, kept in `Registry.failures` and breaks nothing else.
-    `SSMVL_DISABLE_PLUGINS=a,b` names entry points or distributions that are not even imported.
+    `SSMVL_DISABLE_PLUGINS=a,b` names entry points or distributions that are not even imported; a name that nothing
+    installed has is warned of.
     """
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(Hooks)
     registry = Registry()
     _register(manager, registry, core, registry.core)
-    disabled = {name.strip() for name in os.environ.get("SSMVL_DISABLE_PLUGINS", "").split(",")}
+    disabled = {name.strip() for name in os.environ.get("SSMVL_DISABLE_PLUGINS", "").split(",") if name.strip()}
+    known: set[str] = set()
     for name, version, distribution in sorted(_installed(), key=lambda found: found[:2]):
-        if name in disabled:
-            continue
+        known.add(name)
         try:
             points = sorted(distribution.entry_points.select(group=GROUP), key=lambda point: point.name)
         except Exception as error:  # one malformed line, and no entry point of that distribution can be read
-            _keep(registry, f"{name} {version}", error)
+            if name not in disabled:
+                _keep(registry, f"{name} {version}", error)
             continue
         for point in points:
-            if point.name in disabled:
+            plugin = Plugin(name, version, point.name, point.value)
+            known.add(point.name)
+            if disabled & {name, point.name}:
+                registry.disabled.append(plugin)
                 continue
-            source = f"{name} {version} ({point.value})"
             try:
-                _register(manager, registry, point.load(), source)
+                with same_defaults(str(plugin)):
+                    module = point.load()
+                _register(manager, registry, module, str(plugin), plugin)
             # Foreign code may raise anything, SystemExit included; a broken plugin must not take the others with it.
             except (Exception, SystemExit) as error:
-                _keep(registry, source, error)
+                _keep(registry, str(plugin), error)
+    for name in sorted(disabled - known):
+        registry.unknown.append(f"SSMVL_DISABLE_PLUGINS: no plugin is called {name!r}.{nearest(name, known)}")
+        warnings.warn(registry.unknown[-1], PluginWarning, stacklevel=3)
     return registry
 
 
@@ -112,22 +121,26 @@ def _installed() -> list[tuple[str, str, Distribution]]:
 
 
 def _keep(registry: Registry, source: str, error: BaseException) -> None:
-    failure = PluginFailure(source, f"{type(error).__name__}: {error}")
+    failure = PluginFailure(source, foreign(error))
     registry.failures.append(failure)
     warnings.warn(str(failure), PluginWarning, stacklevel=4)
 
 
-def _register(manager: pluggy.PluginManager, registry: Registry, plugin: object, source: str) -> None:
+def _register(
+    manager: pluggy.PluginManager, registry: Registry, module: object, source: str, plugin: Plugin | None = None
+) -> None:
     entries: list[Entry] = []
-    manager.register(plugin, name=source)
+    manager.register(module, name=source)
     try:
         manager.check_pending()  # pluggy accepts a misspelt hook name silently until asked
-        others = [p for p in manager.get_plugins() if p is not plugin]
+        others = [p for p in manager.get_plugins() if p is not module]
         hook = manager.subset_hook_caller("ssmvl_register", remove_plugins=others)
         if not hook.get_hookimpls():
             raise ValueError("it has no function ssmvl_register marked with @ssmvl.hookimpl")
-        hook(register=lambda kind, name, target: entries.append(Entry(kind, name, target, source)))
+        hook(register=lambda kind, name, target: entries.append(Entry(kind, name, target, source, plugin)))
+        if not entries:
+            raise ValueError("its function ssmvl_register registers nothing")
         registry.add(entries)
     except BaseException:
-        manager.unregister(plugin)
+        manager.unregister(module)
         raise

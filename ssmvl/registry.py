@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
-from ssmvl.errors import DuplicateComponentError, UnknownComponentError, nearest
+from ssmvl.errors import ContractError, DuplicateComponentError, UnknownComponentError, nearest
 
 __all__ = ["Register", "Part", "Check", "Count", "Seed", "Entry"]
+
+MANUAL_SEED = 2**32  # torch seeds itself with 64 random bits; a smaller seed was set by hand
 
 Register = Callable[[str, str, "str | Callable[..., Any]"], None]
 """What a plugin's hook receives: `register(kind, name, target)`, target a factory or "module:attribute"."""
@@ -53,21 +57,43 @@ Count = Annotated[int, Check("at least 1", lambda number: number >= 1)]
 Seed = Annotated[int, Check("from 0 to 2^32 - 1", lambda number: 0 <= number < 2**32)]
 
 
+class Plugin(NamedTuple):
+    """An installed plugin: one entry point of a distribution."""
+
+    distribution: str
+    version: str
+    name: str
+    module: str
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version} ({self.module})"
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One registered component: a factory, or the "module:attribute" where it is found when first used."""
+    """One registered component: a factory, or the "module:attribute" where it is found when first used.
+
+    Attributes:
+        plugin: the plugin that registered it; None for the core's own components.
+    """
 
     kind: str
     name: str
     target: str | Callable[..., Any]
     source: str
+    plugin: Plugin | None = None
 
     def load(self) -> Callable[..., Any]:
-        """Import the factory. Raises whatever its module raises."""
+        """Import the factory. Raises whatever its module raises.
+
+        Raises:
+            ContractError: importing it changes torch's default dtype or seed, which are restored.
+        """
         if not isinstance(self.target, str):
             return self.target
         module, _, attribute = self.target.partition(":")
-        factory: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+        with same_defaults(str(self)):
+            factory: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
         return factory
 
     def __str__(self) -> str:
@@ -85,16 +111,51 @@ class PluginFailure:
         return f"Plugin {self.source} could not be loaded ({self.cause})."
 
 
+@contextmanager
+def same_defaults(what: str) -> Iterator[None]:
+    """Import foreign code: torch's default dtype and seed belong to the process, not to a plugin. Imports no torch.
+
+    Raises:
+        ContractError: one of them changed; both are restored.
+    """
+    before = _defaults()
+    yield
+    if (after := _defaults()) == before or after is None:
+        return
+    torch = sys.modules["torch"]
+    changed = []
+    if after[0] != (before[0] if before else torch.float32):
+        torch.set_default_dtype(before[0] if before else torch.float32)
+        changed.append(f"torch's default dtype to {after[0]}")
+    if before and after[1] != before[1]:
+        torch.manual_seed(before[1])
+        changed.append(f"torch's seed to {after[1]}")
+    elif not before and after[1] < MANUAL_SEED:
+        torch.seed()
+        changed.append(f"torch's seed to {after[1]}")
+    if changed:
+        raise ContractError(f"{what} changes {' and '.join(changed)} on import; do that in the code that needs it")
+
+
+def _defaults() -> tuple[Any, int] | None:
+    torch = sys.modules.get("torch")
+    return None if torch is None else (torch.get_default_dtype(), torch.initial_seed())
+
+
 @dataclass
 class Registry:
     """All components, found by kind and name.
 
     Attributes:
         failures: plugins that could not be loaded; shown whenever a lookup fails.
+        disabled: plugins that `SSMVL_DISABLE_PLUGINS` names; shown whenever a lookup fails.
+        unknown: names in `SSMVL_DISABLE_PLUGINS` that no installed plugin has.
     """
 
     core: str = "ssmvl"
     failures: list[PluginFailure] = field(default_factory=list)
+    disabled: list[Plugin] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
     _entries: dict[tuple[str, str], list[Entry]] = field(default_factory=dict)
 
     def add(self, entries: Iterable[Entry]) -> None:
@@ -130,7 +191,7 @@ class Registry:
         """
         found = self._entries.get((kind, name), [])
         if not found:
-            lines = [f"no {kind} named {name!r}.{nearest(name, self.names(kind))}", *map(str, self.failures)]
+            lines = [f"no {kind} named {name!r}.{nearest(name, self.names(kind))}", *self.remarks()]
             raise UnknownComponentError("\n".join(lines))
         if len(found) > 1:
             sources = " and ".join(entry.source for entry in found)
@@ -138,6 +199,11 @@ class Registry:
                 f"{kind} {name!r} is offered by both {sources}; disable one with SSMVL_DISABLE_PLUGINS=<plugin>"
             )
         return found[0]
+
+    def remarks(self) -> list[str]:
+        """One line for each plugin that is broken or disabled, and for each unknown name of a disabled one."""
+        disabled = [f"Plugin {plugin} is disabled (SSMVL_DISABLE_PLUGINS)." for plugin in self.disabled]
+        return [*map(str, self.failures), *disabled, *self.unknown]
 
     def names(self, kind: str) -> list[str]:
         """Names registered for `kind`, sorted."""

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssmvl.errors import ContractError
-from ssmvl.interfaces import Grid
-from ssmvl.ops.reorder import along, inverse, path_table
+from ssmvl.interfaces import Grid, Paths
+from ssmvl.ops.reorder import along, path_table
 from ssmvl.plugins import components
 from ssmvl.scans import bsm, csm, raster
 from ssmvl.testing import check_scan_order
@@ -42,7 +42,7 @@ def test_every_order_is_permutations_with_an_inverse(name: str) -> None:
     def check(grid: Grid) -> None:
         paths = path_table(order, grid)
         x = torch.arange(grid.length).reshape(1, -1, 1, 1).expand(2, -1, len(paths), 3)
-        assert torch.equal(along(along(x, paths), inverse(paths)), x)
+        assert torch.equal(along(along(x, paths), Paths.of(paths).inverse), x)
         assert torch.equal(along(x, paths)[0, :, :, 0], paths.t())
 
     check()

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmvl.interfaces import Count, Grid, ScanOrderPart
+from ssmvl.interfaces import Count, Grid, Paths, ScanOrderPart
 from ssmvl.layers.linear import cast_for
 from ssmvl.layers.paths import PathFolding, PathTables
 from ssmvl.layers.selective import selective_arguments, selective_parameters
-from ssmvl.ops.reorder import path_table
 from ssmvl.ops.selective_scan import selective_scan
 from ssmvl_mamba_vlm.scans import cross_stitch
 
@@ -40,8 +39,8 @@ class MambaProjector(nn.Module):
         d_state: Count = 16,
     ) -> None:
         super().__init__()
-        self.paths = PathTables(scan_order)
-        self.folding = PathFolding(path_table(scan_order, grid).shape[0], "own", "sum")
+        self.paths = PathTables(scan_order, grid)
+        self.folding = PathFolding(self.paths.count, "own", "sum")
         self.w1 = nn.Linear(in_width, in_width)
         self.w2 = nn.Linear(in_width, in_width)
         self.conv2d = nn.Conv2d(in_width, in_width, 3, padding=1, groups=in_width)
@@ -77,7 +76,7 @@ class MambaProjector(nn.Module):
         maps = h.reshape(-1, grid.rows, grid.columns, h.shape[-1]).permute(0, 3, 1, 2)
         return F.silu(self.conv2d(maps)).permute(0, 2, 3, 1).reshape(h.shape)
 
-    def _scan(self, h: Tensor, paths: Tensor) -> Tensor:
+    def _scan(self, h: Tensor, paths: Paths) -> Tensor:
         """H (I, L, D) -> the same shape: the sum of the K scans, in raster order."""
         h = self.folding.fold(h, paths)
         y, _ = selective_scan(**selective_arguments(h, self.x_proj, self.dt_proj, self.A_log, self.D, self.folding.own))

@@ -11,7 +11,7 @@ from ssmvl.layers.block import Block, scale_residual
 from ssmvl.layers.mamba2 import Mamba2Mixer
 from ssmvl.layers.mlp import SwiGLU
 from ssmvl.layers.norm import RMSNorm
-from ssmvl.ops.reorder import path_table
+from ssmvl.layers.paths import PathTables
 from ssmvl.scans import bsm
 
 
@@ -34,9 +34,9 @@ def msc_basic(
         mixer: built with `num_paths` = K.
         num_layers: blocks.
     """
-    num_paths = path_table(scan_order, grid).shape[0]
-    blocks = [Block(mixer(width=out_width, num_paths=num_paths), norm=RMSNorm(out_width)) for _ in range(num_layers)]
-    return _connector(in_width, out_width, blocks, RMSNorm(out_width), scan_order)
+    paths = PathTables(scan_order, grid)
+    blocks = [Block(mixer(width=out_width, num_paths=paths.count), norm=RMSNorm(out_width)) for _ in range(num_layers)]
+    return _connector(in_width, out_width, blocks, RMSNorm(out_width), paths)
 
 
 def msc_advanced(
@@ -58,21 +58,21 @@ def msc_advanced(
         mixer: built with `num_paths` = K.
         num_layers: blocks.
     """
-    num_paths = path_table(scan_order, grid).shape[0]
+    paths = PathTables(scan_order, grid)
     blocks = [
-        Block(mixer(width=out_width, num_paths=num_paths), mlp=SwiGLU(out_width), mlp_norm=nn.LayerNorm(out_width))
+        Block(mixer(width=out_width, num_paths=paths.count), mlp=SwiGLU(out_width), mlp_norm=nn.LayerNorm(out_width))
         for _ in range(num_layers)
     ]
-    return _connector(in_width, out_width, blocks, nn.LayerNorm(out_width), scan_order)
+    return _connector(in_width, out_width, blocks, nn.LayerNorm(out_width), paths)
 
 
 def _connector(
-    in_width: int, out_width: int, blocks: list[Block], norm: nn.Module, scan_order: ScanOrderPart
+    in_width: int, out_width: int, blocks: list[Block], norm: nn.Module, paths: PathTables
 ) -> ScanConnector:
     scale_residual(blocks, len(blocks))
     return ScanConnector(
         stem=nn.Sequential(nn.Linear(in_width, out_width), nn.GELU()),
         blocks=blocks,
         projector=nn.Sequential(norm, fused_mlp(out_width, out_width)),
-        scan_order=scan_order,
+        paths=paths,
     )

@@ -15,7 +15,7 @@ from ssmvl.connectors.scan_connector import ScanConnector
 from ssmvl.interfaces import Grid, MixerPart, ScanOrderPart
 from ssmvl.layers.block import Block
 from ssmvl.layers.mamba1 import Mamba1Mixer
-from ssmvl.ops.reorder import path_table
+from ssmvl.layers.paths import PathTables
 from ssmvl.scans import bsm
 
 MAMBA_LAYER = functools.partial(Mamba1Mixer, path_parameters="shared")
@@ -44,11 +44,12 @@ def vss_mlp(
         scan_order: K paths over the grid.
         mixer: built with `num_paths` = K. Naming one replaces all of the default, `path_parameters: shared` too.
     """
+    paths = PathTables(scan_order, grid)
     return ScanConnector(
         stem=nn.Identity(),
-        blocks=[Block(_mixer(in_width, grid, scan_order, mixer))],
+        blocks=[Block(mixer(width=in_width, num_paths=paths.count))],
         projector=nn.Sequential(nn.LayerNorm(in_width), _mlp(in_width, out_width)),
-        scan_order=scan_order,
+        paths=paths,
     )
 
 
@@ -64,18 +65,15 @@ def vss_l2(
         scan_order: K paths over the grid.
         mixer: built with `num_paths` = K. Naming one replaces all of the default, `path_parameters: shared` too.
     """
+    paths = PathTables(scan_order, grid)
     # As a norm would, GELU stands before the mixer and not on the residual.
-    block = Block(_mixer(out_width, grid, scan_order, mixer), norm=nn.GELU())
+    block = Block(mixer(width=out_width, num_paths=paths.count), norm=nn.GELU())
     return ScanConnector(
         stem=nn.Linear(in_width, out_width),
         blocks=[block],
         projector=nn.Sequential(nn.LayerNorm(out_width), nn.Linear(out_width, out_width)),
-        scan_order=scan_order,
+        paths=paths,
     )
-
-
-def _mixer(width: int, grid: Grid, scan_order: ScanOrderPart, mixer: MixerPart) -> nn.Module:
-    return mixer(width=width, num_paths=path_table(scan_order, grid).shape[0])
 
 
 def _mlp(in_width: int, out_width: int) -> nn.Sequential:

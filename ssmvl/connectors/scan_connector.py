@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ssmvl.interfaces import Grid, ScanOrder
+from ssmvl.interfaces import Grid
 from ssmvl.layers.block import Block
 from ssmvl.layers.linear import cast_for
 from ssmvl.layers.paths import PathTables
@@ -19,19 +19,17 @@ class ScanConnector(nn.Module):
 
     Args:
         stem: (*, in_width) -> (*, D); may be `nn.Identity()`.
-        blocks: residual blocks of width D whose mixers have one path for each path of `scan_order`.
+        blocks: residual blocks of width D whose mixers have `paths.count` paths.
         projector: (*, D) -> (*, out_width), a norm included where there is one.
-        scan_order: grid -> paths; asked for each grid and device once.
+        paths: of a scan order.
     """
 
-    def __init__(
-        self, *, stem: nn.Module, blocks: Sequence[Block], projector: nn.Module, scan_order: ScanOrder
-    ) -> None:
+    def __init__(self, *, stem: nn.Module, blocks: Sequence[Block], projector: nn.Module, paths: PathTables) -> None:
         super().__init__()
         self.stem = stem
         self.layers = nn.ModuleList(blocks)
         self.projector = projector
-        self.paths = PathTables(scan_order)
+        self.paths = paths
 
     def num_tokens(self, grid: Grid) -> int:
         """M = L."""

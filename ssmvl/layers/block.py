@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ssmvl.interfaces import Mixer
+from ssmvl.interfaces import Mixer, Paths
 
 __all__ = ["Block", "scale_residual"]
 
@@ -38,7 +38,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.Identity() if mlp_norm is None else mlp_norm
         self.mlp = mlp
 
-    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
         """X (B, L, D) -> (B, L, D); see `Mixer.forward`."""
         return self._mlp(x + self.mixer(self.norm(x), paths, segments))
 

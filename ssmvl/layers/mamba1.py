@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmvl.interfaces import Count
+from ssmvl.interfaces import Count, Paths
 from ssmvl.layers.linear import cast_for, conv_taps
 from ssmvl.layers.paths import PathFolding, PathParameters
 from ssmvl.layers.selective import selective_arguments, selective_parameters
@@ -68,8 +68,8 @@ class Mamba1Mixer(nn.Module):
         self.x_proj, self.dt_proj, self.A_log, self.D = parameters
         self.out_proj = nn.Linear(inner, width, bias=False)
 
-    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """X (B, L, D), paths (K, L), segments (B, L) -> (B, L, D).
+    def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
+        """X (B, L, D), K paths of L, segments (B, L) -> (B, L, D).
 
         Raises:
             ShapeError: `paths` is not one of L positions for each of the mixer's paths, or comes with segments.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmvl.errors import ShapeError
-from ssmvl.interfaces import Count
+from ssmvl.interfaces import Count, Paths
 from ssmvl.layers.discretisation import initial_dt_bias, negative_exp
 from ssmvl.layers.linear import cast_for, conv_taps
 from ssmvl.layers.norm import GatedRMSNorm
@@ -106,8 +106,8 @@ class Mamba2Mixer(nn.Module):
         self.norm = GatedRMSNorm(inner, groups=norm_groups)
         self.out_proj = nn.Linear(inner, width, bias=False)
 
-    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """X (B, L, D), paths (K, L), segments (B, L) -> (B, L, D).
+    def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
+        """X (B, L, D), K paths of L, segments (B, L) -> (B, L, D).
 
         Raises:
             ShapeError: `paths` is not one of L positions for each of the mixer's paths, or comes with segments.

@@ -8,27 +8,36 @@ import torch
 from torch import Tensor
 
 from ssmvl.errors import ShapeError
-from ssmvl.interfaces import Grid, ScanOrder
-from ssmvl.ops.reorder import along, inverse, path_table
+from ssmvl.interfaces import Grid, Paths, ScanOrder
+from ssmvl.ops.reorder import along, path_table
 
 __all__ = ["PathFolding", "PathParameters", "PathTables"]
 
+CPU = torch.device("cpu")
 PathParameters = Literal["own", "shared"]
 
 
 class PathTables:
-    """The paths of a scan order, which is asked once for each grid and device; they are in no state dict.
+    """The paths of a scan order, evaluated once for each grid; they are not in the state dict.
 
     Args:
         order: grid -> paths.
+        grid: the grid that the model is built for.
+
+    Attributes:
+        count: K, which must not depend on the grid.
+
+    Raises:
+        ContractError: the order does not give permutations of the grid.
     """
 
-    def __init__(self, order: ScanOrder) -> None:
-        self.order = order
-        self._tables: dict[tuple[Grid, torch.device], Tensor] = {}
+    def __init__(self, order: ScanOrder, grid: Grid) -> None:
+        self.order, self.grid = order, grid
+        self._tables: dict[tuple[Grid, torch.device], Paths] = {}
+        self.count = len(self(grid, CPU).order)
 
-    def __call__(self, grid: Grid, device: torch.device) -> Tensor:
-        """(K, L) int64 on `device`.
+    def __call__(self, grid: Grid, device: torch.device) -> Paths:
+        """The paths over a grid, on `device`.
 
         Raises:
             ContractError: the order does not give permutations of the grid.
@@ -36,7 +45,10 @@ class PathTables:
         key = (grid, device)
         if key not in self._tables:
             with torch.inference_mode(False):  # a copy made in inference mode could not be trained with
-                self._tables[key] = path_table(self.order, grid).to(device)
+                if device == CPU:
+                    self._tables[key] = Paths.of(path_table(self.order, grid))
+                else:
+                    self._tables[key] = Paths(*(table.to(device) for table in self(grid, CPU)))
         return self._tables[key]
 
 
@@ -62,17 +74,17 @@ class PathFolding:
         self.count, self.merge_by = count, merge
         self.own = count if parameters == "own" else 1  # sets of parameters
 
-    def check(self, length: int, paths: Tensor | None, segments: Tensor | None) -> None:
+    def check(self, length: int, paths: Paths | None, segments: Tensor | None) -> None:
         """Check the arguments of a mixer's `forward`.
 
         Raises:
             ShapeError: `paths` is not one of L positions for each of the mixer's, or comes with segments.
         """
-        if (1 if paths is None else paths.shape[0]) != self.count:
-            got = "none" if paths is None else str(paths.shape[0])
+        if (1 if paths is None else len(paths.order)) != self.count:
+            got = "none" if paths is None else str(len(paths.order))
             raise ShapeError(f"a mixer built for num_paths={self.count} received {got} paths")
-        if paths is not None and paths.shape[1:] != (length,):
-            raise ShapeError(f"paths {tuple(paths.shape)} must run over the {length} positions of the input")
+        if paths is not None and paths.order.shape[1:] != (length,):
+            raise ShapeError(f"paths {tuple(paths.order.shape)} must run over the {length} positions of the input")
         if paths is not None and segments is not None:
             raise ShapeError(
                 "paths and segments exclude each other: a path runs over one grid, not over packed samples"
@@ -89,20 +101,20 @@ class PathFolding:
                 f"a mixer over {self.count} paths has no state; build it with num_paths=1 to decode from it"
             )
 
-    def fold(self, x: Tensor, paths: Tensor | None) -> Tensor:
+    def fold(self, x: Tensor, paths: Paths | None) -> Tensor:
         """X (B, L, C) -> (B, L, K*C), or (B*K, L, C) where the parameters are shared, each path in its order."""
         if paths is None:
             return x
-        read = along(x[:, :, None].expand(-1, -1, self.count, -1), paths)
+        read = along(x[:, :, None].expand(-1, -1, self.count, -1), paths.order)
         return read.flatten(2) if self.own == self.count else read.transpose(1, 2).flatten(0, 1)
 
-    def unfold(self, y: Tensor, paths: Tensor | None) -> Tensor:
+    def unfold(self, y: Tensor, paths: Paths | None) -> Tensor:
         """What became of a folded x -> (B, L, K, C), in raster order."""
         if self.own == self.count:
             y = y.unflatten(2, (self.count, y.shape[2] // self.count))
         else:
             y = y.unflatten(0, (-1, self.count)).transpose(1, 2)
-        return y if paths is None else along(y, inverse(paths))
+        return y if paths is None else along(y, paths.inverse)
 
     def merge(self, y: Tensor) -> Tensor:
         """Y (B, L, K, C) -> (B, L, C)."""

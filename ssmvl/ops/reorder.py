@@ -8,7 +8,7 @@ from torch import Tensor
 from ssmvl.errors import ContractError
 from ssmvl.interfaces import Grid, ScanOrder
 
-__all__ = ["path_table", "inverse", "along"]
+__all__ = ["path_table", "along"]
 
 
 def path_table(order: ScanOrder, grid: Grid) -> Tensor:
@@ -44,12 +44,7 @@ def path_table(order: ScanOrder, grid: Grid) -> Tensor:
     return table
 
 
-def inverse(paths: Tensor) -> Tensor:
-    """Paths (K, L) -> (K, L): where each raster index stands on each path."""
-    return torch.argsort(paths, dim=-1)
-
-
-def along(x: Tensor, paths: Tensor) -> Tensor:
-    """X (B, L, K, *) -> the same shape; path k is read in the order paths[k]. `along(·, inverse(paths))` goes back."""
-    index = paths.t().reshape(1, *paths.t().shape, *[1] * (x.ndim - 3)).expand(x.shape)
+def along(x: Tensor, order: Tensor) -> Tensor:
+    """X (B, L, K, *) -> the same shape; path k is read in the order `order[k]`. `Paths.inverse` leads back."""
+    index = order.t().reshape(1, *order.t().shape, *[1] * (x.ndim - 3)).expand(x.shape)
     return x.gather(1, index)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import is_dataclass, make_dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ssmvl.errors import Problem, SsmvlError, nearest
+from ssmvl.errors import Problem, SsmvlError, foreign, nearest
 from ssmvl.plugins import components
-from ssmvl.registry import INJECTED, Check, Part
+from ssmvl.registry import INJECTED, Check, Entry, Part
 
 
 class Bound:
@@ -22,21 +25,71 @@ class Bound:
 
     Attributes:
         label: "connector 'mlp' (ssmvl)", for messages.
+        path: where the recipe has it.
+        node: as the recipe has it, `{name: …, options}`; empty if it is no registered component.
+        entry: the registered component; None if it is not one.
     """
 
-    def __init__(self, factory: Callable[..., Any], options: Mapping[str, Any], label: str) -> None:
+    def __init__(
+        self,
+        factory: Callable[..., Any],
+        options: Mapping[str, Any],
+        label: str,
+        path: str = "",
+        node: Mapping[str, Any] | None = None,
+        entry: Entry | None = None,
+    ) -> None:
         self.factory, self.options, self.label = factory, dict(options), label
+        self.path, self.node, self.entry = path, dict(node or {}), entry
 
     def __call__(self, *args: Any, **injected: Any) -> Any:
         """Build, or for a scan order ask for, the component."""
-        return self.factory(*args, **injected, **self.options)
+        made = self.factory(*args, **injected, **self.options)
+        _MADE.get().append((self, made))
+        return made
+
+    def components(self) -> Iterator[Bound]:
+        """The registered components in it, itself included."""
+        if self.entry is not None:
+            yield self
+        for value in self.options.values():
+            yield from components_in(value)
 
     def __str__(self) -> str:
         return self.label
 
 
+_MADE: ContextVar[list[tuple[Bound, Any]]] = ContextVar("made", default=deque(maxlen=0))  # type: ignore[arg-type]
+
+
+@contextmanager
+def made_components() -> Iterator[list[tuple[Bound, Any]]]:
+    """While it is open: what bound components have built, each with its component."""
+    made: list[tuple[Bound, Any]] = []
+    token = _MADE.set(made)
+    try:
+        yield made
+    finally:
+        _MADE.reset(token)
+
+
+def components_in(value: Any) -> Iterator[Bound]:
+    """The registered components in a bound value: in a component, a mapping or a dataclass of them."""
+    if isinstance(value, Bound):
+        yield from value.components()
+    elif isinstance(value, Mapping):
+        yield from (bound for item in value.values() for bound in components_in(item))
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from (bound for item in vars(value).values() for bound in components_in(item))
+
+
 def bind(
-    node: Any, factory: Callable[..., Any], path: str, injected: Iterable[str] = (), label: str | None = None
+    node: Any,
+    factory: Callable[..., Any],
+    path: str,
+    injected: Iterable[str] = (),
+    label: str | None = None,
+    entry: Entry | None = None,
 ) -> tuple[Bound, list[Problem]]:
     """Check the options in `node` against the signature of `factory` and bind them.
 
@@ -50,7 +103,7 @@ def bind(
     try:
         parameters = _parameters(factory)
     except Exception as error:  # evaluating a foreign annotation may raise anything
-        return Bound(factory, {}, label), [Problem(path, f"the signature of {label} cannot be read: {error}")]
+        return Bound(factory, {}, label), [Problem(path, f"the signature of {label} cannot be read: {foreign(error)}")]
     allowed = {name: p for name, p in parameters.items() if name not in injected}
     options: dict[str, Any] = {}
     problems: list[Problem] = []
@@ -67,7 +120,8 @@ def bind(
         if name not in node and parameter.default is parameter.empty:
             where = f"{path}.{name}" if path else name
             problems.append(Problem(where, f"{label} needs {name!r} ({_describe(parameter.annotation)})"))
-    return Bound(factory, options, label), problems
+    named = {} if entry is None else {"name": entry.name, **node}
+    return Bound(factory, options, label, path, named, entry), problems
 
 
 def bind_part(node: Any, kind: str, path: str) -> tuple[Bound, list[Problem]]:
@@ -86,9 +140,9 @@ def bind_part(node: Any, kind: str, path: str) -> tuple[Bound, list[Problem]]:
     except SsmvlError as error:
         return nothing, [Problem(path, str(error))]
     except (Exception, SystemExit) as error:  # foreign code: whatever its import raises belongs in the report
-        return nothing, [Problem(path, f"{entry} cannot be imported ({type(error).__name__}: {error})")]
+        return nothing, [Problem(path, f"{entry} cannot be imported: {foreign(error)}")]
     options = {key: value for key, value in node.items() if key != "name"}
-    return bind(options, factory, path, INJECTED[kind], str(entry))
+    return bind(options, factory, path, INJECTED[kind], str(entry), entry)
 
 
 def _bind_value(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
@@ -120,6 +174,8 @@ def _convert(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
     refused = [Problem(path, f"expected {_describe(hint)}, received {value!r} ({type(value).__name__})")]
     if isinstance(value, str) and (value == "???" or "${" in value):  # marks of OmegaConf's, which pass every type
         return (value, []) if hint in (str, Any) and value != "???" else (None, refused)
+    if (quoted := _looks_like_text(value, hint)) is not None:
+        return None, [Problem(path, f"expected text, received {quoted!r} ({type(quoted).__name__}); put it in quotes")]
     try:
         schema = OmegaConf.structured(make_dataclass("Schema", [("value", hint)]))
         node = OmegaConf.to_container(OmegaConf.merge(schema, {"value": value}))
@@ -127,6 +183,15 @@ def _convert(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
         return None, refused
     converted = typing.cast("dict[str, Any]", node)["value"]
     return (tuple(converted) if typing.get_origin(hint) is tuple else converted), []
+
+
+def _looks_like_text(value: Any, hint: Any) -> Any:
+    """A boolean or float where text is expected: its spelling is lost, so it cannot be made text again."""
+    if hint is str and isinstance(value, bool | float):
+        return value
+    if str in typing.get_args(hint) and isinstance(value, list | tuple):
+        return next((item for item in value if isinstance(item, bool | float)), None)
+    return None
 
 
 def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:

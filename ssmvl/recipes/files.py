@@ -6,12 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from ssmvl.errors import Problem, RecipeError, UnknownComponentError, nearest
 from ssmvl.plugins import components
+from ssmvl.recipes.yaml_loader import YAMLError, parse
 
 ABLATIONS_FILE = "ablations.yaml"
 
@@ -23,14 +20,14 @@ def shipped_folders() -> list[Path]:
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file as plain data: `1e-4` is a float, interpolations are kept as text.
+    """Read a YAML file as plain data; see `ssmvl.recipes.yaml_loader.parse`.
 
     Raises:
-        RecipeError: it cannot be read, or a key stands twice in one mapping.
+        RecipeError: the file cannot be read, or a key is duplicated in one mapping.
     """
     try:
-        return OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        return parse(path.read_text(encoding="utf-8"))
+    except (YAMLError, OSError, ValueError) as error:
         raise RecipeError([Problem("", f"cannot be read: {error}")], str(path)) from error
 
 

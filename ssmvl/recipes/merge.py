@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from ssmvl.errors import Problem, RecipeError, nearest
 from ssmvl.recipes.ablations import PREFIX, Ablation, find_ablation
 from ssmvl.recipes.files import read_yaml, recipe_path
+from ssmvl.recipes.yaml_loader import YAMLError, parse
 
 __all__ = ["Recipe", "load_recipe"]
 
+GROUPS = {("stages",): "stage", ("model", "encoders"): "encoder"}  # where null leaves out an entry
 TOP_LEVEL = ("run", "seed", "model", "stages", "stage", "checkpoints", "evaluation")
 
 
@@ -55,15 +56,13 @@ def load_recipe(recipe: str | Path | Recipe | Ablation, *overrides: str) -> Reci
     if isinstance(recipe, Recipe):
         data, source = _escape(recipe.data), recipe.source
     elif isinstance(recipe, Ablation):
-        data, source = _read_with_base(recipe_path(recipe.recipe)), PREFIX + recipe.name
+        data, source = _read_with_bases(recipe_path(recipe.recipe)), PREFIX + recipe.name
         data, overrides = {**data, "run": recipe.run}, (*recipe.overrides, *overrides)
     else:
         path = _find(str(recipe))
-        data, source = _read_with_base(path), str(path)
+        data, source = _read_with_bases(path), str(path)
         data.setdefault("run", path.stem if path.name != "recipe.yaml" else path.parent.name)
-    for override in overrides:
-        data = merge(data, _parse_override(override, source))
-    data = _normalise({"seed": 0, **data})
+    data = _normalise({"seed": 0, **_overridden(data, overrides, source)})
     unknown = [
         Problem(key, f"no such part of a recipe.{nearest(key, TOP_LEVEL)}") for key in data if key not in TOP_LEVEL
     ]
@@ -98,7 +97,7 @@ def merge(base: Any, over: Any, plain: bool = False) -> Any:
 
 
 def _normalise(data: dict[str, Any]) -> dict[str, Any]:
-    """Write every component that a recipe's fixed places hold as `{name: …}`; leave out encoders and stages of null."""
+    """Write out components as `{name: …}`, drop encoders and stages that are null, put stages in their order."""
 
     def named(node: Any) -> Any:
         return {"name": node} if isinstance(node, str) else node
@@ -117,7 +116,12 @@ def _normalise(data: dict[str, Any]) -> dict[str, Any]:
     model = each(data.get("model"), named, ("fusion", "connector", "language", "prompt"))
     if isinstance(model, dict) and "encoders" in model:
         model = {**model, "encoders": each(present(model["encoders"]), named)}
-    rest = {"stages": each(present(data.get("stages")), holder), "evaluation": holder(data.get("evaluation"))}
+    stages = each(present(data.get("stages")), holder)
+    if isinstance(stages, dict) and "order" in stages:
+        order, entries = stages["order"], {name: stages[name] for name in stages if name != "order"}
+        if isinstance(order, list) and sorted(map(str, order)) == sorted(entries):
+            stages = {name: entries[name] for name in order}
+    rest = {"stages": stages, "evaluation": holder(data.get("evaluation"))}
     return {**data, "model": model, **{key: value for key, value in rest.items() if key in data}}
 
 
@@ -142,41 +146,108 @@ def _read(path: Path) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", data)
 
 
-def _read_with_base(path: Path) -> dict[str, Any]:
+def _read_with_bases(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe file merged onto its base, that onto its own base, and so on."""
     data = _read(path)
     if "base" not in data:
         return data
-    if not isinstance(data["base"], str):
-        problem = f"expected a recipe's name or file, received {data['base']!r}"
-        raise RecipeError([Problem("base", problem)], str(path))
-    base_path = _find(str(path.parent / data["base"]) if (path.parent / data["base"]).is_file() else data["base"])
-    base = _read(base_path)
-    if "base" in base:
-        problem = f"{base_path} has a base itself; one level is allowed"
-        raise RecipeError([Problem("base", problem)], str(path))
-    del data["base"]
-    return typing.cast("dict[str, Any]", merge(base, data))
+    name = data.pop("base")
+    if not isinstance(name, str):
+        raise RecipeError([Problem("base", f"expected a recipe's name or file, received {name!r}")], str(path))
+    try:
+        base = _find(str(path.parent / name) if (path.parent / name).is_file() else name)
+    except RecipeError as error:
+        problems = [Problem("base", str(problem)) for problem in error.problems]
+        raise RecipeError(problems, str(path)) from error
+    children = (*children, path.resolve())
+    if base.resolve() in children:
+        chain = " -> ".join(map(str, (*children, base.resolve())))
+        raise RecipeError([Problem("base", f"recipes are based on each other: {chain}")], str(path))
+    below = _read_with_bases(base, children)
+    if problems := _removed_in_vain(below, data):
+        raise RecipeError(problems, str(path))
+    return typing.cast("dict[str, Any]", merge(below, data))
 
 
-def _parse_override(text: str, source: str) -> dict[str, Any]:
+def _overridden(data: dict[str, Any], overrides: Iterable[str], source: str) -> dict[str, Any]:
+    """A recipe with its overrides, merged one by one."""
+    problems: list[Problem] = []
+    partial: dict[str, Problem] = {}  # stages and encoders that only overrides of their keys name
+    for override in overrides:
+        path, value = _parse_override(override, source)
+        over: Any = value
+        for part in reversed(path):
+            over = {part: over}
+        problems += _removed_in_vain(data, over)
+        there = _at(data, path)
+        if value == {} and there:
+            why = "mappings are merged, so an empty one changes nothing; to remove an entry, set it to null"
+            problems.append(Problem(".".join(path), why))
+        for group, noun in GROUPS.items():
+            known = _at(data, group)
+            if path[: len(group)] == group and len(path) > len(group) + 1 and isinstance(known, dict):
+                name = path[len(group)]
+                if name not in known and name != "order":
+                    what = f"no such {noun}.{nearest(name, set(known) - {'order'})} A new one is given whole"
+                    partial.setdefault(".".join((*group, name)), Problem(".".join(path), what))
+        data = merge(data, over)
+    for name, problem in partial.items():
+        made = _at(data, tuple(name.split(".")))
+        if isinstance(made, dict) and not made.keys() & {"name", "data"}:
+            problems.append(problem)
+    if problems:
+        raise RecipeError(problems, source)
+    return data
+
+
+def _removed_in_vain(data: dict[str, Any], over: dict[str, Any]) -> list[Problem]:
+    """Stages and encoders that are set to null but are not in the recipe."""
+    problems = []
+    for group, noun in GROUPS.items():
+        known, wanted = _at(data, group), _at(over, group)
+        if isinstance(known, dict) and isinstance(wanted, dict):
+            problems += [
+                Problem(".".join((*group, str(name))), f"no such {noun}.{nearest(str(name), set(known) - {'order'})}")
+                for name, value in wanted.items()
+                if value is None and name not in known and name != "order"
+            ]
+    return problems
+
+
+def _at(data: Any, path: Sequence[str]) -> Any:
+    """What a dotted path leads to; None if it leads nowhere."""
+    for part in path:
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
+
+
+def _parse_override(text: str, source: str) -> tuple[tuple[str, ...], Any]:
+    """Path and value of `a.b=value`."""
     key, equals, value = text.partition("=")
-    parts = key.split(".")
+    parts = tuple(key.split("."))
     if not equals or not all(part and not part.startswith("-") for part in parts):
         problem = f"{text!r} is no override; write key=value with a dotted key, e.g. stages.finetune.batch=128"
         if text.startswith("-"):
             problem += "; options of the launcher stand before the recipe"
         raise RecipeError([Problem("", problem)], source)
     try:
-        node = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
-    except (YAMLError, OmegaConfBaseException) as error:
+        parsed = parse(value) if value.strip() else None
+        if glued := next(_keys_without_values(parsed), None):
+            raise YAMLError(f"{glued!r} is read as a key without a value")
+        return parts, parsed
+    except YAMLError as error:
         advice = "; a space follows the ':' of a mapping" if re.search(r":[^\s/]", value) else ""
         raise RecipeError(
             [Problem(key, f"{value!r} is no YAML value: {_first_line(error)}{advice}")], source
         ) from error
-    nested = typing.cast("dict[str, Any]", node)["value"]
-    for part in reversed(parts):
-        nested = {part: nested}
-    return typing.cast("dict[str, Any]", nested)
+
+
+def _keys_without_values(node: Any) -> Iterator[str]:
+    """Keys such as `name:mlp`, which YAML makes of `{name:mlp}`."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if value is None and ":" in str(key):
+            yield str(key)
+        yield from _keys_without_values(value)
 
 
 def _escape(node: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ssmvl.interfaces import Grid, LanguageModel, Mixer
+from ssmvl.interfaces import Grid, LanguageModel, Mixer, Paths
 from ssmvl.language.state import RecurrentState
 from ssmvl.scans import bsm, csm, raster
 from ssmvl.testing.common import (
@@ -60,7 +60,7 @@ def check_mixer(mixer: Callable[..., nn.Module], *, width: int = 64) -> None:
     state = one.new_state(ROWS)
     outputs = one.prefill(x, torch.full((ROWS,), LENGTH), state), one.step(x[:, 0], state)
     require(not any(y.requires_grad for y in outputs), f"{name}: prefill and step must keep no graph for gradients")
-    require_equal(f"{name} along the one path of raster must be as without", one(x, raster(GRID)), one(x))
+    require_equal(f"{name} along the one path of raster must be as without", one(x, Paths.of(raster(GRID))), one(x))
     _check_two_paths(name, moved(build(mixer, Mixer, width=width, num_paths=2)), x)
 
 
@@ -132,13 +132,13 @@ def _check_new_state(name: str, mixer: Any) -> None:
 
 
 def _check_two_paths(name: str, mixer: nn.Module, x: Tensor) -> None:
-    y, middle = mixer(x, bsm(GRID)), LENGTH // 2
+    y, middle = mixer(x, Paths.of(bsm(GRID))), LENGTH // 2
     require_tensor(f"{name} over two paths", y, *x.shape)
     for end in (0, LENGTH - 1):
         changed = x.clone()
         changed[:, end] += 1
-        unmoved = mixer(changed, bsm(GRID))[:, middle].equal(y[:, middle])
+        unmoved = mixer(changed, Paths.of(bsm(GRID)))[:, middle].equal(y[:, middle])
         what = f"{name} over a path and its reverse must read both ways"
         require(not unmoved, f"{what}; a change at position {end} does not reach position {middle}")
-    require(not mixer(x, csm(GRID)[2:]).equal(y), f"{name} must follow `paths`; rows and columns give the same")
+    require(not mixer(x, Paths.of(csm(GRID)[2:])).equal(y), f"{name} must follow `paths`; rows and columns give the same")
     require_gradients(f"{name} over two paths", mixer, y)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ssmvl.checkpoints.modules import module_settings
+from ssmvl.interfaces import Grid
 from ssmvl.layers.paths import PathFolding, PathTables
 from ssmvl.recipes.binding import Bound
 from ssmvl.scans import bsm
@@ -66,7 +67,7 @@ def test_a_plain_value(value: object, shown: object) -> None:
 def test_objects_and_mappings_are_walked_once() -> None:
     model = Model(PathFolding(2, "own", "sum"))
     model.again = model.inner.value
-    model.paths = PathTables(bsm)
+    model.paths = PathTables(bsm, Grid(1, 2, 3))
     model.itself = {"a": {"b": 1}, "model": model}
     model.itself["self"] = model.itself
     found = module_settings(model)
@@ -76,6 +77,8 @@ def test_objects_and_mappings_are_walked_once() -> None:
         "again.merge_by": "sum",
         "again.own": 2,
         "paths.order": "ssmvl.scans.bsm",
+        "paths.grid": Grid(1, 2, 3),
+        "paths.count": 2,
         "itself.a.b": 1,
     }
     assert "inner.value.count" not in found

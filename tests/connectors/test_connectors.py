@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ssmvl.connectors.projectors import MlpConnector
 from ssmvl.connectors.scan_connector import ScanConnector
 from ssmvl.errors import ShapeError
-from ssmvl.interfaces import Grid
+from ssmvl.interfaces import Grid, Paths
 from ssmvl.layers.mamba2 import Mamba2Mixer
 from ssmvl.scans import bsm, csm
 
@@ -28,7 +28,7 @@ def test_mlp_has_the_published_shape() -> None:
 
 def written_out(connector: ScanConnector, x: Tensor, advanced: bool) -> Tensor:
     """Both connectors in straight lines, around the mixers."""
-    paths = bsm(GRID)
+    paths = Paths.of(bsm(GRID))
     x = F.gelu(connector.stem[0](x))
     for layer in connector.layers:
         if advanced:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmvl.errors import ShapeError
-from ssmvl.interfaces import Grid, ScanOrder
+from ssmvl.interfaces import Grid, Paths, ScanOrder
 from ssmvl.layers.mamba2 import Mamba2Mixer
 from ssmvl.scans import bsm, csm, raster
 
@@ -67,7 +67,7 @@ def test_paths_equal_each_written_out_straight(order: ScanOrder, groups: int, me
     mixer, x = trained(Mamba2Mixer(8, len(paths), **options)), torch.randn(2, 6, 8)
     each = torch.stack([one_path(mixer, x, path, k if own else 0) for k, path in enumerate(paths)])
     merged = each.mean(0) if merge == "mean" else each.sum(0)
-    torch.testing.assert_close(mixer(x, paths), merged @ mixer.out_proj.weight.T, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mixer(x, Paths.of(paths)), merged @ mixer.out_proj.weight.T, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("num_groups", [1, 2])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ssmvl.errors import ShapeError
-from ssmvl.interfaces import Grid, Mixer, ScanOrder
+from ssmvl.interfaces import Grid, Mixer, Paths, ScanOrder
 from ssmvl.layers.mamba1 import Mamba1Mixer
 from ssmvl.layers.mamba2 import Mamba2Mixer
 from ssmvl.scans import bsm, csm, raster
@@ -65,7 +65,7 @@ def test_paths_equal_mixers_of_one_path_forward_and_backward(
     x = torch.randn(2, 12, 8, requires_grad=True)
     each = [alone(build, mixer, k)(x[:, path])[:, path.argsort()] for k, path in enumerate(paths)]
     expected = sum(each) / (len(paths) if merge == "mean" else 1)
-    y, weight = mixer(x, paths), torch.randn(2, 12, 8)
+    y, weight = mixer(x, Paths.of(paths)), torch.randn(2, 12, 8)
     assert_close(y, expected)
     assert_close(*(torch.autograd.grad((t * weight).sum(), x)[0] for t in (y, expected)), atol=1e-4)
 
@@ -139,7 +139,7 @@ def test_gradients_in_fp64(kind: type[nn.Module], parameters: str) -> None:
     options = {"head_dim": 2, "num_groups": 2, "norm_groups": 2} if kind is Mamba2Mixer else {"dt_rank": 2}
     mixer = trained(kind(2, 2, d_state=2, d_conv=2, path_parameters=parameters, **options).double())
     names, tensors = zip(*mixer.named_parameters(), strict=True)
-    paths, segments = bsm(Grid(1, 2, 2)), torch.tensor([[0, 0, 1, 1]])
+    paths, segments = Paths.of(bsm(Grid(1, 2, 2))), torch.tensor([[0, 0, 1, 1]])
     x = torch.randn(1, 4, 2, dtype=torch.float64, requires_grad=True)
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
@@ -178,16 +178,16 @@ def assert_refused(message: str, run: Callable[[], object]) -> None:
 
 def test_another_number_of_paths_is_refused(build: Build) -> None:
     mixer, x = build(8, 4), torch.randn(1, 6, 8)
-    assert_refused("num_paths=4 received 2 paths", lambda: mixer(x, bsm(Grid(1, 2, 3))))
+    assert_refused("num_paths=4 received 2 paths", lambda: mixer(x, Paths.of(bsm(Grid(1, 2, 3)))))
     assert_refused("num_paths=4 received none paths", lambda: mixer(x))
-    assert_refused("num_paths=1 received 2 paths", lambda: build(8)(x, bsm(Grid(1, 2, 3))))
+    assert_refused("num_paths=1 received 2 paths", lambda: build(8)(x, Paths.of(bsm(Grid(1, 2, 3)))))
 
 
 def test_paths_with_segments_are_refused(build: Build) -> None:
     x, segments = torch.randn(1, 6, 8), torch.zeros(1, 6, dtype=torch.int32)
     for order in (raster, bsm):
-        paths = order(Grid(1, 2, 3))
-        mixer = build(8, len(paths))
+        paths = Paths.of(order(Grid(1, 2, 3)))
+        mixer = build(8, len(paths.order))
         assert_refused("paths and segments exclude each other", functools.partial(mixer, x, paths, segments))
 
 
@@ -201,7 +201,7 @@ def test_several_paths_have_no_state(build: Build, parameters: str) -> None:
 
 @pytest.mark.parametrize("side", [1, 2, 3])
 def test_paths_of_another_length_are_refused(build: Build, side: int) -> None:
-    paths = bsm(Grid(1, side, side))
+    paths = Paths.of(bsm(Grid(1, side, side)))
     assert_refused(rf"paths .*\(2, {side * side}\)", lambda: build(8, 2)(torch.randn(1, 6, 8), paths))
 
 

@@ -38,9 +38,9 @@ def message(recipe: str | Path | Recipe, *overrides: str) -> str:
 
 
 def test_scalars_are_read_as_a_person_means_them(write: Write) -> None:
-    path = write("model: {a: 1e-4, b: 1.5, c: 3, d: off, e: 'x', f: null, g: true}\n")
+    path = write("model: {a: 1e-4, b: 1.5, c: 3, d: yes, e: 'x', f: null, g: true}\n")
     model = load_recipe(path, "model.h=2e-3", "model.i=1E5").data["model"]
-    assert model == {"a": 1e-4, "b": 1.5, "c": 3, "d": False, "e": "x", "f": None, "g": True, "h": 2e-3, "i": 1e5}
+    assert model == {"a": 1e-4, "b": 1.5, "c": 3, "d": "yes", "e": "x", "f": None, "g": True, "h": 2e-3, "i": 1e5}
     assert type(model["a"]) is type(model["h"]) is type(model["i"]) is float
     assert type(model["c"]) is int
 
@@ -155,7 +155,7 @@ def test_every_fixed_place_of_a_component_is_written_out(write: Write) -> None:
         "prompt": {"name": "p"},
         "tokenizer": "bytes",
     }
-    assert data["stages"] == {"order": ["s"], "s": {"data": {"name": "d"}, "prompt": {"name": "q"}}}
+    assert data["stages"] == {"s": {"data": {"name": "d"}, "prompt": {"name": "q"}}}
     assert data["evaluation"] == {"data": {"name": "d"}}
 
 
@@ -256,10 +256,25 @@ def test_a_base_may_be_the_name_of_a_recipe(write: Write) -> None:
     assert (data["seed"], data["run"]) == (8, "mine")
 
 
-def test_a_base_with_a_base_is_refused(write: Write) -> None:
-    write("model: {}\n", "bottom.yaml")
-    write("base: bottom.yaml\n", "under.yaml")
-    assert "under.yaml has a base itself; one level is allowed" in message(write("base: under.yaml\n"))
+def test_bases_have_bases_of_any_number(write: Write) -> None:
+    write("model: {a: 1, b: 1, c: 1}\n", "bottom.yaml")
+    write("base: bottom.yaml\nmodel: {b: 2}\n", "under.yaml")
+    write("base: under.yaml\nmodel: {c: 3}\n", "over.yaml")
+    assert load_recipe(write("base: over.yaml\nseed: 4\n")).data == {
+        "seed": 4, "model": {"a": 1, "b": 2, "c": 3}, "run": "mine"
+    }  # fmt: skip
+
+
+def test_bases_that_form_a_cycle_are_refused(write: Write) -> None:
+    write("base: mine.yaml\n", "under.yaml")
+    found = message(write("base: under.yaml\nmodel: {}\n"))
+    assert "base: recipes are based on each other: " in found
+    assert found.endswith("mine.yaml")
+
+
+def test_a_missing_base_names_the_recipe_that_asks_for_it(write: Write) -> None:
+    under = write("base: nosuch.yaml\n", "under.yaml")
+    assert message(write("base: under.yaml\n")) == f"{under}: 1 problem\n  base: no such file: nosuch.yaml"
 
 
 @pytest.mark.parametrize("base", ["nosuch", "nosuch.yaml", "5", "[a]", "", "{a: b}", "''"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmvl.errors import ContractError
-from ssmvl.interfaces import Grid
+from ssmvl.interfaces import Grid, Paths
 from ssmvl.layers.mamba1 import Mamba1Mixer, Mamba1State
 from ssmvl.scans import bsm
 from ssmvl.testing import check_mixer
@@ -21,52 +21,52 @@ class Small(Mamba1Mixer):
 
 
 class PeeksAhead(Small):
-    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
         return super().forward(x, paths, segments) + 0.01 * x.roll(-1, 1)
 
 
 class MixesRows(Small):
-    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
         return super().forward(x, paths, segments) - 0.01 * x.mean(0)
 
 
 class ForgetsSegments(Small):
-    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
         return super().forward(x, paths)
 
 
 class ReadsTheFirstRowsSegments(Small):
-    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
         return super().forward(x, paths, None if segments is None else segments[:1].expand(len(x), -1))
 
 
 class ReadsOneWay(Small):
-    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        return super().forward(x, None if paths is None else paths[:1].expand(len(paths), -1), segments)
+    def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
+        return super().forward(x, None if paths is None else Paths.of(paths.order[:1].expand(len(paths.order), -1)), segments)
 
 
 class KnowsItsPaths(Small):
-    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
         return super().forward(x, bsm(Grid(1, 1, x.shape[1])) if self.folding.count == 2 else paths, segments)
 
 
 class ShiftsAlongPaths(Small):
-    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
         return super().forward(x, None if paths is None else paths.roll(1, 1), segments)
 
 
 class LosesAChannel(Small):
-    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
         return super().forward(x, paths, segments)[..., :-1]
 
 
 class Overflows(Small):
-    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
         return super().forward(x, paths, segments) / 0
 
 
 class Halves(Small):
-    def forward(self, x: Tensor, paths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
         return super().forward(x, paths, segments).bfloat16()
 
 
