@@ -9,6 +9,8 @@ from pathlib import Path
 
 __all__ = ["written_whole", "flush"]
 
+ABOUT_FILE = "ssmvl.json"  # of a folder that holds a saved model
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:

@@ -18,12 +18,14 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, runtime_
 import torch
 from torch import Tensor, nn
 
-from ssmvl.registry import Check, Count, Part, Register, Seed
+from ssmvl.registry import Check, Count, Depth, Part, Pixels, Register, Seed
 
 __all__ = [
     "Check",
     "Count",
+    "Depth",
     "Part",
+    "Pixels",
     "Register",
     "Seed",
     "IMAGE_PLACE",
@@ -194,17 +196,20 @@ class Mixer(Protocol):
 
 @runtime_checkable
 class VisionEncoder(Protocol):
-    """uint8 pixels -> patch features. Normalises itself."""
+    """uint8 pixels -> patch features. Normalises itself.
+
+    `weights` names its file: `none`, a file or folder, the id of a model in the hub, or `hf-hub:owner/model/FILE`. It
+    is read in a layout registered as a `checkpoint`, or in the one that the encoder's method
+    `weights_layout(names, config)` returns, if it has that. `build_model` reads it; no encoder does so itself.
+    """
 
     width: int
     grid: Grid
     image_spec: ImageSpec
+    weights: str
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels uint8 (I, 3, S, S) -> (I, N, D); I = 0 is allowed."""
-
-    def load_weights(self) -> None:
-        """Load the weights that the component's `weights` option names; nothing if it names none."""
 
     def shard_units(self) -> Sequence[nn.Module]:
         """Modules that are sharded as one each."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 from ssmvl.errors import ContractError, DuplicateComponentError, UnknownComponentError, nearest
 
-__all__ = ["Register", "Part", "Check", "Count", "Seed", "Entry"]
+__all__ = ["Register", "Part", "Check", "Count", "Depth", "Pixels", "Seed", "Entry"]
 
 MANUAL_SEED = 2**32  # torch seeds itself with 64 random bits; a smaller seed was set by hand
 
@@ -53,7 +53,9 @@ class Check:
     holds: Callable[[Any], object]
 
 
-Count = Annotated[int, Check("at least 1", lambda number: number >= 1)]
+Count = Annotated[int, Check("from 1 to 10^9", lambda number: 1 <= number <= 10**9)]
+Depth = Annotated[int, Check("from 1 to 1,000", lambda number: 1 <= number <= 1000)]
+Pixels = Annotated[int, Check("from 1 to 4,096", lambda number: 1 <= number <= 4096)]
 Seed = Annotated[int, Check("from 0 to 2^32 - 1", lambda number: 0 <= number < 2**32)]
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ssmvl.checkpoints import write_tensors
 from ssmvl.errors import CheckpointError
+from ssmvl.model.loading import load_weights
 
 TEXT = {"context_length": 8, "vocab_size": 40, "width": 16, "heads": 2, "layers": 3}
 CLIP = {"image_size": 64, "layers": 4, "width": 32, "patch_size": 16, "head_width": 16}
@@ -88,7 +89,7 @@ def loaded(small_models: None) -> Callable[..., Any]:
 
     def load(name: str, path: Path, **options: Any) -> Any:
         encoder = open_clip_encoder(name, weights=str(path), **options)
-        encoder.load_weights()
+        load_weights(encoder)
         return encoder.eval()
 
     return load
@@ -101,7 +102,7 @@ def assert_refused() -> Callable[[nn.Module, str], None]:
     def check(encoder: Any, match: str) -> None:
         before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
         with pytest.raises(CheckpointError, match=match):
-            encoder.load_weights()
+            load_weights(encoder)
         assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
 
     return check

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import ssmvl
+from ssmvl.training.checked import check
 from ssmvl.training.planning.dry_run import WorstBatch
 from ssmvl.training.planning.plan import StagePlan
-from ssmvl.training.schema import check
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TEXT, SAMPLES = 512, 8
@@ -29,7 +29,7 @@ def test_a_step_holds_what_is_planned(checkpointing: bool, microbatch: int, monk
     monkeypatch.setenv("SSMVL_BACKEND", "torch")  # which plans are of
     overrides = (f"stages.finetune.activation_checkpointing={str(checkpointing).lower()}",)
     recipe = ssmvl.load_recipe("quickstart", *STAGE, *overrides, f"stages.finetune.microbatch={microbatch}")
-    stage = check(recipe)[0].stages["finetune"]
+    stage = check(recipe).plan.stages["finetune"]
     planned = StagePlan(ssmvl.build_model(recipe, device="meta"), stage, 1).memory().total()
 
     gc.collect()

@@ -6,7 +6,7 @@ from torch import nn
 
 from ssmvl.connectors.projectors import fused_mlp
 from ssmvl.connectors.scan_connector import ScanConnector
-from ssmvl.interfaces import Count, Grid, MixerPart, ScanOrderPart
+from ssmvl.interfaces import Depth, Grid, MixerPart, ScanOrderPart
 from ssmvl.layers.block import Block, scale_residual
 from ssmvl.layers.mamba2 import Mamba2Mixer
 from ssmvl.layers.mlp import SwiGLU
@@ -22,7 +22,7 @@ def msc_basic(
     *,
     scan_order: ScanOrderPart = bsm,
     mixer: MixerPart = Mamba2Mixer,
-    num_layers: Count = 2,
+    num_layers: Depth = 2,
 ) -> ScanConnector:
     """V_out = MLP(MSC(V_img)): pre-norm residual blocks without an MLP of their own, RMSNorm, the three-layer MLP.
 
@@ -46,7 +46,7 @@ def msc_advanced(
     *,
     scan_order: ScanOrderPart = bsm,
     mixer: MixerPart = Mamba2Mixer,
-    num_layers: Count = 2,
+    num_layers: Depth = 2,
 ) -> ScanConnector:
     """V_out = MLP(SwiGLU(MSC(V_img))), the final model: no norm before the mixer, LayerNorm before each SwiGLU.
 
@@ -66,9 +66,7 @@ def msc_advanced(
     return _connector(in_width, out_width, blocks, nn.LayerNorm(out_width), paths)
 
 
-def _connector(
-    in_width: int, out_width: int, blocks: list[Block], norm: nn.Module, paths: PathTables
-) -> ScanConnector:
+def _connector(in_width: int, out_width: int, blocks: list[Block], norm: nn.Module, paths: PathTables) -> ScanConnector:
     scale_residual(blocks, len(blocks))
     return ScanConnector(
         stem=nn.Sequential(nn.Linear(in_width, out_width), nn.GELU()),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -17,9 +16,9 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
 from ssmvl.errors import CheckpointError, ContractError, nearest
-from ssmvl.interfaces import Count, Grid, Resize
+from ssmvl.interfaces import Grid, Pixels, Resize
 from ssmvl.vision.encoders import Encoder, VitEncoder
-from ssmvl.vision.pretrained import Trained, parse_weights, require_statistics, settled_tag, similar, weights_file
+from ssmvl.vision.pretrained import Trained, parse_weights, require_statistics, settled_tag, similar, weights_place
 
 TOWER = "visual."  # of names in open_clip's files
 # Of a vision config: positions are resampled; how it was initialised; what is dropped in training.
@@ -62,9 +61,9 @@ class ClipEncoder(Encoder):
 
 
 def open_clip_encoder(
-    model: str, *, image_size: Count | None = None, resize: Resize = "resize-naive", weights: str = "none"
+    model: str, *, image_size: Pixels | None = None, resize: Resize = "resize-naive", weights: str = "none"
 ) -> Encoder:
-    """The vision tower of one of open_clip's models. Nothing is read or fetched before `load_weights`.
+    """The vision tower of one of open_clip's models. Nothing is read or fetched until weights are loaded.
 
     Args:
         model: open_clip's name, with or without a tag, e.g. `ViT-L-14-336-quickgelu` or `ViT-L-14:laion2b_s32b_b82k`;
@@ -97,13 +96,16 @@ def open_clip_encoder(
         )
     default = PreprocessCfg()
     mean, std, _ = trained[tag or next(iter(trained))] if trained else (default.mean, default.std, quick)
-    names = (HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME)
-    file = weights_file(source, partial(_hub, name, tag), names, partial(_agrees, name, mean, std))
+    place = weights_place(source, partial(_hub, name, tag), HF_SAFE_WEIGHTS_NAME)
+    agrees = partial(_agrees, name, mean, std) if source.kind == "folder" else None
     size = image_size or config["vision_cfg"]["image_size"]
     tower = _tower(config, size)
     if isinstance(tower, TimmModel):
-        return VitEncoder(tower.trunk, size=size, mean=mean, std=std, resize=resize, file=file, prefix=f"{TOWER}trunk.")
-    return ClipEncoder(tower, size=size, mean=mean, std=std, resize=resize, file=file, prefix=TOWER)
+        trunk = f"{TOWER}trunk."
+        return VitEncoder(
+            tower.trunk, size=size, mean=mean, std=std, resize=resize, weights=place, prefix=trunk, agrees=agrees
+        )
+    return ClipEncoder(tower, size=size, mean=mean, std=std, resize=resize, weights=place, prefix=TOWER, agrees=agrees)
 
 
 def _tags(name: str) -> dict[str, Trained]:
@@ -137,14 +139,16 @@ def _hub(name: str, tag: str) -> tuple[str, str]:
     return repo, HF_SAFE_WEIGHTS_NAME
 
 
-def _agrees(name: str, mean: Sequence[float], std: Sequence[float], path: Path, config: Mapping[str, Any]) -> None:
+def _agrees(name: str, mean: Sequence[float], std: Sequence[float], config: Mapping[str, Any]) -> None:
     """Refuse a folder of open_clip's whose config says that its weights are those of another encoder."""
+    if not config:
+        raise CheckpointError(f"{HF_CONFIG_NAME} must lie beside it and say which model its weights are of")
     theirs, own = _what_counts(config.get("model_cfg", config)), _what_counts(open_clip.get_model_config(name))
     wrong = [f"{key} is {theirs[key]!r}, {name} has {own[key]!r}" for key in own if theirs[key] != own[key]]
     if wrong:
-        raise CheckpointError(f"{path}: its weights are those of another model: {'; '.join(wrong)}")
+        raise CheckpointError(f"its weights are those of another model: {'; '.join(wrong)}")
     fitting = {tag: need for tag, need in _tags(name).items() if need.quick == own["quick_gelu"]}
-    require_statistics(path, config.get("preprocess_cfg", {}), mean, std, f"{name}:", fitting)
+    require_statistics(config.get("preprocess_cfg", {}), mean, std, f"{name}:", fitting)
 
 
 def _what_counts(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,29 +42,34 @@ def transformers_causal_lm(names: Collection[str], config: Mapping[str, Any]) ->
         return None
     # The name of a head may change from one version of transformers to the next, while files keep theirs.
     heads = {f"model.{own}.*": [f"{head}.*"] for head in tops & HEADS for own in HEADS}
+    expects, tied = _expected(config)
+    (embedding,) = [name for name in names if EMBEDDING.fullmatch(name)][:1]
+    equal = {f"{head}.weight": embedding for head in tops & HEADS} if tied else {}
     bodies = {f"model.{body}.*": ["*"] for body in BODIES} if bare else {}
     return Layout(
         part="language",
         rules={**heads, **bodies, "model.*": ["*"]},
         ignored=TABLES,
-        expects=_expected(config),
+        equal=equal,
+        expects=expects,
     )
 
 
-def _expected(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The architecture's own options, in the form that the installed transformers gives them on both sides."""
+def _expected(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The architecture's own options, as the installed transformers gives them, and whether the head is tied."""
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
     need(config, ["model_type"], "attention")
     given = dict(config)
     kind = given.pop("model_type")
-    expected = {"model_type": kind}
+    expected, tied = {"model_type": kind}, False
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
         try:
             theirs, default = config_of(kind, given), config_of(kind, {})
         except Exception as error:  # foreign code
             why = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"transformers refuses the {kind} config.json beside it ({why})") from error
+        tied = bool(getattr(theirs, "tie_word_embeddings", False))
         own = {key for key in vars(default).keys() - vars(PretrainedConfig()).keys() if not IDLE.fullmatch(key)}
         if kind == "xglm":  # its positions at that number are zero
             own.add("pad_token_id")
@@ -76,4 +81,4 @@ def _expected(config: Mapping[str, Any]) -> dict[str, Any]:
         if any(isinstance(found, Mapping) and found.get("rope_type") == "yarn" for found in rope):
             own.add("max_position_embeddings")  # from which YaRN counts
         expected |= {key: getattr(theirs, key, None) for key in sorted(own)}
-    return {f"model.config.{key}": value for key, value in expected.items()}
+    return {f"model.config.{key}": value for key, value in expected.items()}, tied

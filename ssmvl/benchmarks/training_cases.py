@@ -54,9 +54,9 @@ def _overhead(case: str, recipe: Recipe, size: TrainingSize) -> Row:
     """Steps a second of a run, against a loop over batches that are there: forward, backward, clipping, AdamW."""
     from composer import Callback, State
 
+    from ssmvl.training.checked import check
     from ssmvl.training.composer_model import ComposerVLM
     from ssmvl.training.optimizer import adamw
-    from ssmvl.training.schema import check
     from ssmvl.training.session import Session
 
     class Clock(Callback):
@@ -68,8 +68,9 @@ def _overhead(case: str, recipe: Recipe, size: TrainingSize) -> Row:
         def batch_end(self, state: State, logger: Any) -> None:
             self.ends.append(time.perf_counter())
 
-    plan, _ = check(recipe)
-    trainer = Session(recipe, plan).trainer("finetune")
+    checked = check(recipe)
+    plan = checked.plan
+    trainer = Session(checked).trainer("finetune")
     trainer.state.callbacks.append(clock := Clock())
     stage = plan.stages["finetune"]
     batches = list(islice(iter(trainer.state.train_dataloader), size.steps))

@@ -16,10 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssmvl.errors import CheckpointError
-from ssmvl.files import flush, written_whole
+from ssmvl.files import ABOUT_FILE, flush, written_whole
 
 WEIGHTS_FILE, SHARD_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-ABOUT_FILE = "ssmvl.json"  # of a folder that holds a saved model
 DIGESTS_FILE = "SHA256SUMS"  # of the files of tensors in a folder, as `sha256sum --check` reads it
 SHARD = 5 * 10**9  # bytes of one file, as hubs prefer
 BYTES = "surrogateescape"  # text read so is written as the bytes it was

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from ssmvl.checkpoints.files import SHARD_INDEX_FILE, WEIGHTS_FILE, check_digest
 from ssmvl.checkpoints.hub import user_path
 from ssmvl.errors import CheckpointError, short
 
-TORCH_FILES = (".bin", ".pt", ".pth")
+TORCH_FILES = (".bin", ".pt", ".pth", ".ckpt")
+WRAPPERS = ("module.", "_orig_mod.", "model.", "state_dict.")  # data parallel, torch.compile, and Lightning
+OPEN_CLIP, OPEN_CLIP_CONFIG = "open_clip_", "open_clip_config.json"
 POINTER = b"version https://git-lfs"
 FIRST = (
     SHARD_INDEX_FILE,
@@ -42,12 +44,14 @@ class Foreign:
     source: str
 
 
-def open_checkpoint(path: str | Path, *, verify: bool = True) -> Foreign:
+def open_checkpoint(path: str | Path, *, verify: bool = True, unwrap: bool = False) -> Foreign:
     """Open a checkpoint file, or a folder that holds one, in one file or in shards.
 
     Args:
-        path: `*.safetensors`, `*.bin`, `*.pt`, `*.pth`, an index of shards (`*.index.json`), or a folder.
+        path: `*.safetensors`, `*.bin`, `*.pt`, `*.pth`, `*.ckpt`, an index of shards (`*.index.json`), or a folder.
         verify: whether files are read once more, to compare them with the digests in a `SHA256SUMS` beside them.
+        unwrap: whether prefixes that all names share because of a wrapper (`module.`, `_orig_mod.`, `model.`) are
+            stripped, and of a file of Lightning only its `state_dict` is used.
 
     Raises:
         CheckpointError: nothing is there or more than one, a file is damaged or missing, a tensor in it cannot be
@@ -57,8 +61,16 @@ def open_checkpoint(path: str | Path, *, verify: bool = True) -> Foreign:
     path = _of_folder(path) if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
-    config = path.parent / "config.json"
-    return Foreign(_tensors(path, verify), read_json(config) if config.is_file() else {}, str(path))
+    config = path.with_name(OPEN_CLIP_CONFIG if path.name.startswith(OPEN_CLIP) else "config.json")
+    tensors = _tensors(path, verify, unwrap)
+    while unwrap and (prefix := wrapper_of(tensors)):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return Foreign(tensors, read_json(config) if config.is_file() else {}, str(path))
+
+
+def wrapper_of(names: Collection[str]) -> str:
+    """The prefix of a wrapper that all names share; empty if there is none."""
+    return next((prefix for prefix in WRAPPERS if names and all(name.startswith(prefix) for name in names)), "")
 
 
 def _of_folder(folder: Path) -> Path:
@@ -71,7 +83,7 @@ def _of_folder(folder: Path) -> Path:
     return found[0]
 
 
-def _tensors(path: Path, verify: bool) -> dict[str, Tensor]:
+def _tensors(path: Path, verify: bool, unwrap: bool = False) -> dict[str, Tensor]:
     if path.name.endswith(".index.json"):
         return _shards(path, verify)
     with path.open("rb") as file:
@@ -82,7 +94,9 @@ def _tensors(path: Path, verify: bool) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     if path.suffix in TORCH_FILES:
-        return _by_name(path, _unpickled_without_code(path))
+        tree = _unpickled_without_code(path)
+        lightning = unwrap and isinstance(tree, Mapping) and isinstance(tree.get("state_dict"), Mapping)
+        return _by_name(path, tree["state_dict"] if lightning else tree)
     allowed = ", ".join((".safetensors", *TORCH_FILES, ".index.json"))
     raise CheckpointError(f"{path}: a checkpoint ends in one of {allowed}")
 

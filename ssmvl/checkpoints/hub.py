@@ -12,6 +12,9 @@ from ssmvl.errors import CheckpointError, short
 ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.json)(?<!\.yaml)(?<!\.safetensors)(?<!\.bin)(?<!\.pt)(?<!\.pth)")  # no file name
 
 
+HUB_FILE = "hf-hub:"  # before owner/model/FILE: one file of the hub
+
+
 def hub_file(repo: str, name: str) -> Path:
     """A file of an encoder in the hub: from the cache, or fetched now.
 
@@ -50,17 +53,25 @@ def local(name: str | Path, *patterns: str) -> Path:
     """A file or folder of that name, or the folder into which files of the hub's model of that name were fetched.
 
     Args:
-        name: a path, or as a text `owner/model`.
+        name: a path, or as a text `owner/model` or `hf-hub:owner/model/FILE`.
         patterns: of file names in the hub, e.g. `*.safetensors`.
 
     Raises:
         CheckpointError: there is no such path, and no such model in the hub or no way to reach it.
     """
+    if str(name).startswith(HUB_FILE):
+        repo, _, file = str(name).removeprefix(HUB_FILE).rpartition("/")
+        return hub_file(repo, file)
     path = user_path(name)
     if path.exists():
         return path
     if isinstance(name, Path) or not ID.fullmatch(name) or path.parent.is_dir():
-        raise CheckpointError(f"{name}: no such file or folder, and no model of the hub, which is named owner/model")
+        wanted = path.parent.is_dir() and path.suffix == ".safetensors"
+        here = sorted(child.name for child in path.parent.iterdir()) if wanted else []
+        held = f" ({path.parent} holds {short(', '.join(here))})" if here else ""
+        raise CheckpointError(
+            f"{name}: no such file or folder{held}, and not a model of the hub, which is named owner/model"
+        )
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal
@@ -11,7 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssmvl.errors import CheckpointError, ContractError, short
+from ssmvl.checkpoints.modules import differing
+from ssmvl.errors import CheckpointError, ContractError, foreign, short
+
+PARTS = ("language", "encoder", "model")
+Fitted = dict[str, list[Tensor]]  # by name of the module's tensor, the file's that are joined along the first axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,28 +24,33 @@ class Layout:
     """How the names of a file and of a module belong together.
 
     Attributes:
-        part: what a file of this layout fills: a language model, or a whole `VisionLanguageModel`.
+        part: what a file of this layout fills: a language model, an encoder, or a whole `VisionLanguageModel`.
         rules: patterns of the module's names -> patterns of the file's, the first that matches counts. Each `*` stands
             for the same text on both sides. Several names, of one shape, are joined along the first axis, as the
             parameters of a mixer's scan paths are.
         tied: names in the file whose tensor must equal one of the module's: heads that are the embedding.
-        absent: prefixes of the module's names that files of this layout never hold.
+        equal: names in the file whose tensors must be equal, because its config ties them.
+        absent: prefixes of the module's names that files of this layout may lack; those keep their initial values.
         ignored: patterns of names in the file that are no weights, such as tables that a module makes itself.
         expects: attributes of the module by dotted name and the value each must equal: what the file's config says, or
             the release fixed, and shapes do not show.
+        adapt: renames, resamples or filters a file's tensors for the built module, which may be on `meta`; the other
+            attributes apply to what it returns. None if the tensors are used as they are.
     """
 
-    part: Literal["language", "model"]
+    part: Literal["language", "encoder", "model"]
     rules: Mapping[str, Sequence[str]]
     tied: Mapping[str, str] = field(default_factory=dict)
+    equal: Mapping[str, str] = field(default_factory=dict)
     absent: Sequence[str] = ()
     ignored: Sequence[str] = ()
     expects: Mapping[str, Any] = field(default_factory=dict)
+    adapt: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a part that no model has."""
-        if self.part not in ("language", "model"):
-            raise ContractError(f"part must be 'language' or 'model', is {self.part!r}")
+        if self.part not in PARTS:
+            raise ContractError(f"part must be one of {', '.join(map(repr, PARTS))}, is {self.part!r}")
 
     def table(self, ours: Iterable[str]) -> dict[str, list[str]]:
         """The names in the file for each of these names of the module that a rule covers."""
@@ -57,19 +67,34 @@ class Layout:
         """The names in the file that fill each parameter and saved buffer of a module, each under its first name."""
         return self.table(_own(module)[0])
 
-    def check(self, module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    def fit(self, module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Fitted:
         """Compare a file with a module, which may be on `meta`.
+
+        Returns:
+            The file's tensors for each of the module's, by its name.
 
         Raises:
             CheckpointError: names, shapes or expected values differ. Lists every difference.
         """
+        if self.adapt is not None:
+            tensors = _adapted(self.adapt, tensors, module, source)
         expected, second = _own(module)
         table, problems = self.table(expected), self._unexpected(module)
+        may_lack = tuple(f"{prefix}." for prefix in self.absent)
+        fitted: Fitted = {}
         for name, tensor in expected.items():
-            if name in table:
-                problems += _differences(name, tensor, table[name], tensors)
-            elif not name.startswith(tuple(f"{prefix}." for prefix in self.absent)):
+            names = table.get(name, [])
+            if name.startswith(may_lack) and not all(other in tensors for other in names or [""]):
+                continue
+            if not names:
                 problems.append(f"missing {name} {tuple(tensor.shape)}")
+            elif wrong := _differences(name, tensor, names, tensors):
+                problems += wrong
+            else:
+                fitted[name] = [tensors[other] for other in names]
+        for one, other in self.equal.items():
+            if one in tensors and other in tensors and not _equal(tensors[one], tensors[other]):
+                problems.append(f"{one} differs from {other}, but the config.json beside it ties them")
         tied = {**self.tied, **{self.table([name]).get(name, [name])[0]: own for name, own in second.items()}}
         for name in tensors.keys() - {name for names in table.values() for name in names}:
             if any(re.fullmatch(_pattern(pattern), name) for pattern in self.ignored):
@@ -84,6 +109,11 @@ class Layout:
                 [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
             )
             raise CheckpointError(f"{source} does not fit the model:\n  " + "\n  ".join(shown))
+        return fitted
+
+    def check(self, module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+        """`fit`, for its errors."""
+        self.fit(module, tensors, source)
 
     def load(self, module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
         """Copy a file's tensors into a module, cast to its dtypes.
@@ -91,25 +121,14 @@ class Layout:
         Raises:
             CheckpointError: names, shapes or expected values differ; nothing was copied. Lists every difference.
         """
-        self.check(module, tensors, source)
-        expected, _ = _own(module)
-        with torch.no_grad():
-            for name, names in self.table(expected).items():
-                targets = expected[name].chunk(len(names)) if len(names) > 1 else [expected[name]]
-                for target, other in zip(targets, names, strict=True):
-                    target.copy_(tensors[other])
+        copy_fitted(module, self.fit(module, tensors, source))
 
     def _unexpected(self, module: nn.Module) -> list[str]:
-        problems = []
-        for name, value in self.expects.items():
-            try:
-                own = attrgetter(name)(module)
-            except AttributeError:
-                own = None
-            if own != value:
-                shown = str(own) if callable(own) else repr(own)  # a bound component says its name
-                problems.append(f"{name} is {shown}, the checkpoint needs {value!r}")
-        return problems
+        own = {}
+        for name in self.expects:
+            with suppress(AttributeError):
+                own[name] = attrgetter(name)(module)
+        return differing(own, self.expects)
 
 
 def need(config: Mapping[str, Any], keys: Iterable[str], kind: str) -> None:
@@ -130,6 +149,15 @@ def need(config: Mapping[str, Any], keys: Iterable[str], kind: str) -> None:
             f"the config.json beside it {what}, and the tensors of {kind} do not show everything; "
             "take it from where the weights came from"
         )
+
+
+def copy_fitted(module: nn.Module, fitted: Fitted) -> None:
+    """Copy the tensors that `Layout.fit` found for a module into it, or into its equal, cast to its dtypes."""
+    own, _ = _own(module)
+    with torch.no_grad():
+        for name, parts in fitted.items():
+            for target, part in zip(own[name].chunk(len(parts)) if len(parts) > 1 else [own[name]], parts, strict=True):
+                target.copy_(part)
 
 
 SAME = Layout(part="model", rules={"*": ["*"]})  # our own
@@ -153,6 +181,20 @@ def copy_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
         CheckpointError: names or shapes differ; nothing was copied. Lists every difference.
     """
     SAME.load(module, tensors, source)
+
+
+def _adapted(
+    adapt: Callable[[dict[str, Tensor], Any], dict[str, Tensor]],
+    tensors: Mapping[str, Tensor],
+    module: nn.Module,
+    source: str,
+) -> dict[str, Tensor]:
+    try:
+        return adapt(dict(tensors), module)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    except Exception as error:  # foreign code, which a file that does not fit may break anywhere
+        raise CheckpointError(f"{source}: does not fit the model ({foreign(error)})") from error
 
 
 def _own(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

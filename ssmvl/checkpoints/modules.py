@@ -1,4 +1,4 @@
-"""What the tensors of a model do not show: the kinds of its modules and the values that they keep."""
+"""What the tensors of a model do not show, and the one comparison of it: module kinds and the values that they keep."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssmvl.errors import CheckpointError, short
 from ssmvl.recipes.binding import Bound
 
 # Torch's state of training, and what timm and transformers note beside a model and compute nothing with.
 NOTES = {"training", "pretrained_cfg", "default_cfg", "generation_config"}
+SHOWN = 20  # differences that a message lists
 FUNCTIONS = (partial, Bound, FunctionType, BuiltinFunctionType, MethodType, type)
 VALUES = (bool, int, float, str, torch.dtype)
 
@@ -34,6 +36,45 @@ def module_settings(module: nn.Module) -> dict[str, object]:
         found[name] = _name(type(part))
         found |= _kept(f"{name}." if name else "", vars(part), seen)
     return found
+
+
+def require_same(
+    what: str,
+    own: Mapping[str, object],
+    needed: Mapping[str, object],
+    advice: str = "",
+    other: str = "the checkpoint",
+) -> None:
+    """Compare settings of a model with those that weights need.
+
+    Args:
+        what: the first line of the message.
+        own: the model's, by dotted name.
+        needed: those that the weights were saved with, or that their config states.
+        advice: the last line of the message.
+        other: where `needed` comes from.
+
+    Raises:
+        CheckpointError: they differ; lists every difference.
+    """
+    if lines := differing(own, needed, other):
+        more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        listed = "\n  ".join([f"{what}:", *lines[:SHOWN], *more])
+        raise CheckpointError(f"{listed}\n{advice}" if advice else listed)
+
+
+def differing(own: Mapping[str, object], needed: Mapping[str, object], other: str = "the checkpoint") -> list[str]:
+    """One line for each setting that differs, without those inside of a module that differs itself."""
+    wrong: list[str] = []
+    for name in dict.fromkeys([*own, *needed]):
+        if own.get(name) != needed.get(name) and not name.startswith(tuple(f"{outer}." for outer in wrong)):
+            wrong.append(name)
+    return [f"{name} is {_shown(own, name)}, {other} needs {_shown(needed, name)}" for name in wrong]
+
+
+def _shown(settings: Mapping[str, object], name: str) -> str:
+    value = settings.get(name, _shown)
+    return "nothing" if value is _shown else short(str(value) if callable(value) else repr(value))
 
 
 def _kept(prefix: str, values: Mapping[Any, Any], seen: set[int]) -> Iterator[tuple[str, object]]:

@@ -6,10 +6,11 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 
-from ssmvl.errors import PluginWarning, SsmvlError
+from ssmvl.errors import PluginWarning, SsmvlError, wants_traceback
 
 VERBS = {
     "train": "train a recipe on this machine (several ranks: composer -n 8 recipe.yaml)",
@@ -42,13 +43,18 @@ def _run(argv: Sequence[str]) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text)
+        sub.add_argument("--traceback", action="store_true", help="show where an error was raised")
         if verb in argv[:1]:  # only the verb that is used is imported
             importlib.import_module(f"ssmvl.cli.{verb}").arguments(sub)
     arguments = parser.parse_args(argv)
+    if arguments.traceback:
+        os.environ["SSMVL_TRACEBACK"] = "1"
     warnings.simplefilter("ignore", PluginWarning)  # `list`, `doctor` and failing lookups show them
     try:
         return int(importlib.import_module(f"ssmvl.cli.{arguments.verb}").run(arguments))
     except SsmvlError as error:
+        if wants_traceback():
+            traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -6,24 +6,28 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssmvl.cli.common import recipe_arguments
+from ssmvl.cli.common import merged_recipe, recipe_arguments
 from ssmvl.errors import Problem, RecipeError
 
-arguments = recipe_arguments
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """A recipe, its overrides, and whether its data are opened."""
+    recipe_arguments(parser)
+    parser.add_argument("--data", action="store_true", help="also open the data, and look up ids in the hub")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print that the recipe is right, or every problem."""
     from ssmvl.recipes.files import read_yaml
-    from ssmvl.recipes.merge import load_recipe
-    from ssmvl.training.schema import check
 
     path = Path(options.recipe)
     if path.suffix in (".yaml", ".yml") and path.is_file() and isinstance(read_yaml(path), list):
         return _check_ablations(path, options.overrides)
-    recipe = load_recipe(options.recipe, *options.overrides)
-    _, notes = check(recipe)
-    print("\n".join([f"{recipe.source}: no problem found", *notes]))
+    recipe = merged_recipe(options)
+    from ssmvl.training.checked import check
+
+    checked = check(recipe, data=options.data)
+    print("\n".join([f"{recipe.source}: no problem found", *checked.notes]))
     return 0
 
 
@@ -31,15 +35,14 @@ def _check_ablations(path: Path, overrides: Sequence[str]) -> int:
     """A line for each entry; then the problems of all of them, as one error."""
     from ssmvl.recipes.ablations import PREFIX, read_ablations
     from ssmvl.recipes.merge import load_recipe
-    from ssmvl.training.schema import check
+    from ssmvl.training.checked import check
 
     problems: list[Problem] = []
     notes: dict[str, None] = {}
     for entry in read_ablations(path):
         found: Sequence[Problem] = ()
         try:
-            _, noted = check(load_recipe(entry, *overrides))
-            notes |= dict.fromkeys(noted)
+            notes |= dict.fromkeys(check(load_recipe(entry, *overrides)).notes)
         except RecipeError as error:
             found = error.problems
         what = f"{len(found)} problem{'s' * (len(found) != 1)}" if found else "no problem found"

@@ -1,11 +1,111 @@
-"""Arguments that several verbs take."""
+"""Arguments that several verbs take, and mistakes that are found before torch is imported."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssmvl.errors import CheckpointError, MissingDependencyError, Problem, RecipeError, SsmvlError
+
+if TYPE_CHECKING:
+    from ssmvl.recipes.merge import Recipe
+
+FIXED = {"fusion": "fusion", "connector": "connector", "language": "language_model", "prompt": "prompt"}
+NESTED = {"mixer": "mixer", "scan_order": "scan_order"}  # options that hold components
 
 
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """A recipe and its overrides."""
     parser.add_argument("recipe", help="a name (`ssmvl list`) or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides, applied one by one")
+
+
+def merged_recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe and overrides of the command line, in which every component is registered and every file exists.
+
+    Raises:
+        RecipeError: it cannot be read, or names a component or a file that does not exist.
+    """
+    from ssmvl.recipes.merge import load_recipe
+
+    recipe = load_recipe(options.recipe, *options.overrides)
+    problems = [*_unknown_components(recipe.data), *_missing_files(recipe.data)]
+    if problems:
+        raise RecipeError(problems, recipe.source)
+    return recipe
+
+
+def require_packages(extra: str, *packages: str) -> None:
+    """Check that packages are installed.
+
+    Raises:
+        MissingDependencyError: names the extra that brings them.
+    """
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise MissingDependencyError(f"this needs {' and '.join(missing)}: pip install 'ssmvl[{extra}]'")
+
+
+def require_path(name: str, what: str) -> None:
+    """Check that a local file or folder exists; URLs and ids of the hub are left to those who fetch them.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if _is_missing(name):
+        raise CheckpointError(f"{name}: no such {what}")
+
+
+def _is_missing(name: str) -> bool:
+    path = Path(name).expanduser()
+    is_local = path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1
+    return is_local and "://" not in name and not path.exists()
+
+
+def _unknown_components(data: dict[str, Any]) -> Iterator[Problem]:
+    model, stages = data["model"], data.get("stages")
+    for name, node in (model.get("encoders") or {}).items() if isinstance(model.get("encoders"), dict) else ():
+        yield from _unknown(f"model.encoders.{name}", "encoder", node)
+    for key, kind in FIXED.items():
+        yield from _unknown(f"model.{key}", kind, model.get(key))
+    for name, stage in stages.items() if isinstance(stages, dict) else ():
+        for key, kind in (("data", "dataset"), ("prompt", "prompt")) if isinstance(stage, dict) else ():
+            yield from _unknown(f"stages.{name}.{key}", kind, stage.get(key))
+
+
+def _unknown(path: str, kind: str, node: Any) -> Iterator[Problem]:
+    """The problem of a component that is not registered, and those of the components in its options."""
+    from ssmvl.plugins import components
+
+    node = {"name": node} if isinstance(node, str) else node
+    if not isinstance(node, dict) or not isinstance(node.get("name"), str):
+        return  # what else is wrong with it is said when it is bound
+    try:
+        entry = components().find(kind, node["name"])
+    except SsmvlError as error:
+        yield Problem(path, str(error))
+        return
+    if entry.plugin is None or entry.plugin.distribution == "ssmvl":  # elsewhere the options may mean something else
+        for key in NESTED.keys() & node.keys():
+            yield from _unknown(f"{path}.{key}", NESTED[key], node[key])
+
+
+def _missing_files(data: dict[str, Any]) -> Iterator[Problem]:
+    """Absolute paths of weights that do not exist; relative ones may be ids of the hub."""
+    model, stages = data["model"], data.get("stages")
+    encoders = model.get("encoders") if isinstance(model.get("encoders"), dict) else {}
+    nodes = {f"model.encoders.{name}": node for name, node in (encoders or {}).items()}
+    named = {f"{path}.weights": node.get("weights") for path, node in nodes.items() if isinstance(node, dict)}
+    if isinstance(model.get("language"), dict):
+        named["model.language.weights"] = model["language"].get("weights")
+    for name, stage in stages.items() if isinstance(stages, dict) else ():
+        if isinstance(stage, dict):
+            named[f"stages.{name}.init_from"] = stage.get("init_from")
+    for path, value in named.items():
+        if isinstance(value, str):
+            place = value.removeprefix("unwrap:").removeprefix("local-dir:")
+            if place.startswith(("/", "~", "./", "../")) and not Path(place).expanduser().exists():
+                yield Problem(path, f"{place}: no such file or folder")

@@ -6,10 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ssmvl.cli.common import require_path
 from ssmvl.errors import DataError
 
 if TYPE_CHECKING:
     from ssmvl.data.inspection.inspect import Reader
+    from ssmvl.processing.processor import Processor
 
 CONVERT = """Write published files as shards to OUT/train. A run that was killed is continued by the same command."""
 VERIFY = """Look at every byte of shards: sizes, hashes, records, images. Exit code 2 if there is a problem."""
@@ -55,6 +57,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Do it; 2 if `verify` finds problems."""
     if options.action == "convert":
+        for source in options.sources:
+            require_path(str(source), "source")
         from ssmvl.data.conversion.convert import convert
 
         found = convert(
@@ -67,15 +71,18 @@ def run(options: argparse.Namespace) -> int:
         )
         print(found)
     elif options.action == "verify":
+        require_path(options.folder, "folder")
         from ssmvl.data.inspection.verify import verify
 
         checked = verify(options.folder, options.workers)
         print(checked)
         return 2 if checked.problems else 0
     else:
+        reader = _reader(options)
+        require_path(options.folder, "folder")
         from ssmvl.data.inspection.inspect import inspect
 
-        inspect(options.folder, _reader(options), options.samples, options.png)
+        inspect(options.folder, reader, options.samples, options.png)
     return 0
 
 
@@ -86,9 +93,15 @@ def _reader(options: argparse.Namespace) -> Reader | None:
             raise DataError("what a model reads depends on its recipe; give one: --recipe NAME")
         return None
     from ssmvl.recipes.merge import load_recipe
-    from ssmvl.training.schema import stage_processor
 
-    return lambda: stage_processor(load_recipe(options.recipe), options.stage)
+    recipe = load_recipe(options.recipe)
+
+    def read() -> tuple[Processor, str]:
+        from ssmvl.training.checked import stage_processor
+
+        return stage_processor(recipe, options.stage)
+
+    return read
 
 
 def _positive(text: str) -> int:

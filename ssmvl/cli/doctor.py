@@ -38,6 +38,10 @@ def run(options: argparse.Namespace) -> int:
         print(f"conflict        {entries[0].kind} {entries[0].name!r}: {' and '.join(e.source for e in entries)}")
     for failure in registry.failures:
         print(f"broken plugin   {failure}")
+    for disabled in registry.disabled:
+        print(f"disabled plugin {disabled}")
+    for remark in registry.unknown:
+        print(f"unknown plugin  {remark}")
     stale = clean_stale_segments() if options.clean else stale_segments()
     advice = "removed" if options.clean else "left by dead runs; remove with ssmvl doctor --clean"
     print(f"shared memory   {f'{len(stale)} files {advice}' if stale else 'nothing left by dead runs'}")

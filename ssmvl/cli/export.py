@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ssmvl.cli.common import require_path
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """A checkpoint, and a folder for the model in it."""
@@ -24,6 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Save the model; say which checkpoint it is of, and which newer ones are damaged."""
+    require_path(options.checkpoint, "file or folder")
     from ssmvl.training.checkpoints.export import export
 
     path, passed = export(options.checkpoint, options.out, options.recipe, options.trust_pickle)

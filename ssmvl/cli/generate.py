@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ssmvl.cli.common import require_path
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """A folder, an image and a prompt."""
@@ -15,6 +17,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the answer."""
+    require_path(options.folder, "folder, and not a model of the hub, which is named owner/model")
+    if options.image is not None:
+        require_path(options.image, "image")
     from ssmvl.generation.assistant import load
 
     assistant = load(options.folder)

@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-from ssmvl.cli.common import recipe_arguments
+from ssmvl.cli.common import merged_recipe, recipe_arguments
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,10 +30,10 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan of each stage; 1 if one of them does not fit."""
     from rich.console import Console
 
-    from ssmvl.recipes.merge import load_recipe
+    recipe = merged_recipe(options)
     from ssmvl.training.planning.plan import MARGIN, stage_plans
 
-    plans = stage_plans(load_recipe(options.recipe, *options.overrides), options.gpus)
+    plans = stage_plans(recipe, options.gpus)
     console = Console(highlight=False, soft_wrap=True)
     limit = options.memory * GB * (1 - MARGIN)
     fits = True

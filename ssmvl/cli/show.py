@@ -6,12 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ssmvl.cli.common import merged_recipe
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ssmvl.model.costs import PartCost
     from ssmvl.model.vlm import VisionLanguageModel
     from ssmvl.recipes.ablations import Ablation
+    from ssmvl.recipes.merge import Recipe
 
 MOST_CELLS = 10_000
 
@@ -37,9 +40,11 @@ def run(options: argparse.Namespace) -> int:
         return _draw(options.scan, options.grid or (1, 4, 6), options.png)
     if options.grid or options.png:
         options.refuse("--grid and --png belong to --scan")
-    if options.params is not None:
-        return _print_costs(options.recipe, *options.overrides, *options.params)
     from ssmvl.recipes.ablations import PREFIX, find_ablation
+
+    options.overrides += options.params or []
+    if options.params is not None:
+        return _print_costs(merged_recipe(options))
     from ssmvl.recipes.merge import load_recipe
 
     recipe = load_recipe(options.recipe, *options.overrides)
@@ -57,13 +62,13 @@ def _about(entry: Ablation) -> str:
     return "\n".join(f"# {line}" for line in lines)
 
 
-def _print_costs(recipe: str, *overrides: str) -> int:
+def _print_costs(recipe: Recipe) -> int:
     from rich.console import Console
 
-    from ssmvl.model.build import build_model
+    from ssmvl.model.blueprint import Blueprint
     from ssmvl.model.costs import TEXT_POSITIONS, describe
 
-    model = build_model(recipe, *overrides, device="meta")
+    model = Blueprint.of(recipe).model
     costs = describe(model)
     console = Console(highlight=False)
     console.print(f"One image and {TEXT_POSITIONS} supervised text positions.\n")

@@ -88,7 +88,7 @@ class Loader:
             deleted. No limit if None. For data in a bucket only.
     """
 
-    workers: Annotated[int, Check("at least 0", lambda number: number >= 0)] | None = None
+    workers: Annotated[int, Check("from 0 to 256", lambda number: 0 <= number <= 256)] | None = None
     shuffle: bool = True
     num_canonical_nodes: Count | None = None
     cache_limit: Annotated[str, Check("a number and a unit (kb, mb, gb, tb), e.g. 500gb", SIZE.fullmatch)] | None = None

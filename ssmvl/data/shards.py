@@ -139,7 +139,14 @@ def shard_writer(folder: Path, size: int) -> MDSWriter:
 
 
 def pack_record(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with its images apart -> as it stands in a shard, one value for each of `COLUMNS`."""
+    """A record with its images apart -> as it stands in a shard, one value for each of `COLUMNS`.
+
+    Raises:
+        DataError: the record lacks a key.
+    """
+    if lacking := [key for key in ("id", "type", "conversation", "images") if key not in record]:
+        what = f"record {record.get('id', record)!r} lacks {', '.join(lacking)}"
+        raise DataError(f"{what}; a record has id, type, conversation and images")
     sizes = [len(image) for image in record["images"]]
     return {**record, "images": b"".join(record["images"]), "image_sizes": sizes}
 

@@ -238,13 +238,25 @@ def read_records(data: Data) -> list[dict[str, Any]]:
     return [record for stream in _streams(data) for record in _read(stream.place)]
 
 
+def first_record(data: Data) -> dict[str, Any]:
+    """The first record, its images undecoded.
+
+    Raises:
+        DataError: there is none, or see `read_records`.
+    """
+    found = next((record for stream in _streams(data) for record in _read(stream.place)), None)
+    if found is None:
+        raise DataError(f"the shards in {describe(data)} hold no records")
+    return found
+
+
 def describe(data: Data) -> str:
     """Where data lie, for messages."""
     places = (stream.place for stream in _streams(data))
     return ", ".join(place.remote if isinstance(place, Shards) else str(place) for place in places)
 
 
-def _read(place: Path | Shards) -> list[dict[str, Any]]:
+def _read(place: Path | Shards) -> Iterator[dict[str, Any]]:
     folder = place.local if isinstance(place, Shards) else place
     shards = json.loads((folder / "index.json").read_text())["shards"]
     if isinstance(place, Shards):
@@ -254,7 +266,7 @@ def _read(place: Path | Shards) -> list[dict[str, Any]]:
     # as streaming's LocalDataset does, which leaves the index file open
     readers = [reader_from_json(str(folder), None, shard) for shard in shards]
     try:
-        return [unpack_record(reader[at]) for reader in readers for at in range(len(reader))]
+        yield from (unpack_record(reader[at]) for reader in readers for at in range(len(reader)))
     except (OSError, ValueError, IndexError) as error:
         raise DataError(f"{folder}: a shard cannot be read, or only as compressed ({error}); write it anew") from error
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from ssmvl.checkpoints.hub import ID
 from ssmvl.errors import BackendError, CheckpointError, ContractError, DataError, short
 from ssmvl.interfaces import IGNORED, IMAGE_PLACE, LanguageModel, Message
-from ssmvl.model.build import build_model, build_processor
+from ssmvl.model.blueprint import Blueprint
+from ssmvl.model.build import build_model
 from ssmvl.model.saved import (
     CARD_FILE,
-    FORMAT_VERSION,
     is_ours,
     own_tensors,
     require_loadable,
@@ -32,7 +32,7 @@ from ssmvl.processing.batch import collate, pad
 from ssmvl.processing.processor import Processor
 from ssmvl.processing.tokenizers import without_beginning
 from ssmvl.processing.transforms import ImageLike
-from ssmvl.recipes.merge import Recipe, load_recipe
+from ssmvl.recipes.merge import Recipe
 
 __all__ = ["Assistant", "load"]
 
@@ -137,10 +137,11 @@ class Assistant:
     def _answer(self, samples: Sequence[Mapping[str, Any]], max_new_tokens: int) -> list[str]:
         device = next(self.model.parameters()).device
         inputs = self._padded(samples)
+        lengths = torch.tensor([len(sample["ids"]) for sample in samples], device=device)
         visual = self.model.encode({spec: pixels.to(device) for spec, pixels in inputs["images"].items()})
         state = cast(LanguageModel, self.model.language).new_state(len(samples), device)
-        moved = [inputs[key].to(device) for key in ("ids", "lengths", "image_positions")]
-        logits = self.model.prefill(moved[0], moved[1], visual, moved[2], state)
+        ids, image_positions = (inputs[key].to(device) for key in ("ids", "image_positions"))
+        logits = self.model.prefill(ids, lengths, visual, image_positions, state)
         if logits.isnan().any():
             raise BackendError("the model's logits are NaN; its weights or its visual tokens are not finite")
         answers = self._continue(logits, state, max_new_tokens)
@@ -218,7 +219,7 @@ class Assistant:
         write = getattr(self.model.language, "to_transformers", None)
         if write is None:
             raise ContractError(f"{type(self.model.language).__name__} has no method to_transformers")
-        require_loadable(str(folder), self.model.state_dict(), self.recipe, self.processor, self.model)
+        require_loadable(str(folder), self.model.state_dict(), Blueprint.of(self.recipe), self.processor, self.model)
         tensors, config = write(self.processor.end_id)
         texts = {"config.json": json.dumps(config, indent=2) + "\n"} | tokenizer_files(self.processor)
         write_files(folder, tensors, texts)
@@ -256,7 +257,7 @@ def _images(own: ImageLike | Sequence[ImageLike] | None) -> Sequence[ImageLike]:
 def load(
     weights: str | Path,
     *,
-    recipe: str | Path | Recipe | None = None,
+    recipe: str | Path | Recipe | Blueprint | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = True,
@@ -283,12 +284,33 @@ def load(
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BackendError(f"device {device!r} cannot be used here ({reason}); such as 'cpu' or 'cuda:0'") from error
-    folder, version = saved_folder(weights) if recipe is None else (None, FORMAT_VERSION)
-    if device is None and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    recipe = load_recipe(folder or cast(Any, recipe))
-    model = build_model(recipe, device=device, dtype=dtype, weights=folder or weights, verify=verify)
-    processor = build_processor(recipe, model, folder)
+    if recipe is None:
+        folder, _ = saved_folder(weights)
+        return load_saved(Blueprint.of(folder), folder, device=device, dtype=dtype, verify=verify)
+    blueprint = Blueprint.of(recipe)
+    model = build_model(blueprint, device=_usual(device), dtype=dtype, weights=weights, verify=verify)
+    return Assistant(model, blueprint.processor, blueprint.recipe)
+
+
+def load_saved(
+    blueprint: Blueprint,
+    folder: Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+) -> Assistant:
+    """The assistant saved in a folder whose recipe is bound; see `load`."""
+    folder, version = saved_folder(folder)
+    model = build_model(blueprint, device=_usual(device), dtype=dtype, weights=folder, verify=verify)
+    processor = blueprint.processor_for(model, folder)
     if version == 1:
         without_beginning(processor.tokenizer)
-    return Assistant(model, processor, recipe)
+    return Assistant(model, processor, blueprint.recipe)
+
+
+def _usual(device: torch.device | str | None) -> torch.device | str | None:
+    """The current CUDA device where none is named and there is one."""
+    if device is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -18,6 +18,14 @@ NAMES = {
 TIED = {"lm_head.weight": "embedding.weight"}
 HF_MODELS = {"mamba": ("Mamba1", "MambaForCausalLM"), "mamba2": ("Mamba2", "Mamba2ForCausalLM")}  # by model_type
 HF_LAYOUT = Layout(part="language", rules={"embedding.*": ["backbone.embeddings.*"], **NAMES}, tied=TIED)
+# Options of mamba-ssm's models. Those in ONLY have one value that a model here has; of the others, `norm_epsilon`,
+# `tie_embeddings` and `n_layer` are compared, shapes show the sizes, and nothing depends on the rest.
+ONLY = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": []}
+MODEL_OPTIONS = {
+    "d_model", "n_layer", "vocab_size", "ssm_cfg", "attn_cfg", "residual_in_fp32", "fused_add_norm",
+    "pad_vocab_size_multiple", "tie_embeddings", "norm_epsilon", "expand", "initializer_cfg", "model_type",
+    "architectures", "torch_dtype", "dtype", "transformers_version", *ONLY,
+}  # fmt: skip
 # Arguments of mamba-ssm's layers. What is not compared below, shapes or names show, or only initial values or speed
 # depend on it.
 SSM_OPTIONS = {
@@ -45,6 +53,7 @@ def state_spaces(names: Collection[str], config: Mapping[str, Any]) -> Layout | 
     kind = _kind(names)
     if kind == "Mamba2":
         need(config, ["ssm_cfg"], "Mamba-2")
+    _require_model_options(config, names)
     options = config.get("ssm_cfg") or {}
     if not isinstance(options, Mapping):
         raise CheckpointError(f"the config.json beside it has {options!r} as ssm_cfg; it must be a mapping")
@@ -68,8 +77,14 @@ def state_spaces(names: Collection[str], config: Mapping[str, Any]) -> Layout | 
         }
         if options.get("norm_before_gate"):
             expects["norm_before_gate"] = True  # which no mixer here has
+    if "expand" in config:
+        expects["inner"] = config["expand"] * config.get("d_model", 0)
+    expects = _expects(kind, expects, config.get("norm_epsilon", 1e-5))
+    if "d_model" in config:
+        expects["width"] = config["d_model"]
+    equal = {"lm_head.weight": "backbone.embedding.weight"} if config.get("tie_embeddings", bool(config)) else {}
     rules = {"embedding.*": ["backbone.embedding.*"], **NAMES}
-    return Layout(part="language", rules=rules, tied=TIED, expects=_expects(kind, expects, 1e-5))
+    return Layout(part="language", rules=rules, tied=TIED, equal=equal, expects=expects)
 
 
 def transformers_mamba(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
@@ -83,7 +98,8 @@ def transformers_mamba(names: Collection[str], config: Mapping[str, Any]) -> Lay
     need(config, ["model_type"], "Mamba")
     said, _ = HF_MODELS.get(str(config["model_type"]), ("", ""))
     if not said:
-        return None
+        known = " and ".join(HF_MODELS)
+        raise CheckpointError(f"the config.json beside it has model_type {config['model_type']!r}; {known} are read")
     kind = _kind(names)
     if said != kind:
         raise CheckpointError(f"the config.json beside it is of {said}, but the tensors are of {kind}")
@@ -92,14 +108,49 @@ def transformers_mamba(names: Collection[str], config: Mapping[str, Any]) -> Lay
         need(config, ["n_groups", "state_size", "head_dim", "time_step_limit"], "Mamba-2")
         expects = {
             "num_groups": config["n_groups"],
-            "norm.groups": 1,
+            # transformers normalizes the whole width up to version 4.57 and each group from version 5 on
+            "norm.groups": _OneOf(1, config["n_groups"]),
             "d_state": config["state_size"],
             "head_dim": config["head_dim"],
             "dt_limit": _range(config["time_step_limit"]),
         }
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         expects["hidden_act"] = config["hidden_act"]  # which no mixer here has
-    return replace(HF_LAYOUT, expects=_expects(kind, expects, config.get("layer_norm_epsilon", 1e-5)))
+    tied = config.get("tie_word_embeddings", kind == "Mamba1")  # as transformers' two configurations have it
+    equal = {"lm_head.weight": "backbone.embeddings.weight"} if tied else {}
+    return replace(HF_LAYOUT, equal=equal, expects=_expects(kind, expects, config.get("layer_norm_epsilon", 1e-5)))
+
+
+class _OneOf:
+    """Equal to each of some values."""
+
+    def __init__(self, *values: object) -> None:
+        self.values = tuple(dict.fromkeys(values))
+
+    def __eq__(self, other: object) -> bool:
+        return other in self.values
+
+    def __repr__(self) -> str:
+        return " or ".join(map(repr, self.values))
+
+
+def _require_model_options(config: Mapping[str, Any], names: Collection[str]) -> None:
+    """Check the options of a state-spaces config beside `ssm_cfg`.
+
+    Raises:
+        CheckpointError: one is unknown, describes another model than the tensors, or none that is built here.
+    """
+    if unknown := sorted(config.keys() - MODEL_OPTIONS):
+        known = ", ".join(sorted(MODEL_OPTIONS))
+        raise CheckpointError(
+            f"the config.json beside it has options that are unknown here: {', '.join(unknown)}; known are {known}"
+        )
+    layers = len({name.split(".")[2] for name in names if name.startswith("backbone.layers.")})
+    if config.get("n_layer", layers) != layers:
+        raise CheckpointError(f"the config.json beside it says n_layer {config['n_layer']}, the tensors have {layers}")
+    for key, allowed in ONLY.items():
+        if config.get(key, allowed) != allowed:
+            raise CheckpointError(f"the config.json beside it says {key} {config[key]!r}; read is {allowed!r} alone")
 
 
 def _kind(names: Collection[str]) -> str:

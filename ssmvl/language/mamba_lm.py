@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmvl.errors import ContractError
-from ssmvl.interfaces import Count, Mixer, MixerPart
+from ssmvl.interfaces import Count, Depth, Mixer, MixerPart
 from ssmvl.language.mamba_layouts import HF_LAYOUT, HF_MODELS
 from ssmvl.language.state import RecurrentState
 from ssmvl.layers.block import Block, scale_residual
@@ -47,7 +47,7 @@ class MambaLM(nn.Module):
         self,
         *,
         width: Count,
-        num_layers: Count,
+        num_layers: Depth,
         num_tokens: Count,
         mixer: MixerPart = Mamba2Mixer,
         vocab_multiple: Count = 16,
@@ -147,8 +147,11 @@ class MambaLM(nn.Module):
             **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_id),
         }
         if isinstance(mixer, Mamba2Mixer):
-            if mixer.norm.groups > 1:
-                raise ContractError("transformers' Mamba-2 normalises the whole inner width: norm_groups must be 1")
+            if mixer.norm.groups != mixer.num_groups:
+                raise ContractError(
+                    f"transformers' Mamba-2 normalizes each group from version 5 on: norm_groups must be num_groups, "
+                    f"which is {mixer.num_groups}, but is {mixer.norm.groups}"
+                )
             config |= {"model_type": "mamba2", "head_dim": mixer.head_dim, "num_heads": mixer.heads}
             config |= {"n_groups": mixer.num_groups, "time_step_limit": list(mixer.dt_limit)}
         else:
@@ -186,7 +189,7 @@ class Mamba1LM(MambaLM):
         self,
         *,
         width: Count,
-        num_layers: Count,
+        num_layers: Depth,
         num_tokens: Count,
         mixer: MixerPart = Mamba1Mixer,
         vocab_multiple: Count = 8,

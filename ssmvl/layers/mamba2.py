@@ -42,7 +42,8 @@ class Mamba2Mixer(nn.Module):
         expand: E / D.
         d_conv: W, taps of the convolution.
         num_groups: G, heads that share B and C; divides the number of heads.
-        norm_groups: parts of E that are normalised apart; state-spaces has num_groups of them, transformers 1.
+        norm_groups: parts of E that are normalized apart; num_groups, as in the original code, if None. transformers up
+            to version 4.57 normalizes the whole width, which is 1.
         dt_limit: lowest and highest step size.
         dt_init: lowest and highest step size at first. Steps weigh what a head remembers against what it sees now.
         A_init: lowest and highest -A at first; a head forgets within about 1 / (dt * -A) positions.
@@ -65,7 +66,7 @@ class Mamba2Mixer(nn.Module):
         expand: Count = 2,
         d_conv: Count = 4,
         num_groups: Count = 1,
-        norm_groups: Count = 1,
+        norm_groups: Count | None = None,
         dt_limit: tuple[float, float] = (0.0, inf),
         dt_init: tuple[float, float] = (0.001, 0.1),
         A_init: tuple[float, float] = (1.0, 16.0),
@@ -103,7 +104,7 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(initial_dt_bias(heads, *dt_init).repeat(own))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(*A_init).log().repeat(own))
         self.D = nn.Parameter(torch.ones(own * heads))
-        self.norm = GatedRMSNorm(inner, groups=norm_groups)
+        self.norm = GatedRMSNorm(inner, groups=num_groups if norm_groups is None else norm_groups)
         self.out_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:

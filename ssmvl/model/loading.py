@@ -1,32 +1,65 @@
-"""Which weights a model starts from: opened, recognised among the registered layouts, put into its parts."""
+"""The files that a model starts from: found, opened, recognized among the layouts, compared with their parts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, cast
 
 from torch import nn
 
 from ssmvl.checkpoints import Foreign, Layout, open_checkpoint
 from ssmvl.checkpoints.files import DIGESTS_FILE
+from ssmvl.checkpoints.foreign import wrapper_of
 from ssmvl.checkpoints.hub import local
-from ssmvl.errors import CheckpointError, ContractError, short
+from ssmvl.checkpoints.layouts import Fitted, copy_fitted
+from ssmvl.errors import CheckpointError, ContractError, foreign, short
+from ssmvl.interfaces import LanguageModel
+from ssmvl.model.vlm import VisionLanguageModel
 from ssmvl.plugins import components
 
+UNWRAP = "unwrap:"
+PARTS = {  # what a file of each part holds, and where a recipe names it
+    "language": ("a language model", "model.language.weights"),
+    "encoder": ("an encoder", "model.encoders.NAME.weights"),
+    "model": ("a whole model", "init_from of a stage, or weights= of build_model"),
+}
 
-class Weights(NamedTuple):
-    """An opened checkpoint and the layout it has."""
+
+@dataclass
+class Weights:
+    """An opened checkpoint, its layout, and the part of a model that it fills.
+
+    Attributes:
+        found: the file.
+        layout: its layout.
+        part: dotted name of the part; empty for a whole model.
+        fitted: the tensors for that part, once they were compared with it.
+    """
 
     found: Foreign
     layout: Layout
+    part: str = ""
+    fitted: Fitted = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """The file, for messages."""
+        return self.found.source
+
+    @property
+    def fills_model(self) -> bool:
+        """Whether a whole model has no tensor that the file may lack."""
+        return self.layout.part == "model" and not self.layout.absent
 
     def check(self, module: nn.Module) -> None:
-        """Compare them with the part that the layout is of; it may be on `meta`.
+        """Compare them with the part that the layout is of, which may be on `meta`.
 
         Raises:
             CheckpointError: they do not fit.
         """
-        self.layout.check(module, self.found.tensors, self.found.source)
+        self.fitted = self.layout.fit(module, self.found.tensors, self.source)
 
     def load(self, module: nn.Module) -> None:
         """Copy them into the part that the layout is of, cast to its dtypes.
@@ -34,27 +67,108 @@ class Weights(NamedTuple):
         Raises:
             CheckpointError: they do not fit; nothing was copied.
         """
-        self.layout.load(module, self.found.tensors, self.found.source)
+        self.check(module)
+        copy_fitted(module, self.fitted)
+
+    def copy_into(self, model: VisionLanguageModel) -> None:
+        """Copy them into a model equal to the one they were compared with."""
+        copy_fitted(model.get_submodule(self.part), self.fitted)
 
 
-def open_weights(name: str | Path, part: Literal["language", "model"], *, verify: bool = True) -> Weights:
-    """Open a checkpoint and recognise its layout; no tensor is read yet.
+StartingWeights = list[Weights]
+
+
+def starting_weights(model: VisionLanguageModel, name: str | Path, *, verify: bool = True) -> StartingWeights:
+    """Open every file that a model starts from.
 
     Args:
-        name: a file, a folder, or the id of a model in the hub, which is fetched.
-        part: what it shall fill.
+        model: on `meta`.
+        name: `none`, `recipe` for those that the parts name, or a checkpoint of a whole model.
+        verify: see `open_checkpoint`.
+
+    Raises:
+        CheckpointError: a file is missing or not recognized.
+    """
+    if name == "none":
+        return []
+    opened: StartingWeights = []
+    if name != "recipe":
+        opened.append(open_weights(name, "model", verify=verify))
+    elif (own := cast(LanguageModel, model.language).weights) != "none":
+        opened.append(open_weights(own, "language", verify=verify))
+        opened[0].part = "language"
+    if not any(one.fills_model for one in opened):
+        for encoder in model.encoders:
+            module: Any = model.encoders[encoder]
+            if module.weights != "none":
+                layout = getattr(module, "weights_layout", None)
+                opened.append(open_weights(module.weights, "encoder", layout, verify=verify))
+                opened[-1].part = f"encoders.{encoder}"
+    return opened
+
+
+def load_weights(module: Any) -> None:
+    """Load the weights that an encoder or a language model names into it.
+
+    Args:
+        module: an encoder or a language model, on its own.
+
+    Raises:
+        CheckpointError: they cannot be found or fetched, are damaged, or do not fit; nothing was copied.
+    """
+    if module.weights != "none":
+        part: Literal["language", "encoder"] = "language" if hasattr(module, "embed") else "encoder"
+        open_weights(module.weights, part, getattr(module, "weights_layout", None)).load(module)
+
+
+def open_weights(
+    name: str | Path,
+    part: Literal["language", "encoder", "model"],
+    own: Callable[[Collection[str], Mapping[str, Any]], Layout] | None = None,
+    *,
+    verify: bool = True,
+) -> Weights:
+    """Open a checkpoint and recognize its layout; no tensor is read yet.
+
+    Args:
+        name: a file, a folder, or the id of a model in the hub, which is fetched; after `unwrap:` if the prefixes that
+            wrappers add to names are to be stripped.
+        part: what it is to fill.
+        own: gives the layout where the part has its own; else it is recognized among the registered ones.
         verify: whether files are compared with the digests beside them, see `open_checkpoint`.
 
     Raises:
-        CheckpointError: it cannot be found or read, no registered layout or more than one recognises it, the config
-            that its layout needs is not beside it, or it is one of another part.
+        CheckpointError: it cannot be found or read, no registered layout or more than one recognizes it, the config
+            that its layout needs is not beside it, or its layout fills another part.
     """
-    path = local(name, "*.safetensors", "*.json", "recipe.yaml", DIGESTS_FILE)
+    unwrap = str(name).startswith(UNWRAP)
+    place = str(name).removeprefix(UNWRAP) if unwrap else name
+    path = local(place, "*.safetensors", "*.json", "recipe.yaml", DIGESTS_FILE)
     if path.is_dir() and not any(path.glob("*.safetensors")):
-        path = local(name, "*.bin", "*.pt", "*.pth", "*.json")  # in the hub, an older model
-    found = open_checkpoint(path, verify=verify)
+        path = local(place, "*.bin", "*.pt", "*.pth", "*.json")  # in the hub, an older model
+    found = open_checkpoint(path, verify=verify, unwrap=unwrap)
+    layout = _recognized(found) if own is None else _own_layout(own, found)
+    if layout.part != part:
+        noun, where = PARTS[layout.part]
+        raise CheckpointError(f"{found.source}: it holds {noun}; name it as {where}")
+    return Weights(found, layout)
+
+
+def _own_layout(own: Callable[[Collection[str], Mapping[str, Any]], Layout], found: Foreign) -> Layout:
+    try:
+        return own(found.tensors.keys(), found.config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{found.source}: {error}") from error
+    except Exception as error:  # foreign code, which a strange config may break anywhere
+        what = f"the config beside it does not describe such a model ({foreign(error)})"
+        raise CheckpointError(f"{found.source}: {what}") from error
+
+
+def _recognized(found: Foreign) -> Layout:
+    """The one registered layout that recognizes a checkpoint."""
     layouts, failures, refused = {}, "", []
-    for known in components().names("checkpoint"):
+    registered = components().names("checkpoint")
+    for known in registered:
         try:
             layout = components().find("checkpoint", known).load()(names=found.tensors.keys(), config=found.config)
             if not (layout is None or isinstance(layout, Layout)):
@@ -63,18 +177,21 @@ def open_weights(name: str | Path, part: Literal["language", "model"], *, verify
             refused.append(str(error))
             continue
         except Exception as error:  # foreign code: it breaks no other layout
-            failures += f"\ncheckpoint {known!r} failed: {type(error).__name__}: {error}"
+            failures += f"\ncheckpoint {known!r} failed: {foreign(error)}"
             continue
         if layout is not None:
             layouts[known] = layout
     if refused and not layouts:
         raise CheckpointError(f"{found.source}: {'; '.join(refused)}")
     if len(layouts) != 1:
-        what = f"{' and '.join(layouts)} all recognise" if layouts else "no registered layout recognises"
-        first, known = short(", ".join(sorted(found.tensors)[:3])), ", ".join(components().names("checkpoint"))
-        raise CheckpointError(f"{found.source}: {what} its names ({first}, …). Layouts: {known}{failures}")
-    ((known, layout),) = layouts.items()
-    if layout.part != part:
-        where = "model.language.weights" if layout.part == "language" else "weights= of build_model"
-        raise CheckpointError(f"{found.source}: its layout {known!r} is of a {layout.part}; name it as {where}")
-    return Weights(found, layout)
+        what = f"{' and '.join(layouts)} all recognize" if layouts else "no registered layout recognizes"
+        first = short(", ".join(sorted(found.tensors)[:3]))
+        kind = found.config.get("model_type")
+        said = f"; its config.json is of model_type {kind!r}" if kind and not layouts else ""
+        prefix = wrapper_of(found.tensors)
+        advice = f"\nEach begins with {prefix!r}, which a wrapper adds; {UNWRAP}PATH strips it" if prefix else ""
+        raise CheckpointError(
+            f"{found.source}: {what} its names ({first}, …){said}. Layouts: {', '.join(registered)}{failures}{advice}"
+        )
+    (layout,) = layouts.values()
+    return layout

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ssmvl import __version__
-from ssmvl.checkpoints.files import ABOUT_FILE, BYTES, DIGESTS_FILE, write_folder
+from ssmvl.checkpoints.files import BYTES, DIGESTS_FILE, write_folder
 from ssmvl.checkpoints.hub import local
 from ssmvl.checkpoints.layouts import SAME
 from ssmvl.errors import CheckpointError, short
-from ssmvl.model.build import build_model, build_prompt, require_same_settings
+from ssmvl.files import ABOUT_FILE
+from ssmvl.interfaces import Prompt
+from ssmvl.model.blueprint import Blueprint
+from ssmvl.model.build import require_same_settings
+from ssmvl.plugins import components
 from ssmvl.processing.processor import Processor
 from ssmvl.processing.tokenizers import CONFIG_FILE, TOKENIZER_FILE, config_text
+from ssmvl.recipes.binding import components_in
 from ssmvl.recipes.merge import Recipe
+from ssmvl.registry import Plugin
 
 FORMAT_VERSION = 2  # 1: texts did not begin with what the tokenizer's post-processor puts before them
 CARD_FILE = "README.md"
@@ -46,7 +53,7 @@ print(assistant.generate(["What is in the image?"], ["image.png"]))
 def save_folder(
     folder: str | Path,
     tensors: Mapping[str, Tensor],
-    recipe: Recipe,
+    recipe: Recipe | Blueprint,
     processor: Processor,
     model: nn.Module | None = None,
 ) -> None:
@@ -57,12 +64,19 @@ def save_folder(
     Raises:
         CheckpointError: see `write_files` and `require_loadable`.
     """
-    own = require_loadable(str(folder), tensors, recipe, processor, model)
+    blueprint = Blueprint.of(recipe)
+    own = require_loadable(str(folder), tensors, blueprint, processor, model)
     card = Path(folder).expanduser() / CARD_FILE
-    about = {"format_version": FORMAT_VERSION, "ssmvl": __version__, "torch": torch.__version__}
+    about = {
+        "format_version": FORMAT_VERSION,
+        "ssmvl": __version__,
+        "torch": torch.__version__,
+        "plugins": plugins_of(blueprint),
+    }
+    ours = _card(blueprint.recipe)
     texts = {
-        "recipe.yaml": recipe.to_yaml(),
-        CARD_FILE: card.read_bytes().decode(errors=BYTES) if card.is_file() and not is_ours(card) else _card(recipe),
+        "recipe.yaml": blueprint.recipe.to_yaml(),
+        CARD_FILE: card.read_bytes().decode(errors=BYTES) if card.is_file() and not is_ours(card) else ours,
         ABOUT_FILE: json.dumps(about, indent=2) + "\n",
     }
     write_files(folder, own, texts | tokenizer_files(processor))
@@ -87,7 +101,7 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 def require_loadable(
     folder: str,
     tensors: Mapping[str, Tensor],
-    recipe: Recipe,
+    blueprint: Blueprint,
     processor: Processor,
     model: nn.Module | None = None,
 ) -> dict[str, Tensor]:
@@ -96,7 +110,7 @@ def require_loadable(
     Args:
         folder: for messages.
         tensors: of the model, by name.
-        recipe: saved with them.
+        blueprint: of the recipe that is saved with them.
         processor: saved with them.
         model: if given, its settings are compared with the recipe's too.
 
@@ -112,7 +126,7 @@ def require_loadable(
         raise CheckpointError(
             f"{what}: {short(', '.join(others[:5]))} are not tensors; quantized models cannot be saved"
         )
-    described = build_model(recipe, device="meta")
+    described = blueprint.model
     try:
         SAME.check(described, tensors, f"{what}: what should be saved")
         if model is not None:
@@ -131,8 +145,8 @@ def require_loadable(
     ids, allowed = processor.tokenizer.get_vocab_size(), described.language.num_tokens
     if ids != allowed:
         raise CheckpointError(f"{what}: the tokenizer has {ids} ids, the language model {allowed}")
-    prompt = build_prompt(recipe)
-    if (type(prompt), vars(prompt)) != (type(processor.prompt), vars(processor.prompt)):
+    prompt, given = cast(Prompt, blueprint.parts.prompt()), processor.prompt
+    if type(prompt) is not type(given) or vars(prompt) != vars(given):
         names = f"{type(processor.prompt).__name__}, the recipe's is {type(prompt).__name__}"
         raise CheckpointError(f"{what}: the processor's prompt is {names}; name it as model.prompt of the recipe")
     own: dict[str, Tensor] = {}
@@ -180,7 +194,8 @@ def saved_folder(name: str | Path) -> tuple[Path, int]:
     folder = local(name, "*.safetensors", "*.json", "*.yaml", DIGESTS_FILE)
     try:
         folder = folder / "model" if (folder / "model" / ABOUT_FILE).is_file() else folder
-        version = int(json.loads((folder / ABOUT_FILE).read_text())["format_version"])
+        about = json.loads((folder / ABOUT_FILE).read_text())
+        version, plugins = int(about["format_version"]), [Plugin(**plugin) for plugin in about.get("plugins", [])]
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(
             f"{folder} holds no saved model: {ABOUT_FILE} cannot be read ({type(error).__name__}: {error}). "
@@ -190,7 +205,32 @@ def saved_folder(name: str | Path) -> tuple[Path, int]:
         raise CheckpointError(
             f"{folder} has format version {version}; this ssmvl reads up to {FORMAT_VERSION}; update it"
         )
+    _require_plugins(folder, plugins)
     return folder, version
+
+
+def plugins_of(blueprint: Blueprint) -> list[dict[str, str]]:
+    """The plugins that the components of a model come from, as plain data."""
+    found = {bound.entry.plugin for bound in components_in(blueprint.parts) if bound.entry and bound.entry.plugin}
+    return [plugin._asdict() for plugin in sorted(found)]
+
+
+def _require_plugins(folder: Path, plugins: Iterable[Plugin]) -> None:
+    """Check that the plugins that a model was saved with are installed, in whatever version."""
+    registry = components()
+    there = {(entry.plugin.distribution, entry.plugin.name) for entry in registry.entries() if entry.plugin}
+    for plugin in plugins:
+        if (plugin.distribution, plugin.name) in there:
+            continue
+        why = f"is not installed; pip install {plugin.distribution}=={plugin.version}"
+        if any((other.distribution, other.name) == (plugin.distribution, plugin.name) for other in registry.disabled):
+            why = "is disabled by SSMVL_DISABLE_PLUGINS"
+        broken = [failure for failure in registry.failures if failure.source.startswith(f"{plugin.distribution} ")]
+        if broken:
+            why = f"could not be loaded ({broken[0].cause})"
+        raise CheckpointError(
+            f"{folder} needs the plugin {plugin.name!r} of {plugin.distribution} {plugin.version}, which {why}"
+        )
 
 
 def _card(recipe: Recipe) -> str:

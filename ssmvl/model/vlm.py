@@ -58,8 +58,6 @@ class VisionLanguageModel(nn.Module):
         label_positions: Tensor,
         images: Images,
         segments: Tensor | None = None,
-        lengths: Tensor | None = None,
-        labels: Tensor | None = None,
     ) -> Tensor:
         """Logits at the supervised positions only.
 
@@ -69,8 +67,6 @@ class VisionLanguageModel(nn.Module):
             label_positions: (n,) flat indices of the positions that predict a supervised token.
             images: {spec: uint8 (I, 3, S, S)}.
             segments: (B, T) where rows are packed.
-            lengths: (B,) where rows are padded; not needed, because the model is causal.
-            labels: (n,) tokens to predict; not needed here.
 
         Returns:
             (n, V).
@@ -139,7 +135,3 @@ class VisionLanguageModel(nn.Module):
         """Modules that are sharded as one each, the model itself excepted."""
         for part in (*self.encoders.values(), self.connector, self.language):
             yield from part.shard_units()
-
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Composer asks this of every submodule when it shards."""
-        return any(module is unit for unit in self.shard_units())

@@ -90,7 +90,7 @@ def split_batch(batch: Batch, size: int) -> list[Batch]:
 
 
 def pad(batch: Batch, length: int = 0) -> dict[str, Any]:
-    """One row per sample, padded on the right -> inputs of `VisionLanguageModel.forward`, with `lengths` (B,).
+    """One row per sample, padded on the right -> inputs of `VisionLanguageModel.forward`.
 
     Rows have the length of the longest, `length` at least.
     """
@@ -101,7 +101,6 @@ def pad(batch: Batch, length: int = 0) -> dict[str, Any]:
     return {
         **_inputs(batch),
         "ids": ids,
-        "lengths": torch.tensor(lengths).to(ids.device, non_blocking=True),
         "label_positions": batch["label_positions"] + _repeated(shifts, batch["num_labels"], ids),
         "image_positions": batch["image_positions"] + _repeated(shifts, batch["num_places"], ids),
     }
@@ -115,7 +114,7 @@ def pack(batch: Batch) -> dict[str, Any]:
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
-    return {key: batch[key] for key in ("labels", "label_positions", "image_positions", "images")}
+    return {key: batch[key] for key in ("label_positions", "image_positions", "images")}
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import is_dataclass, make_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -45,7 +44,8 @@ class Bound:
     def __call__(self, *args: Any, **injected: Any) -> Any:
         """Build, or for a scan order ask for, the component."""
         made = self.factory(*args, **injected, **self.options)
-        _MADE.get().append((self, made))
+        if (recorded := _MADE.get()) is not None:
+            recorded.append((self, made))
         return made
 
     def components(self) -> Iterator[Bound]:
@@ -59,7 +59,7 @@ class Bound:
         return self.label
 
 
-_MADE: ContextVar[list[tuple[Bound, Any]]] = ContextVar("made", default=deque(maxlen=0))  # type: ignore[arg-type]
+_MADE: ContextVar[list[tuple[Bound, Any]] | None] = ContextVar("made", default=None)
 
 
 @contextmanager
@@ -122,6 +122,25 @@ def bind(
             problems.append(Problem(where, f"{label} needs {name!r} ({_describe(parameter.annotation)})"))
     named = {} if entry is None else {"name": entry.name, **node}
     return Bound(factory, options, label, path, named, entry), problems
+
+
+class Option(NamedTuple):
+    """One option of a component, as a user reads it; the default is empty if it must be given."""
+
+    name: str
+    type: str
+    default: str
+
+
+def options_of(factory: Callable[..., Any], injected: Iterable[str] = ()) -> list[Option]:
+    """The options of a component or of a part of a recipe."""
+    found = []
+    for name, parameter in _parameters(factory).items():
+        if name not in injected:
+            default = parameter.default
+            shown = getattr(default, "__name__", None) or ("{}" if "factory" in repr(default) else repr(default))
+            found.append(Option(name, _describe(parameter.annotation), "" if default is parameter.empty else shown))
+    return found
 
 
 def bind_part(node: Any, kind: str, path: str) -> tuple[Bound, list[Problem]]:

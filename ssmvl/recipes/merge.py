@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ssmvl.errors import Problem, RecipeError, nearest
 from ssmvl.recipes.ablations import PREFIX, Ablation, find_ablation
 from ssmvl.recipes.files import read_yaml, recipe_path
+from ssmvl.recipes.norm_groups import is_saved, write_out
 from ssmvl.recipes.yaml_loader import YAMLError, parse
 
 __all__ = ["Recipe", "load_recipe"]
@@ -61,6 +62,8 @@ def load_recipe(recipe: str | Path | Recipe | Ablation, *overrides: str) -> Reci
     else:
         path = _find(str(recipe))
         data, source = _read_with_bases(path), str(path)
+        if is_saved(path):
+            data = write_out(data, saved=True)
         data.setdefault("run", path.stem if path.name != "recipe.yaml" else path.parent.name)
     data = _normalise({"seed": 0, **_overridden(data, overrides, source)})
     unknown = [
@@ -74,7 +77,7 @@ def load_recipe(recipe: str | Path | Recipe | Ablation, *overrides: str) -> Reci
         resolved = OmegaConf.to_container(OmegaConf.create(data), resolve=True)
     except OmegaConfBaseException as error:
         raise RecipeError([Problem(str(error.full_key or ""), _first_line(error))], source) from error
-    return Recipe(typing.cast("dict[str, Any]", resolved), source)
+    return Recipe(write_out(resolved), source)
 
 
 def merge(base: Any, over: Any, plain: bool = False) -> Any:

@@ -26,7 +26,7 @@ SCALARS = {
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}
+    """Resolves the scalars below, and no others."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -36,6 +36,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_implicit_resolvers = {}
 for _tag, (_pattern, _first) in SCALARS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
@@ -50,5 +51,5 @@ def parse(text: str) -> Any:
     Raises:
         YAMLError: the text is not valid YAML, or a key is duplicated in one mapping.
     """
-    data = yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
+    data = yaml.load(text, Loader=_Loader)  # a SafeLoader
     return {} if data is None and not text.strip() else data

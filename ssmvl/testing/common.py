@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmvl.errors import ContractError
-from ssmvl.model.build import checked
+from ssmvl.model.blueprint import checked
 
 TOLERANCE = 1e-4  # share of the largest value expected; sums of fp32 in another order differ by some 1e-6
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ssmvl.interfaces import Message, Piece, Prompt
-from ssmvl.model.build import lacks_nothing
+from ssmvl.model.blueprint import lacks_nothing
 from ssmvl.testing.common import name_of, require
 
 END = "<|end of answer|>"  # no tokenizer's: a prompt must write the one that it is given

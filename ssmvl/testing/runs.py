@@ -12,7 +12,7 @@ from ssmvl.interfaces import Data, ImageSpec, Shards, Stream
 from ssmvl.processing.processor import Processor
 from ssmvl.processing.prompts import MambaPrompt
 from ssmvl.processing.tokenizers import byte_tokenizer
-from ssmvl.recipes.merge import Recipe, load_recipe
+from ssmvl.recipes.merge import Recipe
 from ssmvl.testing.common import name_of, require
 
 
@@ -58,9 +58,9 @@ def check_recipe(recipe: str | Path | Recipe) -> None:
     Raises:
         RecipeError: every mistake.
     """
-    from ssmvl.training.schema import check
+    from ssmvl.training.checked import check
 
-    check(load_recipe(recipe))
+    check(recipe)
 
 
 def _folders(what: str, data: Any) -> dict[Path, Path | Shards]:

@@ -140,5 +140,7 @@ def _check_two_paths(name: str, mixer: nn.Module, x: Tensor) -> None:
         unmoved = mixer(changed, Paths.of(bsm(GRID)))[:, middle].equal(y[:, middle])
         what = f"{name} over a path and its reverse must read both ways"
         require(not unmoved, f"{what}; a change at position {end} does not reach position {middle}")
-    require(not mixer(x, Paths.of(csm(GRID)[2:])).equal(y), f"{name} must follow `paths`; rows and columns give the same")
+    require(
+        not mixer(x, Paths.of(csm(GRID)[2:])).equal(y), f"{name} must follow `paths`; rows and columns give the same"
+    )
     require_gradients(f"{name} over two paths", mixer, y)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssmvl.interfaces import State
-from ssmvl.model.build import lacks_nothing
+from ssmvl.model.blueprint import lacks_nothing
 from ssmvl.testing.common import require, require_apart, require_equal, require_tensor
 
 ROWS, LENGTH = 3, 12

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from importlib.util import find_spec
 from typing import Any, Literal
 
 from ssmvl.errors import Problem, nearest
+
+LABEL = "evaluation"  # of the metrics that a stage's evaluation logs
+METRIC = re.compile(r"evaluation/(loss|(accuracy|blind|swapped)/.+)")
+STOPPERS = ("EarlyStopper", "ThresholdStopper")
+EVAL_LOOP = "acts in Composer's evaluation loop, which a stage does not have"
+REFUSED = {
+    "CheckpointSaver": "a stage has one; set its keys checkpoint and keep, and the recipe's checkpoints",
+    "ActivationMonitor": "it cannot read a connector, one of whose inputs is a Grid",
+    "ExportForInferenceCallback": "it cannot trace a model that reads ragged batches; see ssmvl export",
+    "Generate": "it needs a model of transformers; see the stage's key evaluation",
+    "ImageVisualizer": "it cannot read a ragged batch; see ssmvl data inspect --png",
+    "LoadCheckpoint": "it would overwrite what a resumed stage has learned; see the stage's key init_from",
+    "MLPerfCallback": EVAL_LOOP,
+    "Logger": "it is not a destination of logs; name one, such as FileLogger",
+    "LoggerDestination": "it is the base of all loggers and logs nothing; name one, such as FileLogger",
+    "InMemoryLogger": "what it keeps is lost when training ends; name another, such as FileLogger",
+    "MosaicMLLogger": "it logs to the MosaicML platform only",
+}
 
 
 def composer_class(kind: Literal["callbacks", "loggers"], name: str) -> Any:
@@ -26,13 +45,13 @@ def check_composer(path: str, stage: dict[str, Any], notes: list[str]) -> list[P
             notes.append(f"{path}.{kind}: not checked, Composer is not installed")
             continue
         for name, options in wanted.items():
-            problems += _check_call(f"{path}.{kind}.{name}", kind, str(name), options or {})
+            problems += _check_call(f"{path}.{kind}.{name}", kind, str(name), options or {}, stage)
     return problems
 
 
-def _check_call(path: str, kind: Any, name: str, options: Any) -> list[Problem]:
-    if name == "CheckpointSaver":
-        return [Problem(path, "a stage has one; say how with its keys checkpoint and keep, and where with checkpoints")]
+def _check_call(path: str, kind: Any, name: str, options: Any, stage: dict[str, Any]) -> list[Problem]:
+    if name in REFUSED:
+        return [Problem(path, REFUSED[name])]
     found = composer_class(kind, name)
     if not inspect.isclass(found):
         names = [n for n, c in vars(importlib.import_module(f"composer.{kind}")).items() if inspect.isclass(c)]
@@ -52,4 +71,20 @@ def _check_call(path: str, kind: Any, name: str, options: Any) -> list[Problem]:
         signature.bind(**options)
     except TypeError as error:
         return [Problem(path, f"{name}: {error}")]
-    return []
+    return _check_stopper(path, options, stage) if name in STOPPERS else []
+
+
+def _check_stopper(path: str, options: dict[str, Any], stage: dict[str, Any]) -> list[Problem]:
+    """Whether the metric that stops training is one of the stage's evaluation, which logs the only ones there are."""
+    problems = []
+    if options["dataloader_label"] != LABEL:
+        what = (
+            f"received {options['dataloader_label']!r}, allowed is {LABEL!r}: only the stage's evaluation has metrics"
+        )
+        problems.append(Problem(f"{path}.dataloader_label", what))
+    if not METRIC.fullmatch(str(options["monitor"])):
+        allowed = "evaluation/loss, or evaluation/accuracy/TYPE (blind, swapped) with a type of question or all"
+        problems.append(Problem(f"{path}.monitor", f"there is no metric {options['monitor']!r}; allowed is {allowed}"))
+    if not stage.get("evaluation"):
+        problems.append(Problem(path, "it needs the stage's key evaluation, whose metrics it watches"))
+    return problems

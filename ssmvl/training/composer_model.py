@@ -42,6 +42,9 @@ class ComposerVLM(ComposerModel):
         self.model = model
         self.summed = summed
         self.packed = packed and cast(LanguageModel, model.language).recurrent
+        units = list(model.shard_units())
+        # Composer asks the child of a ComposerModel which of its modules are sharded as one each.
+        object.__setattr__(model, "fsdp_wrap_fn", lambda module: any(module is unit for unit in units))
         freeze_others(model, train)
         if checkpointing:
             checkpoint_activations(model)
@@ -58,7 +61,7 @@ class ComposerVLM(ComposerModel):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """A ragged batch -> {"logits": (n, V), "labels": (n,)}."""
         inputs = pack(batch) if self.packed else pad(batch)
-        return {"logits": self.model(**inputs), "labels": inputs["labels"]}
+        return {"logits": self.model(**inputs), "labels": batch["labels"]}
 
     def log_flops(self, flops: StepFlops) -> None:
         """Let Composer's SpeedMonitor, which looks for this attribute, log FLOP/s, and MFU where it knows the card."""

@@ -25,7 +25,7 @@ def _fractions(numbers: tuple[float, ...]) -> bool:
     return all(0 <= number < 1 for number in numbers)
 
 
-Rate = Annotated[float, Check("a finite number, at least 0", lambda rate: 0 <= rate < math.inf)]
+Rate = Annotated[float, Check("from 0 to 100", lambda rate: 0 <= rate <= 100)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,18 @@ def adamw(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
             groups.setdefault((lr, decay), []).append(parameter)
     listed: list[dict[str, Any]] = [{"params": p, "lr": lr, "weight_decay": d} for (lr, d), p in groups.items()]
     return torch.optim.AdamW(listed, lr=options.lr, betas=options.betas)
+
+
+def start_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter AdamW's state, as its first step would.
+
+    Parameters that never get a gradient, of layers behind the features of a ViT, would have none in a checkpoint, and
+    torch demands the state of all parameters when it loads one. Called once parameters are sharded.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
 
 def cosine_schedule(warmup: str, batch: int) -> Callable[[State], float]:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -22,10 +23,10 @@ from torch import OutOfMemoryError
 from torch.distributed import DistBackendError, DistNetworkError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ssmvl.errors import MissingDependencyError, RunError, SsmvlError, short
-from ssmvl.recipes.merge import Recipe, load_recipe
+from ssmvl.errors import MissingDependencyError, RunError, SsmvlError, short, wants_traceback
+from ssmvl.recipes.merge import Recipe
+from ssmvl.training.checked import Checked, check
 from ssmvl.training.run_folder import RunFolder
-from ssmvl.training.schema import check
 
 __all__ = ["train"]
 
@@ -35,11 +36,11 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _print = threading.excepthook
 
 
-def train(recipe: str | Path | Recipe, *overrides: str) -> Path:
+def train(recipe: str | Path | Recipe | Checked, *overrides: str) -> Path:
     """Train every stage of a recipe, evaluate, and return the run folder. Started again, it goes on where it was.
 
     Args:
-        recipe: a name, a YAML file, or a recipe.
+        recipe: a name, a YAML file, a recipe, or what `ssmvl.check` returns.
         overrides: `"stages.finetune.batch=128"`, applied one by one.
 
     Raises:
@@ -50,11 +51,10 @@ def train(recipe: str | Path | Recipe, *overrides: str) -> Path:
     for module in ("composer", "streaming"):
         if find_spec(module) is None:
             raise MissingDependencyError(f"training needs {module}: pip install 'ssmvl[train]'")
-    found = load_recipe(recipe, *overrides)
-    plan, _ = check(found)
+    checked = check(recipe, *overrides, weights=False)  # the session opens them, on its first rank
     from ssmvl.training.session import Session
 
-    session = Session(found, plan)
+    session = Session(checked)
     try:
         return session.run()
     except BaseException as error:  # torch's CheckpointException is no Exception
@@ -116,6 +116,8 @@ def main(argv: Sequence[str]) -> int:
             raise SsmvlError("which recipe? composer recipes/quickstart.yaml")
         train(argv[0], *argv[1:])
     except SsmvlError as error:
+        if wants_traceback():
+            traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
         logging.getLogger("composer").setLevel(logging.CRITICAL)  # what is closed at exit fails for the same reason
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the launcher ends those that leave last: they leave with 2 too

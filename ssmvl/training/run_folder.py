@@ -15,16 +15,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from omegaconf import OmegaConf
+
 from ssmvl.data.remote import is_remote
 from ssmvl.errors import RunError
-from ssmvl.files import written_whole
+from ssmvl.files import ABOUT_FILE, written_whole
 from ssmvl.recipes.merge import Recipe, load_recipe
-from ssmvl.training.schema import stage_order
 
 
 class RunFolder:
@@ -43,6 +45,10 @@ class RunFolder:
     def model(self, stage: str) -> Path:
         """Where a stage leaves its model."""
         return self.root / "model" if stage == self.stages[-1] else self.root / stage / "model"
+
+    def finished(self, stage: str) -> str:
+        """What is said of a stage that was finished before."""
+        return f"stage {stage}: finished before, {self.model(stage)}; run=NAME trains it anew in another folder"
 
     def checkpoints(self, stage: str) -> Path | str:
         """Where a stage's checkpoints lie: a folder, or the URL of one."""
@@ -163,13 +169,26 @@ class RunFolder:
             raise RunError(f"{self.root / name} cannot be written ({error})") from error
 
 
+def finished_stage(recipe: Recipe, stage: str) -> str:
+    """The line that says that a stage was finished before; empty if it was not.
+
+    Raises:
+        RunError: the run folder belongs to another run.
+    """
+    folder = RunFolder(Path("runs") / str(recipe.data["run"]), list(recipe.data["stages"]))
+    if not (folder.model(stage) / ABOUT_FILE).is_file():
+        return ""
+    folder.require_no_other(recipe)
+    return folder.finished(stage)
+
+
 def identity(recipe: Recipe) -> dict[str, Any]:
     """What makes a run this one, as plain data: its model, seed and stages, of these the data and trained parts."""
     stages = {k: v for k, v in (recipe.data.get("stages") or {}).items() if isinstance(v, dict)}
     kept = {name: {key: stage.get(key) for key in ("data", "init_from", "train")} for name, stage in stages.items()}
     # Mappings are equal in any order, but encoders in another order are another model.
     order = {"order of model.encoders": list(recipe.data["model"].get("encoders") or ())}
-    order["order of stages"] = stage_order(recipe)
+    order["order of stages"] = list(stages)
     return {"model": recipe.data["model"], "seed": recipe.data["seed"], "stages": kept, **order}
 
 
@@ -180,4 +199,15 @@ def differences(there: Any, here: Any, path: str = "") -> list[str]:
         return [
             line for key in keys for line in differences(there.get(key), here.get(key), f"{path}.{key}".lstrip("."))
         ]
-    return [] if there == here else [f"{path}: {there!r} there, {here!r} here"]
+    return [] if _same(there, here) else [f"{path}: {there!r} there, {here!r} here"]
+
+
+def _same(there: Any, here: Any) -> bool:
+    """Whether values are equal; a recipe of ssmvl 0.1 has 8000 where one read today has the text `8_000`."""
+    return bool(there == here or _as_before(there) == _as_before(here))
+
+
+def _as_before(value: Any) -> Any:
+    """A scalar as YAML 1.1 reads it: `no` is false and `8_000` a number."""
+    plain = isinstance(value, str) and re.fullmatch(r"[\w:.+-]+", value)
+    return OmegaConf.create(f"value: {value}").value if plain else value

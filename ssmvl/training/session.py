@@ -15,25 +15,24 @@ from composer import Trainer
 from composer.utils import dist, get_device
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ssmvl.checkpoints.files import ABOUT_FILE
 from ssmvl.checkpoints.layouts import SAME
+from ssmvl.data.opening import open_data
 from ssmvl.data.shared_memory import clean_stale_segments
 from ssmvl.data.streams import read_records
 from ssmvl.data.workers import cores
 from ssmvl.errors import Problem, RecipeError, RunError
 from ssmvl.evaluation.runner import Evaluation, ask, one_question_each, require_answerable
-from ssmvl.generation.assistant import load
-from ssmvl.model.build import build_model, build_processor, build_prompt
-from ssmvl.model.loading import open_weights
+from ssmvl.files import ABOUT_FILE
+from ssmvl.generation.assistant import load_saved
+from ssmvl.model.build import opened_weights
+from ssmvl.model.loading import StartingWeights
 from ssmvl.model.saved import save_folder
 from ssmvl.processing.processor import Processor
-from ssmvl.recipes.merge import Recipe
+from ssmvl.training.checked import Checked
 from ssmvl.training.checkpoints.pruning import remove_old
 from ssmvl.training.distributed import every_rank, first_rank, patient
 from ssmvl.training.report import report
 from ssmvl.training.run_folder import RunFolder
-from ssmvl.training.schema import Plan
-from ssmvl.training.stage_prompts import recipe_after
 from ssmvl.training.trainer import read_questions, stage_store, stage_trainer
 
 WAIT = 600.0  # seconds that ranks wait for each other while they train, as torch has it for GPUs
@@ -43,18 +42,20 @@ class Session:
     """One process of a run, on any number of ranks.
 
     Args:
-        recipe: merged.
-        plan: the same, bound.
+        checked: the recipe.
     """
 
-    def __init__(self, recipe: Recipe, plan: Plan) -> None:
-        self.recipe, self.plan = recipe, plan
+    def __init__(self, checked: Checked) -> None:
+        self.checked, self.recipe, self.plan = checked, checked.recipe, checked.plan
+        plan = self.plan
+        self._opened: dict[str, StartingWeights] = {}  # by stage, the files it starts from; on the first rank
         self.folder = RunFolder(Path("runs") / plan.run, list(plan.stages), plan.checkpoints)
         self.rank, self.world = dist.get_global_rank(), dist.get_world_size()
 
     def run(self) -> Path:
         """Every stage that is asked for and not finished, then the evaluation; returns the run folder."""
-        self._check_batches()
+        self.checked.require_shared_by(self.world)
+        self._require_parts_for_nodes()
         if "OMP_NUM_THREADS" not in os.environ:  # the launcher sets none, and ranks would fight over the cores
             torch.set_num_threads(max(1, cores() // dist.get_local_world_size()))
         if self.world > 1:
@@ -70,8 +71,7 @@ class Session:
         every_rank(self.folder.require_seen)
         for name in self._asked():
             if name in finished:
-                left = self.folder.model(name)
-                self._say(f"stage {name}: finished before, {left}; run=NAME trains it anew in another folder")
+                self._say(self.folder.finished(name))
             else:
                 self._train(name)
                 gc.collect()  # of a trainer all parts know each other: its model would stay beside the next
@@ -108,29 +108,28 @@ class Session:
 
     def _find_inputs(self, names: Sequence[str]) -> None:
         """Find or fetch what these stages read, before one is trained: a wrong path costs seconds."""
-        model = build_model(self.recipe, device="meta")
-        processor = build_processor(self.recipe, model)
+        processor = self.checked.processor
         for name in names:
             stage = self.plan.stages[name]
-            stage.data(split="train")
+            open_data(stage.data, "train")
             if stage.evaluation is not None:
                 where = f"stages.{name}.evaluation"
-                prompt = build_prompt(recipe_after(self.recipe, name))
+                prompt = self.checked.after(name).parts.prompt()
                 self._check_questions(where, stage.evaluation, replace(stage.processor(processor), prompt=prompt))
+        if self._evaluation is not None:
+            prompt = self.checked.after(self.folder.stages[-1]).parts.prompt()
+            self._check_questions("evaluation", self._evaluation, replace(processor, prompt=prompt))
         for name in names:
             start = self._start(name)
             if isinstance(start, Path):
                 if name == self.plan.stage and not (start / ABOUT_FILE).is_file():
                     advice = f"train that stage first, or give stages.{name}.init_from"
                     raise RunError(f"stage {name} starts from what the one before left, {start} is not there; {advice}")
-            elif start != "recipe":
-                open_weights(start, "model", verify=False).check(model)  # names and shapes
-        if self._evaluation is not None:
-            prompt = build_prompt(recipe_after(self.recipe, self.folder.stages[-1]))
-            self._check_questions("evaluation", self._evaluation, replace(processor, prompt=prompt))
+            elif start != "none":
+                self._opened[name] = opened_weights(self.checked, start)
 
     def _check_questions(self, where: str, options: Evaluation, processor: Processor) -> None:
-        records = read_records(options.data(split="test"))
+        records = read_records(open_data(options.data, "test"))
         if note := require_answerable(records, processor, options.max_new_tokens):
             self._say(f"{where}: {note}")
 
@@ -151,9 +150,9 @@ class Session:
         )
         if self.rank == 0:
             tensors = {key: tensors[key] for key in SAME.sources(vlm.model)}  # FSDP2 gives tied ones twice
-            recipe = recipe_after(self.recipe, name)
-            processor = replace(trainer.state.train_dataloader.dataset.processor, prompt=build_prompt(recipe))
-            save_folder(self.folder.model(name), tensors, recipe, processor)
+            after = self.checked.after(name)
+            processor = replace(trainer.state.train_dataloader.dataset.processor, prompt=after.parts.prompt())
+            save_folder(self.folder.model(name), tensors, after, processor)
             remove_old(stage_store(self.folder, name), self.plan.stages[name].keep)  # all have been sent by now
         self._say(f"stage {name}: finished, {self.folder.model(name)} holds its model")
         trainer.close()
@@ -161,25 +160,22 @@ class Session:
 
     def trainer(self, name: str, checkpoint: str | None = None) -> Trainer:
         """A stage under Composer; see `stage_trainer`."""
-        return stage_trainer(self.recipe, self.plan, self.folder, name, self._start(name), checkpoint)
+        start = self._opened.pop(name, None) or self._start(name)
+        return stage_trainer(self.checked, self.folder, name, start, checkpoint)
 
     def _evaluate(self, options: Evaluation, model: Path) -> None:
         records = one_question_each(read_questions(options))
         self._say(f"asking {len(records)} test questions")
-        mine = ask(load(model), records, range(self.rank, len(records), self.world), options)
+        assistant = load_saved(self.checked.after(self.folder.stages[-1]), model)
+        mine = ask(assistant, records, range(self.rank, len(records), self.world), options)
         parts = dist.all_gather_object(mine, patient())
         if self.rank == 0:
             answered = [parts[place % self.world][place // self.world] for place in range(len(records))]
             report(self.folder, records, answered)
 
-    def _check_batches(self) -> None:
+    def _require_parts_for_nodes(self) -> None:
         problems = []
         for name, stage in self.plan.stages.items():
-            if stage.batch % self.world:
-                text = (
-                    f"{stage.batch} samples cannot be shared by {self.world} ranks; choose a multiple of {self.world}"
-                )
-                problems.append(Problem(f"stages.{name}.batch", text))
             parts, nodes = stage.loader.num_canonical_nodes or 1, self.world // dist.get_local_world_size()
             if parts % nodes and nodes % parts:
                 text = f"{parts} parts cannot be shared by {nodes} nodes; choose a multiple of {nodes}"

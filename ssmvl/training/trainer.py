@@ -16,44 +16,49 @@ from composer.profiler import Profiler, cyclic_schedule
 from composer.utils import dist, reproducibility
 from composer.utils.parallelism import FSDP2Config
 
+from ssmvl.data.opening import open_data
 from ssmvl.data.streams import TrainLoader, read_records, train_loader
 from ssmvl.errors import ContractError, MissingDependencyError, RunError
 from ssmvl.evaluation.runner import Evaluation
-from ssmvl.model.build import build_model, build_processor, build_prompt
+from ssmvl.model.build import build_model
 from ssmvl.model.costs import StepFlops
+from ssmvl.model.loading import StartingWeights
 from ssmvl.processing.batch import num_samples, num_tokens, split_batch
 from ssmvl.processing.processor import Processor
-from ssmvl.recipes.merge import Recipe
 from ssmvl.training.callbacks.accuracy import WINDOW, AnswerAccuracy
 from ssmvl.training.callbacks.damaged_samples import DamagedSamples
 from ssmvl.training.callbacks.evaluator import StageEvaluator
 from ssmvl.training.callbacks.loss_guard import LossGuard
 from ssmvl.training.callbacks.metrics import Norms, Pace
 from ssmvl.training.callbacks.progress_bar import ProgressBar
+from ssmvl.training.checked import Checked
 from ssmvl.training.checkpoints.identity import Identity, resuming
 from ssmvl.training.checkpoints.pruning import OldCheckpoints
+from ssmvl.training.checkpoints.single_file import load_single_file
 from ssmvl.training.checkpoints.stores import BucketStore, FolderStore, Store
 from ssmvl.training.composer_classes import composer_class
 from ssmvl.training.composer_model import ComposerVLM, UnusedParameters
 from ssmvl.training.distributed import every_rank, patient
 from ssmvl.training.freezing import is_under
 from ssmvl.training.gradients import GradientClipping, all_finite
-from ssmvl.training.optimizer import adamw, cosine_schedule, restore_options
+from ssmvl.training.optimizer import adamw, cosine_schedule, restore_options, start_moments
 from ssmvl.training.run_folder import RunFolder
-from ssmvl.training.schema import Plan, Stage, StageEvaluation
-from ssmvl.training.stage_prompts import recipe_after
+from ssmvl.training.schema import Stage
 
 
 def stage_trainer(
-    recipe: Recipe, plan: Plan, folder: RunFolder, name: str, start: str | Path, checkpoint: str | None = None
+    checked: Checked,
+    folder: RunFolder,
+    name: str,
+    start: str | Path | StartingWeights,
+    checkpoint: str | None = None,
 ) -> Trainer:
     """What trains a stage, on this rank; every rank calls it.
 
     Shards are read by sharded ranks only, were it one alone; one file by any: sharded ranks write shards then.
 
     Args:
-        recipe: of the run.
-        plan: the same, bound.
+        checked: the recipe of the run.
         folder: of the run.
         name: of the stage.
         start: what `build_model` takes as weights.
@@ -62,13 +67,14 @@ def stage_trainer(
     Raises:
         SsmvlError: weights, data or the checkpoint cannot be used. On every rank.
     """
+    plan = checked.plan
     stage, world = plan.stages[name], dist.get_world_size()
     joined = checkpoint is not None and checkpoint.endswith(".pt")
     sharded = (world > 1 and stage.sharding == "fsdp2") or (checkpoint is not None and not joined)
     reproducibility.seed_all(plan.seed)
-    vlm = _model(recipe, stage, start, sharded)
-    processor = stage.processor(build_processor(recipe, vlm.model))
-    data = every_rank(lambda: stage.data(split="train"))
+    vlm = _model(checked, stage, start, sharded)
+    processor = stage.processor(checked.processor)
+    data = every_rank(lambda: open_data(stage.data, "train"))
     batch = stage.batch // world
     loader = train_loader(data, processor, batch=batch, seed=plan.seed, loader=stage.loader)
     encoders = any(is_under(one, "encoders") for one in _trained(vlm))
@@ -77,14 +83,13 @@ def stage_trainer(
     asked = [dict(group) for group in optimizer.param_groups]
     clipping = GradientClipping()
     guard = LossGuard(clipping, stage.loss_jump, stage.max_skipped_steps, stage.checkpoint)
-    callbacks = [Identity(recipe), *_watchers(recipe, folder, name, stage, loader, guard)]
+    callbacks = [Identity(checked.recipe), *_watchers(checked, folder, name, loader, guard)]
     callbacks.append(OldCheckpoints(store, stage.keep))
     callbacks += _named("callbacks", name, stage.callbacks)
     with warnings.catch_warnings(), resuming(checkpoint):
         warnings.simplefilter("ignore")  # Composer's own deprecations; nothing a user could act on
-        fsdp = FSDP2Config(
-            mixed_precision="FULL", state_dict_type="full" if joined else "sharded", load_monolith_rank0_only=joined
-        )
+        fsdp = FSDP2Config(mixed_precision="FULL", state_dict_type="sharded")
+        single = checkpoint if sharded and joined else None
         trainer = Trainer(
             model=vlm,
             train_dataloader=DataSpec(
@@ -116,10 +121,13 @@ def stage_trainer(
             save_num_checkpoints_to_keep=store.local_copies,
             save_latest_filename=None,
             save_overwrite=True,  # a killed run may have left half a checkpoint of a later step
-            load_path=checkpoint,
+            load_path=None if single else checkpoint,
         )
-    fsdp.state_dict_type = "sharded"
-    if checkpoint is not None:
+        if single:
+            load_single_file(trainer, single)
+    if checkpoint is None:
+        start_moments(optimizer)
+    else:
         restore_options(trainer, asked)
         if not all_finite(vlm):
             advice = "remove it, and the run resumes from the one before"
@@ -135,20 +143,20 @@ def stage_store(folder: RunFolder, name: str) -> Store:
 
 def read_questions(options: Evaluation) -> list[dict[str, Any]]:
     """The records of an evaluation set, the same on every rank."""
-    data = every_rank(lambda: options.data(split="test"))
+    data = every_rank(lambda: open_data(options.data, "test"))
     return every_rank(lambda: read_records(data))
 
 
-def _model(recipe: Recipe, stage: Stage, start: str | Path, sharded: bool) -> ComposerVLM:
+def _model(checked: Checked, stage: Stage, start: str | Path | StartingWeights, sharded: bool) -> ComposerVLM:
     if sharded and dist.get_global_rank() > 0:  # Composer shards and sends what the first rank built
-        model = build_model(recipe, device="meta")
+        model = build_model(checked, device="meta")
     else:
-        model = build_model(recipe, weights=start)
+        model = build_model(checked, weights=start)
     dist.barrier(patient())  # the first rank may be fetching weights
     summed = dist.get_world_size() if sharded and not torch.cuda.is_available() else 1
     vlm = ComposerVLM(model, stage.train, stage.packed, summed, stage.activation_checkpointing)
     with suppress(ContractError):  # a foreign part that cannot run on meta
-        vlm.log_flops(StepFlops(build_model(recipe, device="meta"), _trained(vlm)))
+        vlm.log_flops(StepFlops(checked.model, _trained(vlm)))
     return vlm
 
 
@@ -156,28 +164,22 @@ def _trained(vlm: ComposerVLM) -> list[str]:
     return [name for name, parameter in vlm.model.named_parameters() if parameter.requires_grad]
 
 
-def _watchers(
-    recipe: Recipe, folder: RunFolder, name: str, stage: Stage, loader: TrainLoader, guard: LossGuard
-) -> list[Callback]:
-    prompt = build_prompt(recipe_after(recipe, name))
-    processor: Processor = replace(loader.dataset.processor, prompt=prompt)
-    asked = stage.evaluation
+def _watchers(checked: Checked, folder: RunFolder, name: str, loader: TrainLoader, guard: LossGuard) -> list[Callback]:
+    after = checked.after(name)
+    processor: Processor = replace(loader.dataset.processor, prompt=after.parts.prompt())
+    asked = checked.plan.stages[name].evaluation
     return [
         AnswerAccuracy(),
         DamagedSamples(loader, folder.damaged(name)),
         guard,
         Pace(),
         Norms(),
-        *([] if asked is None else [_evaluator(asked, processor, recipe)]),
+        *([] if asked is None else [StageEvaluator(asked, read_questions(asked), processor, after.recipe)]),
         LRMonitor(),
         SpeedMonitor(window_size=WINDOW),
         RuntimeEstimator(),
         *([MemoryMonitor()] if torch.cuda.is_available() else []),
     ]
-
-
-def _evaluator(asked: StageEvaluation, processor: Processor, recipe: Recipe) -> StageEvaluator:
-    return StageEvaluator(asked, read_questions(asked), processor, recipe)
 
 
 def _named(kind: Literal["callbacks", "loggers"], stage: str, wanted: dict[str, Any]) -> list[Any]:

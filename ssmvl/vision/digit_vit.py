@@ -76,6 +76,5 @@ def digit_vit(stem: Literal["fine", "coarse"], *, weights: str = "shipped") -> V
         global_pool="",
         embed_layer=embed,
     )
-    path = str(SHIPPED / f"digit_vit_{stem}.safetensors") if weights == "shipped" else weights
-    file = None if weights == "none" else Path(path).expanduser
-    return VitEncoder(vit, size=SIZE, mean=[variant.mean] * 3, std=[variant.std] * 3, file=file)
+    place = str(SHIPPED / f"digit_vit_{stem}.safetensors") if weights == "shipped" else weights
+    return VitEncoder(vit, size=SIZE, mean=[variant.mean] * 3, std=[variant.std] * 3, weights=place)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import timm
@@ -15,22 +14,19 @@ import torch
 from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 
-from ssmvl.checkpoints import copy_into
+from ssmvl.checkpoints import Layout, need
 from ssmvl.checkpoints.files import WEIGHTS_FILE
+from ssmvl.checkpoints.modules import module_settings, require_same
 from ssmvl.errors import CheckpointError, ContractError
-from ssmvl.interfaces import Count, Grid, ImageSpec, Resize
+from ssmvl.interfaces import Grid, ImageSpec, Pixels, Resize
 from ssmvl.vision.pretrained import (
     FAILURES,
     Trained,
-    WeightsFile,
-    adapting,
     parse_weights,
-    read_under,
-    require_settings,
     require_statistics,
     settled_tag,
     similar,
-    weights_file,
+    weights_place,
 )
 
 __all__ = ["Encoder", "VitEncoder", "timm_encoder"]
@@ -51,8 +47,9 @@ class Encoder(nn.Module, ABC):
         mean: per channel, of pixels in 0…1.
         std: per channel, of pixels in 0…1.
         resize: how the loader brings an image to that size; a letterbox has the colour `mean`.
-        file: gives the weights that `load_weights` reads; None to keep the initial ones.
+        weights: where its weights are, see `ssmvl.interfaces.VisionEncoder`.
         prefix: of the names in that file.
+        agrees: raises CheckpointError if the config beside that file describes another encoder; None to ignore it.
 
     Raises:
         ContractError: `tower` is no ViT of two blocks or more, or its input is smaller than a patch; on `meta` also: it
@@ -60,6 +57,7 @@ class Encoder(nn.Module, ABC):
     """
 
     part: ClassVar[str]
+    never_run: ClassVar[tuple[str, ...]] = ()  # modules of the tower that no feature depends on: a file may lack them
 
     def __init__(
         self,
@@ -69,8 +67,9 @@ class Encoder(nn.Module, ABC):
         mean: Sequence[float],
         std: Sequence[float],
         resize: Resize = "resize-naive",
-        file: WeightsFile | None,
+        weights: str = "none",
         prefix: str = "",
+        agrees: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         super().__init__()
         blocks, self.width, self.grid = self.layout(tower)
@@ -84,7 +83,7 @@ class Encoder(nn.Module, ABC):
         self.mean, self.std = tuple(mean), tuple(std)  # no buffers: a cast to bf16 would round them
         red, green, blue = (int(255 * value) for value in mean)  # cut off, as Prismatic does
         self.image_spec = ImageSpec(size, resize, (red, green, blue) if resize == "letterbox" else (0, 0, 0))
-        self._file, self._prefix = file, prefix
+        self.weights, self._prefix, self._agrees = weights, prefix, agrees
         if next(self.parameters()).is_meta:  # `build_model` begins there, and nothing is computed
             self._require_features()
 
@@ -131,19 +130,27 @@ class Encoder(nn.Module, ABC):
     def adapted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of a file by the tower's names, positions of another image size resampled as the library does."""
 
-    def load_weights(self) -> None:
-        """Load the weights that were named, strictly; only positions of another image size are resampled.
+    def weights_layout(self, names: Collection[str], config: Mapping[str, Any]) -> Layout:
+        """The layout of the file that `weights` names.
+
+        Args:
+            names: of its tensors.
+            config: what its `config.json` holds.
 
         Raises:
-            CheckpointError: they cannot be found or fetched, are damaged, or do not fit.
+            CheckpointError: no name has the encoder's prefix, or the config describes another encoder.
         """
-        if self._file is None:
-            return
-        path = self._file()
-        tensors = read_under(path, self._prefix)
-        with adapting(path):
-            tensors = self.adapted(tensors)
-        copy_into(getattr(self, self.part), tensors, str(path))
+        if not any(name.startswith(self._prefix) for name in names):
+            raise CheckpointError(f"holds no tensor named {self._prefix}*, but {', '.join(sorted(names)[:5])}, …")
+        if self._agrees is not None:
+            self._agrees(config)
+
+        def adapt(tensors: dict[str, Tensor], module: Encoder) -> dict[str, Tensor]:
+            cut = len(self._prefix)
+            return module.adapted({n[cut:]: t for n, t in tensors.items() if n.startswith(self._prefix)})
+
+        absent = [f"{self.part}.{name}" for name in self.never_run]
+        return Layout(part="encoder", rules={f"{self.part}.*": ["*"]}, absent=absent, adapt=adapt)
 
     def shard_units(self) -> Sequence[nn.Module]:
         """The encoder as a whole."""
@@ -159,6 +166,7 @@ class VitEncoder(Encoder):
     """
 
     part = "vit"
+    never_run = NEVER_RUN
     vit: Any  # what timm's VisionTransformer offers is typed as Tensor | Module
 
     def layout(self, tower: Any) -> tuple[int, int, Grid]:
@@ -181,7 +189,7 @@ class VitEncoder(Encoder):
         return features
 
     def adapted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """By timm's filter. Of what is never run, tensors that the tower lacks are left out and others may be missing.
+        """By timm's filter. Tensors of modules that are never run are left out where the tower lacks them.
 
         Raises:
             ValueError: the patches are of another size; timm would resample them too.
@@ -195,8 +203,7 @@ class VitEncoder(Encoder):
         adapt = getattr(sys.modules[type(self.vit).__module__], "checkpoint_filter_fn", None)
         if adapt is not None:
             tensors = adapt(tensors, self.vit)
-        used = {name: tensor for name, tensor in tensors.items() if name in own or not _never_run(name)}
-        return {name: tensor for name, tensor in own.items() if _never_run(name)} | used
+        return {name: tensor for name, tensor in tensors.items() if name in own or not _never_run(name)}
 
 
 def _never_run(name: str) -> bool:
@@ -205,9 +212,9 @@ def _never_run(name: str) -> bool:
 
 
 def timm_encoder(
-    model: str, *, image_size: Count | None = None, resize: Resize = "resize-naive", weights: str = "none"
+    model: str, *, image_size: Pixels | None = None, resize: Resize = "resize-naive", weights: str = "none"
 ) -> VitEncoder:
-    """Any ViT of timm, by its name there. Nothing is read or fetched before `load_weights`.
+    """Any ViT of timm, by its name there. Nothing is read or fetched until weights are loaded.
 
     Args:
         model: timm's name, with or without a tag, e.g. `vit_large_patch14_reg4_dinov2.lvd142m`; the tag decides mean
@@ -250,10 +257,10 @@ def timm_encoder(
             raise ContractError(f"timm has {name}.{tag} as a pickle only, which is not read; see {config.get('url')}")
         return config["hf_hub_id"], config.get("hf_hub_filename") or WEIGHTS_FILE
 
-    agrees = partial(_agrees, name, create, mean, std)
-    file = weights_file(source, hub, ("config.json", WEIGHTS_FILE), agrees)
+    agrees = partial(_agrees, name, create, mean, std) if source.kind == "folder" else None
+    place = weights_place(source, hub, WEIGHTS_FILE)
     size = image_size or config["input_size"][-1]
-    return VitEncoder(vit, size=size, mean=mean, std=std, resize=resize, file=file)
+    return VitEncoder(vit, size=size, mean=mean, std=std, resize=resize, weights=place, agrees=agrees)
 
 
 def _tags(name: str) -> dict[str, Trained]:
@@ -273,19 +280,23 @@ def _agrees(
     create: Callable[..., nn.Module],
     mean: Sequence[float],
     std: Sequence[float],
-    path: Path,
     config: Mapping[str, Any],
 ) -> None:
     """Refuse a folder of timm's whose config says that its weights are those of another encoder."""
-    found = str(config.get("architecture"))
+    need(config, ["architecture"], "a ViT")
+    found = str(config["architecture"])
     pretrained = config.get("pretrained_cfg", config)  # older folders have one mapping
     if pretrained.get("tag") in _tags(_quick(found)):
         found = _quick(found)  # timm's folders name the model without QuickGELU even where its weights need it
     if found != name:
-        raise CheckpointError(f"{path}: its weights are those of {found!r}, the encoder is {name!r}")
+        raise CheckpointError(f"its weights are those of {found!r}, the encoder is {name!r}")
     fitting = {tag: need for tag, need in _tags(name).items() if need.quick == (name == _quick(name))}
-    require_statistics(path, pretrained, mean, std, f"{name}.", fitting)
+    require_statistics(pretrained, mean, std, f"{name}.", fitting)
     given = config.get("model_args", {}).items()
     options = {key: value for key, value in given if key not in FREE and not key.endswith("_rate")}
     with torch.device("meta"):
-        require_settings(path, create(**options), create(), f"{name} with model_args {options}", _never_run)
+        needed, own = (
+            {key: value for key, value in module_settings(create(**given)).items() if not _never_run(key)}
+            for given in (options, {})
+        )
+    require_same(f"its weights are those of {name} with model_args {options}", own, needed)

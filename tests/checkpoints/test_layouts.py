@@ -130,7 +130,7 @@ def test_what_shapes_do_not_show() -> None:
     model.groups = 1
     assert refusal(model, tensors()) == ["groups is 1, the checkpoint needs 2"]
     del model.groups
-    assert refusal(model, tensors()) == ["groups is None, the checkpoint needs 2"]
+    assert refusal(model, tensors()) == ["groups is nothing, the checkpoint needs 2"]
 
 
 def test_a_part_that_no_rule_covers_is_missing() -> None:

@@ -87,7 +87,7 @@ def test_a_wrong_command_line_leaves_with_2(argv: list[str], capsys: Capture) ->
             ["train", "quickstart", "model.connector.nosuch=1"],
             "model.connector.nosuch: connector 'msc_advanced' (ssmvl 0.1.0 (ssmvl_ml_mamba)) has no option",
         ),
-        (["generate", "nosuch", "--prompt", "x"], "nosuch: no such file or folder, and no model of the hub"),
+        (["generate", "nosuch", "--prompt", "x"], "nosuch: no such folder, and not a model of the hub"),
     ],
 )
 def test_a_mistake_is_printed_without_a_traceback_and_gives_2(
@@ -155,7 +155,7 @@ def test_list_shows_conflicts_and_failures_but_no_warning(install_plugin: Instal
     assert main(["list"]) == 0
     shown = capsys.readouterr()
     assert "conflict: mixer 'shared' is offered by both zz-one 1.0 (zz_one) and zz-two 1.0 (zz_two)" in shown.out
-    assert "Plugin mm-broken 1.0 (mm_broken) could not be loaded (OSError: no luck)." in shown.out
+    assert "Plugin mm-broken 1.0 (mm_broken) could not be loaded (OSError: no luck (" in shown.out
     assert shown.err == ""
 
 
@@ -177,7 +177,7 @@ def test_doctor_finds_a_healthy_installation(capsys: Capture) -> None:
 def test_doctor_names_a_broken_plugin_and_returns_1(install_plugin: Install, capsys: Capture) -> None:
     install_plugin("mm-broken", "raise OSError('no luck')")
     assert main(["doctor"]) == 1
-    assert "broken plugin   Plugin mm-broken 1.0 (mm_broken) could not be loaded (OSError: no luck)." in (
+    assert "broken plugin   Plugin mm-broken 1.0 (mm_broken) could not be loaded (OSError: no luck (" in (
         capsys.readouterr().out
     )
 
@@ -202,8 +202,11 @@ def test_doctor_removes_shared_memory_only_when_asked(
     assert f"1 files {'removed' if cleaned else 'left by dead runs'}" in capsys.readouterr().out
 
 
-def test_generate_prints_the_answer(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_prints_the_answer(capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[Any] = []
+    monkeypatch.chdir(tmp_path)
+    Path("runs/x").mkdir(parents=True)
+    Path("x.png").touch()
 
     class Parrot:
         def generate(self, prompts: list[str], images: list[str | None], *, max_new_tokens: int) -> list[str]:
@@ -217,10 +220,10 @@ def test_generate_prints_the_answer(capsys: Capture, monkeypatch: pytest.MonkeyP
 
 
 def test_train_passes_recipe_and_overrides_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, ...]] = []
+    calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr("ssmvl.training.run.train", lambda *arguments: calls.append(arguments))
     assert main(["train", "quickstart", "seed=1", "run=x"]) == 0
-    assert calls == [("quickstart", "seed=1", "run=x")]
+    assert calls == [(ssmvl.load_recipe("quickstart", "seed=1", "run=x"),)]
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -12,7 +12,8 @@ from ssmvl.data.shards import ensure_shards
 from ssmvl.errors import DataError, RecipeError
 from ssmvl.interfaces import Stream
 from ssmvl.recipes.merge import load_recipe
-from ssmvl.training.schema import Plan, check
+from ssmvl.training.checked import check
+from ssmvl.training.schema import Plan
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
 
@@ -24,7 +25,7 @@ def streams(**shares: str) -> str:
 
 
 def plan(data: str, part: str = "stages.align") -> Plan:
-    return check(load_recipe("quickstart", f"{part}.data={data}"))[0]
+    return check(load_recipe("quickstart", f"{part}.data={data}")).plan
 
 
 def problems(data: str, part: str = "stages.align") -> dict[str, str]:
@@ -120,7 +121,7 @@ def test_how_data_are_loaded_is_checked(option: str, path: str) -> None:
 
 def test_loader_options_arrive() -> None:
     options = "{workers: 3, shuffle: false, num_canonical_nodes: 2, cache_limit: 1.5TB}"
-    stage = check(load_recipe("quickstart", f"stages.align.loader={options}"))[0].stages["align"]
+    stage = check(load_recipe("quickstart", f"stages.align.loader={options}")).plan.stages["align"]
     loader = stage.loader
     assert (loader.workers, loader.shuffle, loader.num_canonical_nodes, loader.cache_limit) == (3, False, 2, "1.5TB")
     assert stage.max_text_tokens == 2048

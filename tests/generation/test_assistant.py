@@ -64,7 +64,8 @@ def test_answers_do_not_depend_on_what_stands_in_the_padding(
     places = inputs["image_positions"]
     with torch.no_grad():
         visual, state = model.encode(inputs["images"]), model.language.new_state(rows)
-        logits = model.prefill(padded, inputs["lengths"], visual, places + places // length * extra, state)
+        lengths = torch.tensor([len(sample["ids"]) for sample in samples])
+        logits = model.prefill(padded, lengths, visual, places + places // length * extra, state)
         answers = [processor.decode(ids) for ids in assistant._continue(logits, state, 16)]
     assert answers == assistant.generate(PROMPTS, images, max_new_tokens=16)
 

@@ -44,7 +44,7 @@ def mamba1(**options: Any) -> Mamba1LM:
     return Mamba1LM(width=WIDTH, num_layers=LAYERS, num_tokens=TOKENS, mixer=mixer, **options)
 
 
-def mamba2(groups: int = 1, d_state: int = 8, norm_groups: int = 1, **options: Any) -> MambaLM:
+def mamba2(groups: int = 1, d_state: int = 8, norm_groups: int | None = 1, **options: Any) -> MambaLM:
     def mixer(width: int, num_paths: int) -> nn.Module:
         return Mamba2Mixer(width, num_paths, d_state=d_state, head_dim=16, num_groups=groups, norm_groups=norm_groups)
 
@@ -104,7 +104,7 @@ def test_state_spaces(tmp_path: Path, version: int, ssm_cfg: dict[str, Any]) -> 
     ("change", "said"),
     [
         ({"layer": "Mamba2", "d_state": 4, "headdim": 16, "ngroups": 2}, "mixer.num_groups is 1, .* needs 2"),
-        ({"layer": "Mamba2", "d_state": 8, "headdim": 16, "norm_before_gate": True}, "norm_before_gate is None"),
+        ({"layer": "Mamba2", "d_state": 8, "headdim": 16, "norm_before_gate": True}, "norm_before_gate is nothing"),
         (
             {"layer": "Mamba2", "d_state": 8, "headdim": 16, "dt_limit": [0.0, 1.0]},
             r"dt_limit is .*needs \(0\.0, 1\.0\)",
@@ -128,7 +128,7 @@ def test_another_vocabulary_another_depth_and_a_head_of_its_own(tmp_path: Path) 
             MambaLM(width=WIDTH, num_layers=LAYERS, num_tokens=40, mixer=lambda **_: mamba2().layers[0].mixer)
         )
     state_spaces_file(tmp_path, 2, ssm_cfg, **{"backbone.layers.2.norm.weight": torch.ones(WIDTH)})
-    with pytest.raises(CheckpointError, match=r"surplus backbone\.layers\.2\.norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"n_layer 2, the tensors have 3"):
         open_weights(tmp_path, "language").load(mamba2())
 
 
@@ -157,11 +157,11 @@ def hf_mamba2(tied: bool, groups: int = 2) -> nn.Module:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("version", [1, 2])
 def test_transformers_in_and_out(tmp_path: Path, version: int, tied: bool) -> None:
-    theirs = randomised(hf_mamba1(tied) if version == 1 else hf_mamba2(tied))
+    theirs = randomised(hf_mamba1(tied) if version == 1 else hf_mamba2(tied, groups=1))
     safe = not (tied and version == 2)  # transformers 4.57 refuses to write that one as safetensors
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB", safe_serialization=safe)
     assert len(list((tmp_path / "theirs").glob("*.index.json"))) == 1
-    ours = mamba1(tied=tied) if version == 1 else mamba2(groups=2, tied=tied)
+    ours = mamba1(tied=tied) if version == 1 else mamba2(tied=tied)
     open_weights(tmp_path / "theirs", "language").load(ours)
     with torch.no_grad():
         expected, found = theirs(IDS).logits, ours.head(ours.backbone(ours.embed(IDS)))
@@ -173,26 +173,94 @@ def test_transformers_in_and_out(tmp_path: Path, version: int, tied: bool) -> No
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(IDS).logits, expected, rtol=1e-5, atol=1e-5)
-    read = mamba1(tied=tied) if version == 1 else mamba2(groups=2, tied=tied)
+    read = mamba1(tied=tied) if version == 1 else mamba2(tied=tied)
     open_weights(tmp_path, "language").load(read)
     assert read.state_dict().keys() == ours.state_dict().keys()
     for name, tensor in ours.state_dict().items():
         assert torch.equal(read.state_dict()[name], tensor)
 
 
+def test_several_groups_are_normalized_as_the_recipe_says(tmp_path: Path) -> None:
+    """transformers 4.57 normalizes the whole width (huggingface/transformers#40861), 5 and mamba-ssm each group."""
+    theirs = randomised(hf_mamba2(False, groups=2))
+    theirs.save_pretrained(tmp_path / "theirs")
+    whole, each = mamba2(groups=2, norm_groups=1, tied=False), mamba2(groups=2, norm_groups=None, tied=False)
+    assert each.layers[0].mixer.norm.groups == 2
+    for ours in (whole, each):
+        open_weights(tmp_path / "theirs", "language").load(ours)
+    with torch.no_grad():
+        assert transformers.__version__.startswith("4.")
+        expected, found = theirs(IDS).logits, [ours.head(ours.backbone(ours.embed(IDS))) for ours in (whole, each)]
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+    assert (found[1] - expected).abs().max() > 0.01
+    tensors, config = each.to_transformers(end_id=0)
+    assert config["n_groups"] == 2
+    write_tensors(tmp_path / "model.safetensors", tensors, {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = mamba2(groups=2, norm_groups=None, tied=False)
+    open_weights(tmp_path, "language").load(again)
+    with torch.no_grad():
+        assert torch.equal(again.head(again.backbone(again.embed(IDS))), found[1])
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2", "state_spaces"])
+def test_a_config_that_ties_the_head_is_held_to(tmp_path: Path, kind: str) -> None:
+    """An untied model would read with the file's other head, where transformers and mamba-ssm use the embedding."""
+    if kind == "state_spaces":
+        tensors = state_spaces_file(tmp_path, 1, {})
+        path, name = tmp_path / "pytorch_model.bin", "backbone.embedding.weight"
+        (tmp_path / "config.json").write_text('{"ssm_cfg": {}, "tie_embeddings": true}')
+        ours = mamba1(tied=False)
+    else:
+        model = hf_mamba1(True) if kind == "mamba1" else hf_mamba2(True, groups=1)
+        tensors, name = dict(model.state_dict()), "backbone.embeddings.weight"
+        (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+        path = tmp_path / "pytorch_model.bin"
+        ours = mamba1(tied=False) if kind == "mamba1" else mamba2(tied=False)
+    torch.save({**tensors, "lm_head.weight": tensors[name] + 1}, path)
+    with pytest.raises(
+        CheckpointError, match=rf"lm_head\.weight differs from {name}, but the config\.json .* ties them"
+    ):
+        open_weights(tmp_path, "language").load(ours)
+    torch.save({**tensors, "lm_head.weight": tensors[name].clone()}, path)
+    open_weights(tmp_path, "language").load(ours)
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ({"rms_norm": False}, "says rms_norm False; read is True alone"),
+        ({"d_intermediate": 128}, "says d_intermediate 128; read is 0 alone"),
+        ({"attn_layer_idx": [1]}, r"says attn_layer_idx \[1\]; read is \[\] alone"),
+        ({"n_layer": 7}, f"says n_layer 7, the tensors have {LAYERS}"),
+        ({"norm_epsilon": 1e-6}, r"norm_f\.eps is 1e-05, the checkpoint needs 1e-06"),
+        ({"d_model": 999}, f"width is {WIDTH}, the checkpoint needs 999"),
+        ({"d_model": WIDTH, "expand": 3}, f"inner is {2 * WIDTH}, the checkpoint needs {3 * WIDTH}"),
+        ({"nlayer": 2}, "options that are unknown here: nlayer; known are .*n_layer"),
+    ],
+)
+def test_options_beside_those_of_the_layer_are_compared(tmp_path: Path, option: dict[str, Any], why: str) -> None:
+    state_spaces_file(tmp_path, 1, {})
+    (tmp_path / "config.json").write_text(json.dumps({"ssm_cfg": {}, "d_model": WIDTH, "n_layer": LAYERS, **option}))
+    with pytest.raises(CheckpointError, match=why):
+        open_weights(tmp_path, "language").load(mamba1())
+
+
 def test_transformers_with_other_groups_of_the_same_shapes(tmp_path: Path) -> None:
     hf_mamba2(True, groups=2).save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(CheckpointError, match=r"d_state is 16, .* needs 8\n.*num_groups is 1, .* needs 2"):
         open_weights(tmp_path, "language").load(mamba2(groups=1, d_state=16))
-    with pytest.raises(CheckpointError, match=r"norm\.groups is 2, .* needs 1"):
-        open_weights(tmp_path, "language").load(mamba2(groups=2, norm_groups=2))
+    with pytest.raises(CheckpointError, match=r"norm\.groups is 4, .* needs 1 or 2"):
+        open_weights(tmp_path, "language").load(mamba2(groups=2, norm_groups=4))
 
 
 def test_transformers_with_another_activation(tmp_path: Path) -> None:
     hf_mamba1(True).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu", "layer_norm_epsilon": 1e-6}))
-    said = r"hidden_act is None, .* needs 'gelu'\n.*0\.norm\.eps is 1e-05, .* 1e-06\n.*norm_f\.eps is 1e-05, .* 1e-06"
+    said = (
+        r"hidden_act is nothing, .* needs 'gelu'\n.*0\.norm\.eps is 1e-05, .* 1e-06\n.*norm_f\.eps is 1e-05, .* 1e-06"
+    )
     with pytest.raises(CheckpointError, match=said):
         open_weights(tmp_path, "language").load(mamba1())
 
@@ -201,7 +269,7 @@ def test_another_model_with_the_same_names_is_not_taken(tmp_path: Path) -> None:
     hf_mamba1(True).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "falcon_mamba"}))
-    with pytest.raises(CheckpointError, match="no registered layout recognises its names"):
+    with pytest.raises(CheckpointError, match="has model_type 'falcon_mamba'; mamba and mamba2 are read"):
         open_weights(tmp_path, "language")
 
 
@@ -284,8 +352,8 @@ def test_the_norms_of_a_file_are_the_models(tmp_path: Path) -> None:
 
 
 def test_what_transformers_has_no_layout_for() -> None:
-    with pytest.raises(ContractError, match="norm_groups must be 1"):
-        mamba2(groups=2, norm_groups=2).to_transformers(0)
+    with pytest.raises(ContractError, match="norm_groups must be num_groups, which is 2, but is 1"):
+        mamba2(groups=2, norm_groups=1).to_transformers(0)
     other = mamba2()
     other.layers[0].mixer = nn.Linear(1, 1)
     with pytest.raises(ContractError, match="transformers has no language model of Linear"):
@@ -294,6 +362,6 @@ def test_what_transformers_has_no_layout_for() -> None:
 
 def test_a_language_model_is_not_a_whole_model(tmp_path: Path) -> None:
     hf_mamba1(True).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"'transformers_mamba' is of a language; name it as model\.language"):
+    with pytest.raises(CheckpointError, match=r"it holds a language model; name it as model\.language"):
         open_weights(tmp_path, "model")
     assert "lm_head.weight" not in open_checkpoint(tmp_path).tensors

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 from ssmvl.connectors.projectors import MlpConnector
 from ssmvl.errors import ContractError
-from ssmvl.interfaces import Grid
+from ssmvl.interfaces import Grid, Paths
 from ssmvl.language.mamba_lm import Mamba1LM, MambaLM
 from ssmvl.layers.mamba1 import Mamba1Mixer
 from ssmvl.layers.mamba2 import Mamba2Mixer
@@ -144,7 +144,7 @@ def test_a_quantized_language_model_decodes_as_it_reads(kind: type[MambaLM]) -> 
 @pytest.mark.parametrize("paths", [1, 2])
 def test_parametrizations_and_hooks_of_linears_act(mixer: type[nn.Module], paths: int) -> None:
     torch.manual_seed(0)
-    x, table = torch.randn(2, 6, 32), two_ways(GRID) if paths == 2 else None
+    x, table = torch.randn(2, 6, 32), Paths.of(two_ways(GRID)) if paths == 2 else None
     plain: Any = mixer(32, paths)
     expected = plain(x, table)
     twice, baked = copy.deepcopy(plain), copy.deepcopy(plain)
@@ -164,7 +164,7 @@ def test_parametrizations_and_hooks_of_linears_act(mixer: type[nn.Module], paths
 @pytest.mark.parametrize("paths", [1, 2])
 def test_a_replaced_forward_a_bias_and_backward_hooks_of_selective_projections_act(paths: int) -> None:
     torch.manual_seed(0)
-    x, table = torch.randn(2, 6, 32), two_ways(GRID) if paths == 2 else None
+    x, table = torch.randn(2, 6, 32), Paths.of(two_ways(GRID)) if paths == 2 else None
     plain: Any = Mamba1Mixer(32, paths)
     expected = plain(x, table)
     for name in ("x_proj", "dt_proj"):

@@ -52,7 +52,9 @@ def test_paths_equal_each_written_out_straight(order: ScanOrder, merge: str, own
     each = torch.stack([one_path(mixer, x, path, k if own else 0) for k, path in enumerate(paths)])
     merged = each.mean(0) if merge == "mean" else each.sum(0)
     gate = F.silu((x @ mixer.in_proj.weight.T)[..., mixer.inner :])
-    torch.testing.assert_close(mixer(x, Paths.of(paths)), (merged * gate) @ mixer.out_proj.weight.T, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        mixer(x, Paths.of(paths)), (merged * gate) @ mixer.out_proj.weight.T, atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 70])

@@ -60,20 +60,20 @@ def each(layers: int, part: str, line: str) -> list[str]:
     [
         (
             ["model.connector.mixer.merge=sum"],
-            each(2, "connector", "folding.merge_by: saved with 'mean', here 'sum'"),
+            each(2, "connector", "folding.merge_by is 'sum', the checkpoint needs 'mean'"),
         ),
         (
             ["model.language.mixer.dt_limit=[0.0, 1.0]", "model.language.mixer.norm_groups=2"],
             [
-                *each(4, "language", "dt_limit: saved with (0.0, inf), here (0.0, 1.0)"),
-                *each(4, "language", "norm.groups: saved with 1, here 2"),
+                *each(4, "language", "dt_limit is (0.0, 1.0), the checkpoint needs (0.0, inf)"),
+                *each(4, "language", "norm.groups is 2, the checkpoint needs 1"),
             ],
         ),
         (
             ["model.fusion.order=[coarse, fine]"],
-            ["fusion.order: saved with ('fine', 'coarse'), here ('coarse', 'fine')"],
+            ["fusion.order is ('coarse', 'fine'), the checkpoint needs ('fine', 'coarse')"],
         ),
-        (["model.language.tied=false"], ["language.lm_head: saved with nothing, here 'Linear'"]),
+        (["model.language.tied=false"], ["language.lm_head is 'Linear', the checkpoint needs nothing"]),
     ],
 )
 def test_what_differs_is_listed(saved: Path, overrides: list[str], lines: list[str]) -> None:
@@ -82,8 +82,8 @@ def test_what_differs_is_listed(saved: Path, overrides: list[str], lines: list[s
 
 def test_another_stem_differs_in_mean_and_std(saved: Path) -> None:
     mean, std, *stem = refusal(saved, "model.encoders.fine.stem=coarse")
-    assert mean == "encoders.fine.mean: saved with (0.5, 0.5, 0.5), here (0.0, 0.0, 0.0)"
-    assert std == "encoders.fine.std: saved with (0.5, 0.5, 0.5), here (1.0, 1.0, 1.0)"
+    assert mean == "encoders.fine.mean is (0.0, 0.0, 0.0), the checkpoint needs (0.5, 0.5, 0.5)"
+    assert std == "encoders.fine.std is (1.0, 1.0, 1.0), the checkpoint needs (0.5, 0.5, 0.5)"
     assert stem
     assert all(line.startswith("encoders.fine.vit.patch_embed.layers.") for line in stem)
 
@@ -91,10 +91,11 @@ def test_another_stem_differs_in_mean_and_std(saved: Path) -> None:
 def test_another_component_and_an_encoder_more(saved: Path) -> None:
     coarse = "model.encoders={extra: {name: digit_vit, stem: coarse}}"
     assert refusal(saved, coarse, "model.fusion=sequence", "model.fusion.order=[fine, coarse, extra]") == [
-        "encoders.extra: saved with nothing, here 'ssmvl.vision.encoders.VitEncoder'",
-        "fusion: saved with 'ssmvl.vision.fusion.ChannelFusion', here 'ssmvl.vision.fusion.SequenceFusion'",
-        "connector.paths.order: saved with 'ssmvl.scans.bsm', here 'ssmvl.scans.bsm'",  # on three maps
-        "connector.stem.0.in_features: saved with 256, here 128",
+        "encoders.extra is 'ssmvl.vision.encoders.VitEncoder', the checkpoint needs nothing",
+        "fusion is 'ssmvl.vision.fusion.SequenceFusion', the checkpoint needs 'ssmvl.vision.fusion.ChannelFusion'",
+        "connector.paths.order is 'ssmvl.scans.bsm', the checkpoint needs 'ssmvl.scans.bsm'",  # on three maps
+        "connector.paths.grid is Grid(maps=3, rows=3, columns=3), the checkpoint needs Grid(maps=1, rows=3, columns=3)",
+        "connector.stem.0.in_features is 128, the checkpoint needs 256",
     ]
 
 
@@ -105,7 +106,7 @@ def test_only_the_first_differences_are_listed(saved: Path) -> None:
 def test_another_scan_order_of_the_same_shapes(saved: Path, install_plugin: Callable[..., None]) -> None:
     install_plugin("twice", TWICE)
     assert refusal(saved, "model.connector.scan_order=twice") == [
-        "connector.paths.order: saved with 'ssmvl.scans.bsm', here 'twice.twice'"
+        "connector.paths.order is 'twice.twice', the checkpoint needs 'ssmvl.scans.bsm'"
     ]
 
 
@@ -182,10 +183,14 @@ VIT = "name: timm, model: vit_small_patch16_224"
         (f"{VIT}.dino", f"{VIT}, weights: dino", ""),
         (f"{VIT}.dino", f"{VIT}.dino, image_size: 224", ""),
         (f"{VIT}.augreg_in1k", f"{VIT}.augreg_in21k", ""),  # of one mean and std; the values are the file's
-        (f"{VIT}.dino", VIT, "encoders.one.mean: saved with (0.485, 0.456, 0.406), here (0.5, 0.5, 0.5)"),
-        (f"{VIT}, weights: dino", f"{VIT}, weights: augreg_in1k", "encoders.one.std: saved with (0.229, 0.224, 0.225)"),
-        (f"{VIT}.dino", f"{VIT}.dino, resize: resize-crop", "encoders.one.image_spec: saved with ImageSpec(size=224"),
-        (f"{VIT}.dino", f"{VIT}.dino, image_size: 240", "encoders.one.grid: saved with Grid(maps=1, rows=14"),
+        (f"{VIT}.dino", VIT, "encoders.one.mean is (0.5, 0.5, 0.5), the checkpoint needs (0.485, 0.456, 0.406)"),
+        (
+            f"{VIT}, weights: dino",
+            f"{VIT}, weights: augreg_in1k",
+            "encoders.one.std is (0.5, 0.5, 0.5), the checkpoint needs (0.229, 0.224, 0.225)",
+        ),
+        (f"{VIT}.dino", f"{VIT}.dino, resize: resize-crop", "encoders.one.image_spec is ImageSpec(size=224"),
+        (f"{VIT}.dino", f"{VIT}.dino, image_size: 240", "encoders.one.grid is Grid(maps=1, rows=15"),
     ],
 )
 def test_the_tag_of_an_encoder_counts_where_it_decides_mean_and_std(

@@ -84,7 +84,7 @@ def test_two_layouts_that_recognise_one_file_and_one_that_fails(
         "        register('checkpoint', name, lambda names, config: Layout(part='language', rules={}))\n",
     )
     write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="one and two all recognise its names"):
+    with pytest.raises(CheckpointError, match="one and two all recognize its names"):
         open_weights(tmp_path / "x.safetensors", "language")
     install_plugin(
         "broken",
@@ -100,7 +100,7 @@ def test_two_layouts_that_recognise_one_file_and_one_that_fails(
     components.cache_clear()
     said = (
         r"(?s)no registered layout.*checkpoint 'bad' failed: KeyError: 'missing'.*'odd' failed: .* must give a Layout "
-        r"or None, gave 5.*'part' failed: .* must be 'language' or 'model', is 'langage'"
+        r"or None, gave 5.*'part' failed: .* must be one of 'language', 'encoder', 'model', is 'langage'"
     )
     with pytest.raises(CheckpointError, match=said):
         open_weights(tmp_path / "x.safetensors", "language")
@@ -113,16 +113,18 @@ def test_two_layouts_that_recognise_one_file_and_one_that_fails(
 def test_names_that_nobody_knows(tmp_path: Path) -> None:
     write_tensors(tmp_path / "x.safetensors", {"a.b": torch.zeros(1)})
     with pytest.raises(
-        CheckpointError, match=r"no registered layout recognises its names \(a\.b, …\)\. Layouts: .*ssmvl"
+        CheckpointError, match=r"no registered layout recognizes its names \(a\.b, …\)\. Layouts: .*ssmvl"
     ):
         open_weights(tmp_path / "x.safetensors", "model")
-    with pytest.raises(CheckpointError, match=r"nowhere: no such file or folder, and no model of the hub"):
+    with pytest.raises(CheckpointError, match=r"nowhere: no such file or folder, and not a model of the hub"):
         open_weights("nowhere", "model")
 
 
 def test_a_whole_model_is_no_language_model(tmp_path: Path) -> None:
     write_tensors(tmp_path / "model.safetensors", ssmvl.build_model("quickstart").state_dict())
-    with pytest.raises(CheckpointError, match=r"its layout 'ssmvl' is of a model; name it as weights= of build_model"):
+    with pytest.raises(
+        CheckpointError, match=r"it holds a whole model; name it as init_from of a stage, or weights= of build_model"
+    ):
         open_weights(tmp_path, "language")
 
 
@@ -153,6 +155,6 @@ def test_odd_names_are_no_tracebacks(hub: Hub, name: str) -> None:
 
 def test_a_path_is_never_asked_of_the_hub(hub: Hub) -> None:
     for name in (Path("runs/quickstart"), "tests/quickstart.json", "nowhere"):
-        with pytest.raises(CheckpointError, match="no such file or folder, and no model of the hub"):
+        with pytest.raises(CheckpointError, match="no such file or folder, and not a model of the hub"):
             open_weights(name, "model")
     assert hub.requests == []

@@ -33,6 +33,14 @@ def assistant() -> Assistant:
     return Assistant(model, build_processor(recipe, model), recipe)
 
 
+@pytest.fixture
+def one_group() -> Assistant:
+    """One that transformers has."""
+    recipe = ssmvl.load_recipe("quickstart", "model.language.mixer.num_groups=1")
+    model = ssmvl.build_model(recipe)
+    return Assistant(model, build_processor(recipe, model), recipe)
+
+
 def assert_equal(first: Assistant, second: Assistant) -> None:
     ours, theirs = first.model.state_dict(), second.model.state_dict()
     assert ours.keys() == theirs.keys()
@@ -124,7 +132,7 @@ def test_nothing_is_fetched_that_nobody_asked_for(hub: Any) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_a_language_model_from_the_hub(hub: Any, name: str) -> None:
-    source = ssmvl.build_model("quickstart").language
+    source = ssmvl.build_model("quickstart", "model.language.mixer.norm_groups=4").language
     tensors = {f"backbone.{key}": t for key, t in source.state_dict().items()}
     folder = hub.model("someone/language")
     (folder / "config.json").write_text('{"ssm_cfg": {"layer": "Mamba2", "d_state": 16, "headdim": 32, "ngroups": 4}}')
@@ -139,7 +147,8 @@ def test_a_language_model_from_the_hub(hub: Any, name: str) -> None:
         assert torch.equal(tensor, source.state_dict()[key])
 
 
-def test_the_language_model_for_transformers(assistant: Assistant, tmp_path: Path) -> None:
+def test_the_language_model_for_transformers(one_group: Assistant, tmp_path: Path) -> None:
+    assistant = one_group
     assistant.save_language(tmp_path / "language")
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -173,7 +182,7 @@ def test_transformers_stops_where_an_answer_ends(tmp_path: Path, assistant: Assi
     config |= {"intermediate_size": 48, "vocab_size": 400, "eos_token_id": 2}
     tokens = assistant.processor.tokenizer.get_vocab_size()
     theirs = f"model.language={{name: causal_lm, num_tokens: {tokens}, config: {config}}}"
-    for name, overrides in (("ours", []), ("theirs", [theirs])):
+    for name, overrides in (("ours", ["model.language.mixer.num_groups=1"]), ("theirs", [theirs])):
         recipe = ssmvl.load_recipe("quickstart", *overrides)
         model, end = ssmvl.build_model(recipe), assistant.processor.end_id
         Assistant(model, assistant.processor, recipe).save_language(tmp_path / name)
@@ -187,9 +196,9 @@ def test_transformers_stops_where_an_answer_ends(tmp_path: Path, assistant: Assi
 
 
 def test_a_language_model_that_transformers_has_not(assistant: Assistant, tmp_path: Path) -> None:
-    recipe = ssmvl.load_recipe("quickstart", "model.language.mixer.norm_groups=4")
+    recipe = ssmvl.load_recipe("quickstart")  # of four groups, but one norm
     other = Assistant(ssmvl.build_model(recipe), assistant.processor, recipe)
-    with pytest.raises(ContractError, match="norm_groups must be 1"):
+    with pytest.raises(ContractError, match="norm_groups must be num_groups, which is 4, but is 1"):
         other.save_language(tmp_path / "language")
     assert not (tmp_path / "language").exists()
 
@@ -264,8 +273,8 @@ def not_a_number(model: Any) -> None:
         (wider, r"language\.norm_f\.weight is \(64,\), the model has \(128,\)"),
         (not_a_number, r"1 of \d+ tensors are not finite: language\.norm_f\.weight"),
         (lambda model: model.to("meta"), "a model on meta holds no weights"),
-        (eps, r"language\.norm_f\.eps: 0\.5, in the recipe 1e-05"),
-        (swapped_activation, r"connector\.stem\.1: 'ReLU', in the recipe 'GELU'"),
+        (eps, r"language\.norm_f\.eps is 0\.5, the recipe needs 1e-05"),
+        (swapped_activation, r"connector\.stem\.1 is 'ReLU', the recipe needs 'GELU'"),
         (dynamic_int8, "are not tensors; quantized models cannot be saved"),
     ],
 )

@@ -42,17 +42,17 @@ def batch(processor: Processor, images: list[int]) -> Batch:
 
 
 def test_logits_are_given_at_supervised_positions_only(model: VisionLanguageModel, processor: Processor) -> None:
-    inputs = pad(batch(processor, [1, 0, 2]))
-    assert model(**inputs).shape == (len(inputs["labels"]), model.language.vocab_rows)
+    given = batch(processor, [1, 0, 2])
+    assert model(**pad(given)).shape == (len(given["labels"]), model.language.vocab_rows)
 
 
 def test_packed_and_padded_give_one_loss_and_one_gradient(model: VisionLanguageModel, processor: Processor) -> None:
     found = []
     for layout in (pad, pack):
         model.zero_grad()
-        inputs = layout(batch(processor, [1, 0, 2, 1]))
-        logits = model(**inputs)
-        torch.nn.functional.cross_entropy(logits, inputs["labels"]).backward()
+        given = batch(processor, [1, 0, 2, 1])
+        logits = model(**layout(given))
+        torch.nn.functional.cross_entropy(logits, given["labels"]).backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         found.append((logits.detach(), gradients))
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-4)
@@ -115,13 +115,13 @@ def test_prefill_and_steps_equal_forward(
 ) -> None:
     monkeypatch.setattr(vlm, "CHUNK", chunk)
     whole_samples = samples(processor, [1, 0, 2])
-    inputs = pad(collate(whole_samples))
+    inputs, lengths = pad(collate(whole_samples)), torch.tensor([len(s["ids"]) for s in whole_samples])
     with torch.no_grad():
         state = model.language.new_state(3)
         visual = model.encode(inputs["images"])
-        logits = model.prefill(inputs["ids"], inputs["lengths"], visual, inputs["image_positions"], state)
+        logits = model.prefill(inputs["ids"], lengths, visual, inputs["image_positions"], state)
         length = inputs["ids"].shape[1]
-        ends = torch.arange(3) * length + inputs["lengths"] - 1
+        ends = torch.arange(3) * length + lengths - 1
         whole = model(**{**inputs, "label_positions": ends})
         torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-4)
         stepped = model.step(torch.tensor([1, 2, 3]), state)
@@ -130,12 +130,13 @@ def test_prefill_and_steps_equal_forward(
             for i, s in enumerate(whole_samples, 1)
         ]
         again = pad(collate(longer))
-        ends = torch.arange(3) * again["ids"].shape[1] + again["lengths"] - 1
+        ends = torch.arange(3) * again["ids"].shape[1] + lengths
         torch.testing.assert_close(stepped, model(**{**again, "label_positions": ends}), atol=1e-5, rtol=1e-4)
 
 
 def test_shard_units_are_encoders_connector_layers_and_language_blocks(model: VisionLanguageModel) -> None:
-    units = {name for name, module in model.named_modules() if model.fsdp_wrap_fn(module)}
+    own = list(model.shard_units())
+    units = {name for name, module in model.named_modules() if any(module is unit for unit in own)}
     assert units == {
         *(f"encoders.{name}" for name in ("fine", "coarse")),
         *(f"connector.layers.{i}" for i in range(2)),

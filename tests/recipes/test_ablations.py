@@ -154,7 +154,7 @@ def test_check_prints_a_line_for_each_entry_and_all_problems(write: Write, capsy
     ]
     assert shown.err.startswith(f"error: {path}: 5 problems\n")
     assert "quickstart/t1/two: model.conector: ModelParts has no option 'conector'" in shown.err
-    assert "quickstart/t1/two: stages.align.batch: must be at least 1" in shown.err
+    assert "quickstart/t1/two: stages.align.batch: must be from 1 to 10^9" in shown.err
     assert "quickstart/t1/shape: model.language: " in shown.err
     assert "quickstart/t1/no_override: 'x' is no override" in shown.err
     assert "quickstrat/t1/no_recipe: no recipe named 'quickstrat'" in shown.err
@@ -184,7 +184,11 @@ def test_check_show_and_train_take_an_entry(
     hub: Hub, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert main(["check", "ablation:mamba_vlm/table3/baseline"]) == 0
-    assert capsys.readouterr().out == f"ablation:mamba_vlm/table3/baseline: no problem found\n{NOT_CHECKED}\n"
+    found, *notes = capsys.readouterr().out.splitlines()
+    assert found == "ablation:mamba_vlm/table3/baseline: no problem found"
+    parts = ("model.language", "model.encoders.dinov2", "model.encoders.siglip")
+    assert notes[0] == NOT_CHECKED
+    assert all(note.startswith(f"{part}.weights: not checked") for note, part in zip(notes[1:], parts, strict=True))
     assert main(["show", CSM, "seed=3"]) == 0
     (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
     assert load_recipe(tmp_path / "again.yaml").data == load_recipe(CSM, "seed=3").data

@@ -17,8 +17,8 @@ from ssmvl.plugins import components
 from ssmvl.recipes.ablations import PREFIX, shipped_ablations
 from ssmvl.recipes.files import recipe_names, recipe_path
 from ssmvl.recipes.merge import Recipe, load_recipe
+from ssmvl.training.checked import check
 from ssmvl.training.freezing import is_under
-from ssmvl.training.schema import check, stage_order
 from ssmvl.training.stage_prompts import prompts_of_stages
 
 SYSTEMS = ["ml_mamba", "cobra", "vl_mamba", "mamba_vlm", "mamba_vlm_7b"]
@@ -69,7 +69,7 @@ def frozen_without_weights(recipe: Recipe) -> list[str]:
     parts = [part for part in kinds if any(is_under(name, part) for name in names)]
     known = {part for part in parts if weights_of(*kinds[part]) not in ("none", "None")}
     found = []
-    for stage in stage_order(recipe):
+    for stage in recipe.data["stages"]:
         train = recipe.data["stages"][stage]["train"]
         known |= {part for part in parts if any(is_under(part, prefix) for prefix in train)}
         found += [f"{stage}: {part}" for part in parts if part not in known]
@@ -167,7 +167,7 @@ def test_overrides_in_the_comments_are_right(name: str) -> None:
     overrides = re.findall(r"[\w.]+=\S+", comments)
     recipe = load_recipe(name, *overrides)
     assert overrides or name not in ("ml_mamba", "mamba_vlm")
-    assert check(in_small(recipe))[1] == prompts_of_stages(recipe)
+    assert check(in_small(recipe)).notes == prompts_of_stages(recipe)
 
 
 def test_the_released_configuration_of_ml_mamba_is_an_override() -> None:

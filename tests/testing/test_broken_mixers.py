@@ -42,17 +42,19 @@ class ReadsTheFirstRowsSegments(Small):
 
 class ReadsOneWay(Small):
     def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
-        return super().forward(x, None if paths is None else Paths.of(paths.order[:1].expand(len(paths.order), -1)), segments)
+        return super().forward(
+            x, None if paths is None else Paths.of(paths.order[:1].expand(len(paths.order), -1)), segments
+        )
 
 
 class KnowsItsPaths(Small):
     def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
-        return super().forward(x, bsm(Grid(1, 1, x.shape[1])) if self.folding.count == 2 else paths, segments)
+        return super().forward(x, Paths.of(bsm(Grid(1, 1, x.shape[1]))) if self.folding.count == 2 else paths, segments)
 
 
 class ShiftsAlongPaths(Small):
     def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
-        return super().forward(x, None if paths is None else paths.roll(1, 1), segments)
+        return super().forward(x, None if paths is None else Paths.of(paths.order.roll(1, 1)), segments)
 
 
 class LosesAChannel(Small):
@@ -157,7 +159,7 @@ def function(width: int, num_paths: int) -> Any:
         (LooksAtItsWeights, "LooksAtItsWeights cannot be built on `meta`"),
         (BuildsOnTheCpu, "table lies on cpu after a build on `meta`"),
         (linear, "linear lacks new_state, prefill, step; see ssmvl.interfaces.Mixer"),
-        (function, "function is a builtin_function_or_method, no torch.nn.Module"),
+        (function, "function is a builtin_function_or_method, not a torch.nn.Module"),
     ],
 )
 def test_a_broken_mixer_is_refused(mixer: Any, message: str) -> None:

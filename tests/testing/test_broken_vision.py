@@ -30,7 +30,9 @@ class Patches(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         return self.linear(F.unfold(pixels / 255, 4, stride=4).transpose(1, 2))
 
-    def load_weights(self) -> None:
+    weights = "none"
+
+    def unused(self) -> None:
         pass
 
     def shard_units(self) -> Sequence[nn.Module]:
@@ -86,7 +88,7 @@ class ShardsAStranger(Patches):
         (HasNoWidth, "HasNoWidth.width must be a count, is '5'"),
         (HasNoSpec, "HasNoSpec.image_spec must be an ImageSpec, is 8"),
         (ShardsAStranger, "ShardsAStranger.shard_units names a Patches that is no module of it"),
-        (partial(nn.Linear, 3, 4), "Linear lacks grid, image_spec, load_weights, shard_units, width"),
+        (partial(nn.Linear, 3, 4), "Linear lacks grid, image_spec, shard_units, weights, width"),
     ],
 )
 def test_a_broken_encoder_is_refused(encoder: Any, message: str) -> None:

@@ -15,13 +15,14 @@ from torch.distributed.tensor import DTensor
 from ssmvl.model.build import build_model
 from ssmvl.processing.batch import collate
 from ssmvl.recipes.merge import load_recipe
-from ssmvl.training.schema import check
+from ssmvl.training.checked import check
 from ssmvl.training.session import Session
 
 recipe = load_recipe(sys.argv[1], "stages.finetune.init_from=recipe")
-plan, _ = check(recipe)
+checked = check(recipe)
+plan = checked.plan
 dist.initialize_dist(get_device(None))
-session = Session(recipe, plan)
+session = Session(checked)
 trainer = session.trainer("finetune")
 model = trainer.state.model.model
 plain = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]

@@ -50,11 +50,11 @@ def test_weights_that_are_not_there_or_do_not_fit_are_found_before_the_first_sta
     with pytest.raises(CheckpointError, match="nowhere"):
         ssmvl.train(tiny, "stages.finetune.init_from=./nowhere")
     torch.save({"a": torch.zeros(1)}, "a.pt")
-    with pytest.raises(CheckpointError, match=r"a\.pt: no registered layout recognises"):
+    with pytest.raises(CheckpointError, match=r"a\.pt: no registered layout recognizes"):
         ssmvl.train(tiny, "stages.finetune.init_from=a.pt")
     assert not Path("runs").exists()
 
 
 def test_a_stage_that_is_none(tiny: Path) -> None:
-    with pytest.raises(RecipeError, match=r"stage: 'finetun' is no stage of this recipe.*Did you mean 'finetune'\?"):
+    with pytest.raises(RecipeError, match=r"stage: 'finetun' is not a stage of this recipe.*Did you mean 'finetune'\?"):
         ssmvl.train(tiny, "stage=finetun")

@@ -65,7 +65,7 @@ def test_how_long_and_how_fast_may_change(folder: RunFolder, override: str) -> N
         ("model.language.width=64", "model.language.width: 128 there, 64 here"),
         ("model.connector.scan_order=csm", "model.connector.scan_order: 'bsm' there, 'csm' here"),
         ("model.language.d_state=16", "model.language.d_state: None there, 16 here"),
-        ("stages.align.data.train_size=99", "stages.align.data.train_size: 8000 there, 99 here"),
+        ("stages.align.data.train_size=99", "stages.align.data.train_size: '8_000' there, 99 here"),
         ("stages.finetune.train=[connector]", "stages.finetune.train: ['connector', 'language'] there, ['connector']"),
         ("seed=1", "seed: 0 there, 1 here"),
         ("stages.third={data: digit_scenes, train: [language]}", "stages.third"),

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from ssmvl.errors import Problem, RecipeError
 from ssmvl.processing.tokenizers import byte_tokenizer
 from ssmvl.recipes.merge import load_recipe
+from ssmvl.training.checked import check
 from ssmvl.training.freezing import is_under
-from ssmvl.training.schema import check
 from ssmvl.training.stage_prompts import recipe_after
 
 Install = Callable[[str, str], None]
@@ -48,7 +48,8 @@ def problems(*overrides: str) -> dict[str, str]:
 
 
 def test_a_right_recipe_becomes_a_plan_in_its_order() -> None:
-    plan, notes = check(load_recipe("quickstart", "stages.align.batch=7"))
+    checked = check(load_recipe("quickstart", "stages.align.batch=7"))
+    plan, notes = checked.plan, checked.notes
     assert list(plan.stages) == ["align", "finetune"]
     assert plan.stages["align"].batch == 7
     assert plan.stages["finetune"].optimizer.betas == (0.9, 0.98)
@@ -61,7 +62,7 @@ def test_prompts_that_differ_from_the_models_are_noted_and_saved() -> None:
     recipe = load_recipe(
         "quickstart", "stages.align.prompt=plain", f"stages.finetune.data={{name: mix, streams: {shares}}}"
     )
-    assert check(recipe)[1] == [
+    assert check(recipe).notes == [
         "stages.align.prompt: 'plain' overrides model.prompt 'mamba'; the stage's model is saved with 'plain'",
         "stages.finetune.data.streams.a.prompt: 'zephyr', but the stage's model is saved with 'mamba'",
     ]
@@ -74,12 +75,12 @@ def test_prompts_that_differ_from_the_models_are_noted_and_saved() -> None:
 
 
 def test_order_overrules_the_order_of_the_mapping() -> None:
-    plan, _ = check(load_recipe("quickstart", "stages.order=[finetune, align]"))
+    plan = check(load_recipe("quickstart", "stages.order=[finetune, align]")).plan
     assert list(plan.stages) == ["finetune", "align"]
 
 
 def test_a_recipe_may_leave_its_evaluation_out() -> None:
-    plan, _ = check(load_recipe("quickstart", "evaluation=null"))
+    plan = check(load_recipe("quickstart", "evaluation=null")).plan
     assert plan.evaluation is None
 
 
@@ -94,7 +95,7 @@ def test_checking_allocates_no_weight() -> None:
             return out
 
     with Largest():
-        check(load_recipe("quickstart"))
+        check(load_recipe("quickstart"), weights=False)  # whose files are read, to be compared
     assert sizes
     assert max(sizes) < 100
 
@@ -196,12 +197,13 @@ def test_a_prefix_is_made_of_whole_parts(name: str, prefix: str, under: bool) ->
     "callbacks",
     [
         "{LRMonitor: null}",
-        "{EarlyStopper: {monitor: loss, dataloader_label: train}}",
-        "{Generate: {prompts: [a], interval: 1ep, max_new_tokens: 8}}",  # the last goes into its **kwargs
+        "{EarlyStopper: {monitor: evaluation/loss, dataloader_label: evaluation}}",
+        "{ThresholdStopper: {monitor: evaluation/accuracy/all, dataloader_label: evaluation, threshold: 0.9}}",
     ],
 )
 def test_callbacks_of_composer_are_accepted(callbacks: str) -> None:
-    check(load_recipe("quickstart", f"stages.align.callbacks={callbacks}"))
+    evaluation = "stages.align.evaluation={data: digit_scenes}"
+    check(load_recipe("quickstart", f"stages.align.callbacks={callbacks}", evaluation))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ def test_options_of_callbacks_are_checked(callbacks: str, path: str) -> None:
 
 def test_without_composer_the_check_says_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssmvl.training.composer_classes.find_spec", lambda name: None)
-    _, notes = check(load_recipe("quickstart", "stages.align.callbacks={NoSuch: {}}"))
+    notes = check(load_recipe("quickstart", "stages.align.callbacks={NoSuch: {}}")).notes
     assert any(note.startswith("stages.align.callbacks: not checked") for note in notes)
 
 
@@ -240,13 +242,13 @@ def test_a_tokenizer_of_the_hub_is_read_where_it_was_fetched_before(hub: Hub) ->
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text("{}")
     note = "model.tokenizer: not checked, owner/lm is not in the hub's cache; training fetches it"
-    assert check(recipe)[1] == [note]
+    assert check(recipe).notes == [note]
     hf_hub_download("owner/lm", "tokenizer.json")  # without its config its end is not known
-    assert check(recipe)[1] == [note]
+    assert check(recipe).notes == [note]
     hf_hub_download("owner/lm", "tokenizer_config.json")
     hub.close()
     assert "has 257 ids" in problems("model.tokenizer=owner/lm")["model.tokenizer"]
-    assert check(load_recipe(recipe, "model.language.num_tokens=257"))[1] == []
+    assert check(load_recipe(recipe, "model.language.num_tokens=257")).notes == []
 
 
 def test_grids_that_do_not_match_are_found_at_the_fusion() -> None:

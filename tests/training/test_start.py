@@ -12,8 +12,8 @@ import ssmvl
 from ssmvl.errors import ContractError, DataError, SsmvlError
 from ssmvl.processing.tokenizers import byte_tokenizer
 from ssmvl.recipes.merge import load_recipe
+from ssmvl.training.checked import check
 from ssmvl.training.distributed import first_rank
-from ssmvl.training.schema import check
 from ssmvl.training.session import Session
 
 BIG = "model.language.weights=owner/big"
@@ -53,7 +53,7 @@ def test_what_the_first_rank_misses_ends_both(tiny: Path) -> None:
 
     def prepare() -> None:
         with pytest.raises(SsmvlError) as caught:
-            first_rank(Session(found, check(found)[0]).prepare)
+            first_rank(Session(check(found)).prepare)
         print(f"{caught.type.__name__}: {caught.value}", flush=True)
 
     missing = "no_align/train/index.json: there is no such file"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import ssmvl
 from ssmvl.checkpoints import write_tensors
 from ssmvl.data.scenes.digits import CELLS, digit_images, draw
+from ssmvl.model.loading import load_weights
 from ssmvl.vision.digit_vit import EMPTY, SHIPPED, VARIANTS, digit_vit
 from ssmvl.vision.encoders import VitEncoder
 
@@ -54,9 +55,9 @@ def test_variants_share_one_input() -> None:
 def test_shipped_weights_can_be_left_out_or_replaced(tmp_path: Path) -> None:
     source = digit_vit("fine", weights="none")
     before = source.vit.state_dict()["pos_embed"].clone()
-    source.load_weights()
+    load_weights(source)
     assert torch.equal(source.vit.state_dict()["pos_embed"], before)
     write_tensors(tmp_path / "vit.safetensors", source.vit.state_dict())
     encoder = digit_vit("fine", weights=str(tmp_path / "vit.safetensors"))
-    encoder.load_weights()
+    load_weights(encoder)
     assert torch.equal(encoder.vit.state_dict()["pos_embed"], before)

@@ -13,6 +13,7 @@ from ssmvl_open_clip.encoders import open_clip_encoder
 from ssmvl.errors import ContractError, RecipeError
 from ssmvl.interfaces import Grid
 from ssmvl.model.build import build_model
+from ssmvl.model.loading import load_weights
 from ssmvl.vision.digit_vit import digit_vit
 from ssmvl.vision.encoders import NEVER_RUN, VitEncoder, timm_encoder
 
@@ -104,7 +105,7 @@ def test_a_model_built_for_real_has_tried_its_encoders() -> None:
 )
 def test_bf16_and_autocast_are_close_to_fp32_in_the_dtype_of_the_weights(build: Callable[..., VitEncoder]) -> None:
     encoder = (build(image_size=64) if build.args[0].startswith("qwen3") else build()).eval().requires_grad_(False)
-    encoder.load_weights()
+    load_weights(encoder)
     size = encoder.image_spec.size
     pixels = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
     exact = encoder(pixels)

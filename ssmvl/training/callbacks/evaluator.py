@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from composer import Callback, Event, Logger, State
+from composer.callbacks import EarlyStopper, ThresholdStopper
 from composer.core import get_precision_context
 from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
@@ -15,12 +17,14 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ssmvl.errors import RunError
 from ssmvl.evaluation.results import results
 from ssmvl.evaluation.runner import ask, one_question_each
 from ssmvl.generation.assistant import Assistant
 from ssmvl.processing.batch import collate, pad
 from ssmvl.processing.processor import Processor
 from ssmvl.recipes.merge import Recipe
+from ssmvl.training.composer_classes import LABEL
 from ssmvl.training.composer_model import ComposerVLM
 from ssmvl.training.schema import StageEvaluation
 
@@ -76,14 +80,15 @@ class StageEvaluator(Callback):
             assistant = _RankedAssistant(model.model, self._processor, self._recipe)
             answered = ask(assistant, self._questions, _mine(len(self._questions)), self._options)
         total, count = map(sum, zip(*_in_order(losses, len(self._records)), strict=True))
-        logger.log_metrics({"evaluation/loss": total / count})
         found = results(_in_order(answered, len(self._questions)))
         if dist.get_global_rank() == 0:
             right = ", ".join(f"{type_ or 'all'} {row['accuracy']:.1%}" for type_, row in found.items())
             tqdm.write(f"evaluation after step {self._asked_at}: loss {total / count:.4f}, right: {right}")
+        metrics = {"evaluation/loss": total / count}
         for type_, row in found.items():
-            shares = {key: row[key] for key in ("accuracy", "blind", "swapped")}
-            logger.log_metrics({f"evaluation/{key}/{type_ or 'all'}": share for key, share in shares.items()})
+            metrics |= {f"evaluation/{key}/{type_ or 'all'}": row[key] for key in ("accuracy", "blind", "swapped")}
+        logger.log_metrics(metrics)
+        _tell_stoppers(metrics, state, logger)
 
     def _losses(self, model: ComposerVLM, state: State) -> list[tuple[float, int]]:
         """Of each of this rank's records the summed loss and the number of its supervised tokens."""
@@ -98,6 +103,34 @@ class StageEvaluator(Callback):
             counts = batch["num_labels"]
             found += [(float(loss.sum()), count) for loss, count in zip(each.split(counts), counts, strict=True)]
         return found
+
+
+class _Metric:
+    """A value, read as Composer reads metrics."""
+
+    def __init__(self, value: float) -> None:
+        self._value = value
+
+    def compute(self) -> float:
+        """The value."""
+        return self._value
+
+
+def _tell_stoppers(metrics: Mapping[str, float], state: State, logger: Logger) -> None:
+    """Let early stopping see the metrics; every rank has the same, so all decide alike.
+
+    Raises:
+        RunError: a monitored metric is not among them.
+    """
+    stoppers = [one for one in state.callbacks if isinstance(one, EarlyStopper | ThresholdStopper)]
+    for stopper in stoppers:
+        if stopper.monitor not in metrics:
+            name, known = type(stopper).__name__, ", ".join(metrics)
+            raise RunError(f"{name} monitors {stopper.monitor!r}, which the evaluation does not have; it has {known}")
+    state.eval_metrics[LABEL] = {name: _Metric(value) for name, value in metrics.items()}
+    with patch.object(state, "_dataloader_label", LABEL):  # Composer calls them in its own evaluation loop only
+        for stopper in stoppers:
+            stopper.eval_end(state, logger)
 
 
 class _RankedAssistant(Assistant):

@@ -5,22 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor
 
-from ssmvl.checkpoints.files import ABOUT_FILE
 from ssmvl.checkpoints.hub import user_path
 from ssmvl.checkpoints.layouts import SAME
 from ssmvl.data.remote import is_remote
-from ssmvl.errors import CheckpointError, short
-from ssmvl.model.build import build_model, build_processor, build_prompt, same_modules
+from ssmvl.errors import CheckpointError, RecipeError, short
+from ssmvl.files import ABOUT_FILE
+from ssmvl.model.blueprint import Blueprint
+from ssmvl.model.build import require_same_model
 from ssmvl.model.saved import save_folder
-from ssmvl.model.vlm import VisionLanguageModel
-from ssmvl.processing.processor import Processor
-from ssmvl.recipes.merge import Recipe, load_recipe
+from ssmvl.recipes.binding import bind_part
+from ssmvl.recipes.merge import Recipe
 from ssmvl.training.checkpoints.composer_files import METADATA_FILE, model_tensors
 from ssmvl.training.checkpoints.newest import CHECKPOINT, corruption, damage, newest_whole
 from ssmvl.training.checkpoints.stores import BucketStore
@@ -94,46 +92,41 @@ def export(
     if str(checkpoint).startswith("s3://"):
         if recipe is None:
             raise CheckpointError(f"{checkpoint} does not lie in a run folder, so its recipe is unknown; {GIVE_RECIPE}")
-        made = _built(load_recipe(recipe))  # before much is fetched
+        made = Blueprint.of(recipe)  # before much is fetched
+        _ = made.processor
         with _fetched(str(checkpoint), trust_pickle) as (path, name, passed):
             tensors = _tensors(path, made, trust_pickle)
-            _save(out, tensors, _trained_recipe(made.recipe, name), made.processor)
+            _save(out, tensors, _trained(made, name))
         return name, passed
     path, passed = find_checkpoint(checkpoint, trust_pickle)
-    made = _built(load_recipe(_recipe_of(path) if recipe is None else recipe))
+    made = Blueprint.of(_recipe_of(path) if recipe is None else recipe)
     tensors = _tensors(path, made, trust_pickle)
-    same_modules(_run_recipe(path), made.model, made.recipe)
-    _save(out, tensors, _trained_recipe(made.recipe, str(path.absolute())), made.processor)
+    require_same_model(_run_recipe(path), made)
+    _save(out, tensors, _trained(made, str(path.absolute())))
     return str(path), passed
 
 
-class _Built(NamedTuple):
-    """What a recipe says, its model without weights."""
-
-    recipe: Recipe
-    model: VisionLanguageModel
-    processor: Processor
-
-
-def _built(recipe: Recipe) -> _Built:
-    model = build_model(recipe, device="meta")
-    return _Built(recipe, model, build_processor(recipe, model))
-
-
-def _trained_recipe(recipe: Recipe, checkpoint: str) -> Recipe:
+def _trained(blueprint: Blueprint, checkpoint: str) -> Blueprint:
     """The recipe with the prompt of the stage whose folder a checkpoint lies in."""
+    recipe = blueprint.recipe
     folders = [name for name in checkpoint.split("/")[-3:-1] if name in (recipe.data.get("stages") or {})]
     if not folders and (prompts := prompts_of_stages(recipe)):
         unknown = f"{checkpoint} is not in a stage's folder, so its prompt is unknown and model.prompt is saved"
         warnings.warn(f"{unknown}; {'; '.join(prompts)}", stacklevel=3)
-    return recipe_after(recipe, folders[-1]) if folders else recipe
+    node = recipe_after(recipe, folders[-1]).data["model"]["prompt"] if folders else recipe.data["model"]["prompt"]
+    if node == recipe.data["model"]["prompt"]:
+        return blueprint
+    prompt, problems = bind_part(node, "prompt", "model.prompt")
+    if problems:
+        raise RecipeError(problems, recipe.source)
+    return blueprint.with_prompt(prompt)
 
 
-def _save(out: str | Path, tensors: dict[str, Tensor], recipe: Recipe, processor: Processor) -> None:
-    save_folder(out, tensors, recipe, replace(processor, prompt=build_prompt(recipe)))
+def _save(out: str | Path, tensors: dict[str, Tensor], blueprint: Blueprint) -> None:
+    save_folder(out, tensors, blueprint, blueprint.processor)
 
 
-def _tensors(path: Path, made: _Built, trust_pickle: bool) -> dict[str, Tensor]:
+def _tensors(path: Path, made: Blueprint, trust_pickle: bool) -> dict[str, Tensor]:
     """What the model is saved with, of a checkpoint that has that and nothing else."""
     if why := corruption(path):
         raise CheckpointError(f"{path} {why}")

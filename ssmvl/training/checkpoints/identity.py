@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ssmvl.errors import RunError, short
 from ssmvl.recipes.merge import Recipe
+from ssmvl.recipes.norm_groups import write_out
 from ssmvl.training.run_folder import differences, identity
 
 
@@ -35,7 +36,7 @@ class Identity(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare."""
-        if found := differences(json.loads(state["identity"]), self._identity):
+        if found := differences(write_out(json.loads(state["identity"]), saved=True), self._identity):
             raise RunError("it is of another run:\n  " + "\n  ".join(found))
 
 

@@ -8,21 +8,22 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import cast
 
 from torch import Tensor
 
-from ssmvl.errors import ContractError, Problem, RecipeError, SsmvlError
+from ssmvl.errors import ContractError, SsmvlError
 from ssmvl.interfaces import LanguageModel
-from ssmvl.model.build import build_model
 from ssmvl.model.costs import StepFlops
 from ssmvl.model.vlm import VisionLanguageModel
 from ssmvl.recipes.merge import Recipe
 from ssmvl.training.activation_checkpointing import checkpoint_activations
+from ssmvl.training.checked import Checked, check
 from ssmvl.training.freezing import freeze_others, is_under
 from ssmvl.training.planning.dry_run import WorstBatch, peaks
 from ssmvl.training.planning.memory_ledger import GRADIENTS, LOGITS
-from ssmvl.training.schema import Stage, check
+from ssmvl.training.schema import Stage
 
 MARGIN = 0.08  # of a GPU's memory: the CUDA context, cuBLAS' workspace, and holes between the allocator's blocks
 CERTAIN = 1024  # positions from which memory grows evenly: fewer are one chunk of an SSD, or too few for tiles
@@ -187,12 +188,15 @@ class StagePlan:
     @contextmanager
     def as_trained(self, checkpointing: bool) -> Iterator[None]:
         """Freeze the model, and checkpoint its activations, as the stage does."""
+        before = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         freeze_others(self.model, self.stage.train)
         if checkpointing:
             checkpoint_activations(self.model)
         try:
             yield
         finally:
+            for parameter, requires_grad in before.items():  # the model belongs to everyone who asks for its shapes
+                parameter.requires_grad_(requires_grad)
             for unit in self.model.shard_units() if checkpointing else ():
                 del unit.forward
 
@@ -223,25 +227,15 @@ def _on_meta() -> Iterator[None]:
         raise ContractError(f"this model cannot be planned, it does not run on meta ({error})") from error
 
 
-def stage_plans(recipe: Recipe, gpus: int) -> dict[str, StagePlan]:
+def stage_plans(recipe: str | Path | Recipe | Checked, gpus: int) -> dict[str, StagePlan]:
     """The plan of each stage, by name.
 
     Raises:
         RecipeError: the recipe has mistakes or no stage, or a batch cannot be shared by so many GPUs.
     """
-    plan, _ = check(recipe)
-    problems = [
-        Problem(
-            f"stages.{name}.batch",
-            f"{stage.batch} samples cannot be shared by {gpus} GPUs; choose a multiple of {gpus}",
-        )
-        for name, stage in plan.stages.items()
-        if stage.batch % gpus
-    ]
-    if problems:
-        raise RecipeError(problems, recipe.source)
-    model = build_model(recipe, device="meta")
-    return {name: StagePlan(model, stage, gpus) for name, stage in plan.stages.items()}
+    checked = check(recipe, weights=False)
+    checked.require_shared_by(gpus, "GPUs")
+    return {name: StagePlan(checked.model, stage, gpus) for name, stage in checked.plan.stages.items()}
 
 
 @lru_cache(maxsize=1)

@@ -20,13 +20,13 @@ from ssmvl.data.inspection.tokens import read_runs, sample_card
 from ssmvl.data.remote import send
 from ssmvl.data.shards import ensure_shards
 from ssmvl.drawing.sample_cards import BANDS, LINES, Run, wrapped
-from ssmvl.errors import CheckpointError, DataError, RecipeError
+from ssmvl.errors import DataError, RecipeError
 from ssmvl.interfaces import IGNORED, IMAGE_PLACE, ImageSpec
 from ssmvl.processing.processor import Processor
 from ssmvl.processing.prompts import MambaPrompt, PlainPrompt, VicunaPrompt
 from ssmvl.processing.tokenizers import END, byte_tokenizer
 from ssmvl.recipes.merge import load_recipe
-from ssmvl.training.schema import stage_processor
+from ssmvl.training.checked import stage_processor
 
 PLACES = 9  # of an image in the quickstart
 RECIPE = """
@@ -187,7 +187,7 @@ def test_bad_requests_are_errors(folder: Path, said: Any, recipe: str, tmp_path:
     with pytest.raises(RecipeError, match="no recipe named 'quikstart'"):
         said(folder, "quikstart")
     Path(recipe).write_text(RECIPE.replace("bytes", str(tmp_path / "gone")))
-    with pytest.raises(CheckpointError, match="no tokenizer"):
+    with pytest.raises(RecipeError, match="no tokenizer"):
         said(folder, recipe)
     Path(recipe).write_text(RECIPE.replace("max_text_tokens: 60", "max_text_tokens: none"))
     with pytest.raises(RecipeError, match=r"stages\.finetune\.max_text_tokens"):

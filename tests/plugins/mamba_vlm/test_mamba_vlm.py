@@ -173,7 +173,7 @@ def test_options_of_a_recipe() -> None:
     assert problems == []
     connector = bound(in_width=8, out_width=8, grid=GRID)
     assert connector.A_log.shape == (4 * 8, 4)
-    assert connector.paths(GRID, torch.device("cpu")).equal(cross_cat(GRID))
+    assert connector.paths(GRID, torch.device("cpu")).order.equal(cross_cat(GRID))
 
 
 def test_the_hook_registers_orders_and_projector() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ssmvl.checkpoints import write_tensors
 from ssmvl.errors import ContractError
 from ssmvl.interfaces import Grid, ImageSpec
+from ssmvl.model.loading import load_weights
 from ssmvl.recipes.binding import bind_part
 from ssmvl.testing import check_encoder
 from ssmvl.vision.encoders import VitEncoder, timm_encoder
@@ -50,8 +51,8 @@ def test_clip_through_open_clip_is_clip_through_timm(name: str, written: Written
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
         act_layer="quick_gelu" if name.endswith("quickgelu") else "gelu",
     )
-    same = VitEncoder(vit, size=SIZE, mean=encoder.mean, std=encoder.std, file=lambda: path)
-    same.load_weights()
+    same = VitEncoder(vit, size=SIZE, mean=encoder.mean, std=encoder.std, weights=str(path))
+    load_weights(same)
     pixels = images(SIZE)
     features = encoder(pixels)
     assert features.shape == (2, 16, WIDTH)
@@ -75,7 +76,7 @@ def test_trunks_of_timm_are_encoders_of_timm(
     write_tensors(tmp_path / "timm.safetensors", trunk)
     same = timm_encoder(model, weights=str(tmp_path / "timm.safetensors"))
     assert encoder.vit.state_dict().keys() == trunk.keys()
-    same.load_weights()
+    load_weights(same)
     pixels = images(160)
     same.mean, same.std = encoder.mean, encoder.std
     assert torch.equal(encoder(pixels), same.eval()(pixels))

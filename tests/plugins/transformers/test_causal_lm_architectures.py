@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ssmvl_transformers.causal_lm import CausalLM
 from ssmvl_transformers.configuration import TESTED
+
+from ssmvl.errors import CheckpointError
+from ssmvl.model.loading import open_weights
 
 SIZES = {
     "hidden_size": 16,
@@ -80,3 +85,17 @@ def test_rows_are_as_alone_and_no_position_sees_a_later_one(kind: str) -> None:
         at = torch.arange(3), torch.tensor(lengths) + t
         torch.testing.assert_close(lm.head(lm.step(x[at], state)), logits[at], **near)
     assert logits.std() > 0.1
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_config_that_ties_the_head_is_held_to(kind: str, tmp_path: Path) -> None:
+    """transformers would use the embedding in place of the file's other head; an untied model would not."""
+    config = {"model_type": kind, **CONFIGS[kind]}
+    model = CausalLM(config={**config, "tie_word_embeddings": True}, num_tokens=20).model
+    ours = CausalLM(config={**config, "tie_word_embeddings": False}, num_tokens=20)
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.save({**tensors, f"{head}.weight": tensors[f"{head}.weight"] + 1}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    with pytest.raises(CheckpointError, match=rf"{head}\.weight differs from .*, but the config\.json .* ties them"):
+        open_weights(tmp_path, "language").load(ours)

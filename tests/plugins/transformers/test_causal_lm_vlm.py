@@ -76,12 +76,12 @@ def test_answers_do_not_depend_on_the_batch(assistant: Assistant, images: list[I
 
 def test_prefill_and_steps_equal_forward(assistant: Assistant, images: list[Image.Image | None]) -> None:
     model, every = assistant.model, samples(assistant.processor, images)
-    inputs = pad(collate(every))
+    inputs, lengths = pad(collate(every)), torch.tensor([len(sample["ids"]) for sample in every])
     rows, length = inputs["ids"].shape
     with torch.no_grad():
         state, visual = model.language.new_state(rows), model.encode(inputs["images"])
-        logits = model.prefill(inputs["ids"], inputs["lengths"], visual, inputs["image_positions"], state)
-        ends = torch.arange(rows) * length + inputs["lengths"] - 1
+        logits = model.prefill(inputs["ids"], lengths, visual, inputs["image_positions"], state)
+        ends = torch.arange(rows) * length + lengths - 1
         torch.testing.assert_close(logits, model(**{**inputs, "label_positions": ends}), atol=1e-4, rtol=1e-4)
         stepped = model.step(torch.arange(rows), state)
         longer = [
@@ -89,7 +89,7 @@ def test_prefill_and_steps_equal_forward(assistant: Assistant, images: list[Imag
             for row, s in enumerate(every)
         ]
         again = pad(collate(longer))
-        ends = torch.arange(rows) * again["ids"].shape[1] + again["lengths"] - 1
+        ends = torch.arange(rows) * again["ids"].shape[1] + lengths
         torch.testing.assert_close(stepped, model(**{**again, "label_positions": ends}), atol=1e-4, rtol=1e-4)
 
 
@@ -117,7 +117,8 @@ def test_composer_trains_it_on_padded_rows(assistant: Assistant, images: list[Im
 
 def test_shard_units_are_its_layers(assistant: Assistant) -> None:
     model = assistant.model
-    units = {name for name, module in model.language.named_modules() if model.fsdp_wrap_fn(module)}
+    own = model.language.shard_units()
+    units = {name for name, module in model.language.named_modules() if any(module is unit for unit in own)}
     assert units == {"model.model.layers.0", "model.model.layers.1"}
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from composer.utils import dist
 from ranks import two_ranks
-from torch import Tensor
+from torch import Tensor, nn
 
 import ssmvl
 from ssmvl.checkpoints import read_tensors
@@ -18,19 +20,17 @@ from ssmvl.errors import RecipeError, RunError
 from ssmvl.training import run
 from ssmvl.training.callbacks import loss_guard
 from ssmvl.training.composer_model import ComposerVLM
+from ssmvl.training.optimizer import Optimizer, adamw
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
 ONE_STAGE = ("stages.align=null", "stages.order=null", "evaluation=null", "stages.finetune.duration=8ba")
 
 
-def lr(value: float) -> str:
-    return f"stages.finetune.optimizer.lr={value}"
-
-
 @pytest.mark.long
 def test_a_loss_that_is_no_number_ends_both_ranks(tiny: Path) -> None:
     def train() -> None:
-        assert run.main(["tiny.yaml", *ONE_STAGE, lr(1e30)]) == 2
+        with patch("ssmvl.training.trainer.adamw", lambda model, options: adamw(model, replace(options, lr=1e30))):
+            assert run.main(["tiny.yaml", *ONE_STAGE]) == 2
 
     for said in two_ranks(train, tiny.parent):
         error = said[said.index("error: ") :]
@@ -129,6 +129,12 @@ def test_both_sharded_ranks_skip_the_same_step(tiny: Path, monkeypatch: pytest.M
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny: Path) -> None:
-    with pytest.raises(RunError, match=r"step 1: the weights are not finite after it; .*: train-"):
-        ssmvl.train(tiny, *ONE_STAGE, lr(1e30), "stages.finetune.optimizer.weight_decay=1e10")
+    def overflowing(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
+        return adamw(model, replace(options, lr=1e30, weight_decay=1e10))
+
+    with (
+        patch("ssmvl.training.trainer.adamw", overflowing),
+        pytest.raises(RunError, match=r"step 1: the weights are not finite after it; .*: train-"),
+    ):
+        ssmvl.train(tiny, *ONE_STAGE)
     assert not [*Path("runs/tiny/finetune/checkpoints").iterdir()]

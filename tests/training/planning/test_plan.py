@@ -92,7 +92,6 @@ def test_autocast_keeps_what_torchs_own_keeps(language: str) -> None:
     meta = ssmvl.build_model(recipe(language), device="meta")
     real = ssmvl.build_model(recipe(language))
     inputs = batch.inputs(meta)
-    del inputs["labels"]
     values = {key: torch.zeros_like(value, device="cpu") for key, value in inputs.items() if key != "images"}
     values["image_positions"] = torch.arange(3 * meta.tokens_per_image)
     values["images"] = {spec: torch.zeros_like(pixels, device="cpu") for spec, pixels in inputs["images"].items()}

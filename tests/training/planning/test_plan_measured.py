@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader
 import ssmvl
 from ssmvl.processing.batch import collate, num_samples, num_tokens, split_batch
 from ssmvl.recipes.merge import Recipe
+from ssmvl.training.checked import check
 from ssmvl.training.composer_model import ComposerVLM
 from ssmvl.training.optimizer import adamw
 from ssmvl.training.planning.plan import StagePlan
-from ssmvl.training.schema import Stage, check
+from ssmvl.training.schema import Stage
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer and torch.distributed warn on their own account
 TEXT = 96  # tokens of a sample
@@ -91,7 +92,7 @@ def measure(runs: Sequence[tuple[str, ...]]) -> None:
         recipe = ssmvl.load_recipe("quickstart", *STAGE, *overrides)
         libc.malloc_trim(0)
         before = resident("VmRSS")
-        most = step(recipe, check(recipe)[0].stages["finetune"])
+        most = step(recipe, check(recipe).plan.stages["finetune"])
         gc.collect()
         print("bytes:", most - before)
 
@@ -99,7 +100,7 @@ def measure(runs: Sequence[tuple[str, ...]]) -> None:
 def planned(overrides: tuple[str, ...], gpus: int) -> int:
     recipe = ssmvl.load_recipe("quickstart", *STAGE, *overrides)
     model = ssmvl.build_model(recipe, device="meta")
-    return StagePlan(model, check(recipe)[0].stages["finetune"], gpus, on_gpu=False).memory().total()
+    return StagePlan(model, check(recipe).plan.stages["finetune"], gpus, on_gpu=False).memory().total()
 
 
 def assert_near_the_plan(said: str, runs: Sequence[tuple[str, ...]], gpus: int) -> None:

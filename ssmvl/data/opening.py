@@ -1,0 +1,45 @@
+"""Datasets asked for a split: what they give, or one message about what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ssmvl.errors import ContractError, DataError, SsmvlError, foreign
+from ssmvl.interfaces import Data, Shards, Stream
+
+
+def open_data(dataset: Callable[..., Data], split: str) -> Data:
+    """The shards of a split, written or fetched if need be.
+
+    Args:
+        dataset: a registered dataset, its options bound.
+        split: `train` or `test`.
+
+    Raises:
+        DataError: there are no shards, or the dataset fails.
+        ContractError: it gives something else than shards.
+    """
+    name = _name(dataset)
+    try:
+        data = dataset(split=split)
+    except (SsmvlError, MemoryError):
+        raise
+    except Exception as error:  # foreign code may raise anything
+        raise DataError(f"{name} fails for the split {split!r}: {foreign(error)}") from error
+    streams = data if isinstance(data, list) and data and all(isinstance(one, Stream) for one in data) else []
+    places: list[Any] = [stream.place for stream in streams] or [data]
+    for place in places:
+        if not isinstance(place, Path | Shards):
+            raise ContractError(f"{name}({split!r}) must give a Path, Shards or a list of Stream, gave {data!r}")
+        folder = place.local if isinstance(place, Shards) else place
+        if not (folder / "index.json").is_file():
+            raise DataError(f"{name}({split!r}): there are no shards in {folder}; it has no index.json")
+    return data
+
+
+def _name(dataset: Any) -> str:
+    while hasattr(dataset, "func"):  # partial
+        dataset = dataset.func
+    return str(getattr(dataset, "__name__", dataset))

@@ -1,0 +1,103 @@
+"""The files that a recipe reads: pretrained weights and datasets, opened before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from ssmvl.checkpoints.hub import HUB_FILE, ID
+from ssmvl.data.opening import open_data
+from ssmvl.data.shards import require_streaming
+from ssmvl.errors import CheckpointError, MissingDependencyError, Problem, SsmvlError
+from ssmvl.interfaces import LanguageModel
+from ssmvl.model.blueprint import Blueprint
+from ssmvl.model.build import opened_weights
+from ssmvl.model.loading import UNWRAP
+from ssmvl.processing.processor import Processor
+from ssmvl.training.schema import Plan
+
+
+def weights_problems(blueprint: Blueprint, plan: Plan, *, ask_hub: bool, notes: list[str]) -> list[Problem]:
+    """What is wrong with the files that the stages start from.
+
+    Args:
+        blueprint: of the model.
+        plan: the recipe.
+        ask_hub: whether ids are looked up in the hub; else a note says that they were not.
+        notes: get a line for each file that was not opened, because it would have to be fetched.
+    """
+    problems: list[Problem] = []
+    for number, (stage, options) in enumerate(plan.stages.items()):
+        start = options.init_from or (None if number else "recipe")
+        if start is None:
+            continue
+        named = {f"stages.{stage}.init_from": start}
+        if start == "recipe":
+            encoders = blueprint.model.encoders.items()
+            named = {"model.language.weights": cast(LanguageModel, blueprint.model.language).weights}
+            named |= {f"model.encoders.{name}.weights": str(encoder.weights) for name, encoder in encoders}
+        remote = {path: name for path, name in named.items() if _is_in_hub(name)}
+        for path, name in remote.items():
+            repo = name.removeprefix(HUB_FILE)
+            if not ask_hub:
+                notes.append(f"{path}: not checked, training fetches {repo} from the hub")
+            elif why := _not_in_hub("/".join(repo.split("/")[:2])):
+                problems.append(Problem(path, why))
+        if not remote:
+            try:
+                opened_weights(blueprint, start, verify=False)
+            except CheckpointError as error:
+                where = next(iter(named)) if len(named) == 1 else "model"
+                problems.append(Problem(where, str(error)))
+    return problems
+
+
+def _is_in_hub(name: str) -> bool:
+    name = name.removeprefix(UNWRAP)
+    path = Path(name).expanduser()
+    return name.startswith(HUB_FILE) or bool(ID.fullmatch(name) and not path.exists() and not path.parent.is_dir())
+
+
+def _not_in_hub(repo: str) -> str:
+    """Why a repository cannot be used; empty if it can."""
+    try:
+        HfApi().model_info(repo)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        return f"{repo}: no such path here, and not a model that the hub gives ({type(error).__name__})"
+    return ""
+
+
+def data_problems(plan: Plan, processors: Mapping[str, Processor]) -> list[Problem]:
+    """What is wrong with the datasets: shards are found, fetched or written, and the first record is read.
+
+    Args:
+        plan: the recipe.
+        processors: of each stage.
+    """
+    try:
+        require_streaming()
+    except MissingDependencyError as error:
+        return [Problem("stages", str(error))]
+    from ssmvl.data.streams import first_record
+
+    asked = {f"stages.{name}.data": (stage.data, "train") for name, stage in plan.stages.items()}
+    asked |= {
+        f"stages.{name}.evaluation.data": (stage.evaluation.data, "test")
+        for name, stage in plan.stages.items()
+        if stage.evaluation
+    }
+    if plan.evaluation:
+        asked["evaluation.data"] = (plan.evaluation.data, "test")
+    problems = []
+    for path, (dataset, split) in asked.items():
+        try:
+            record = first_record(open_data(dataset, split))
+            if split == "train":
+                processors[path.split(".")[1]].encode(record["conversation"], record["images"], train=True)
+        except SsmvlError as error:
+            problems.append(Problem(path, str(error)))
+    return problems
