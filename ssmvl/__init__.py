@@ -13,7 +13,7 @@ from ssmvl import _moved as _moved
 __version__ = "0.1.0"
 """The version of the installed package."""
 
-__all__ = ["build_model", "load", "train", "load_recipe", "list_components", "hookimpl", "__version__"]
+__all__ = ["build_model", "load", "train", "check", "load_recipe", "list_components", "hookimpl", "__version__"]
 
 if TYPE_CHECKING:
     from ssmvl.generation.assistant import load
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from ssmvl.plugins import hookimpl
     from ssmvl.recipes.merge import load_recipe
     from ssmvl.registry import Entry
+    from ssmvl.training.checked import check
     from ssmvl.training.run import train
 
 _HOME = {
     "build_model": "ssmvl.model.build",
     "load": "ssmvl.generation.assistant",
     "train": "ssmvl.training.run",
+    "check": "ssmvl.training.checked",
     "load_recipe": "ssmvl.recipes.merge",
     "hookimpl": "ssmvl.plugins",
 }

@@ -32,10 +32,11 @@ def open_data(dataset: Callable[..., Data], split: str) -> Data:
     places: list[Any] = [stream.place for stream in streams] or [data]
     for place in places:
         if not isinstance(place, Path | Shards):
-            raise ContractError(f"{name}({split!r}) must give a Path, Shards or a list of Stream, gave {data!r}")
+            what = "must give a Path, Shards or a list of Stream"
+            raise ContractError(f"{name} {what} for the split {split!r}, gave {data!r}")
         folder = place.local if isinstance(place, Shards) else place
         if not (folder / "index.json").is_file():
-            raise DataError(f"{name}({split!r}): there are no shards in {folder}; it has no index.json")
+            raise DataError(f"{name} gives {folder} for the split {split!r}, which holds no shards (no index.json)")
     return data
 
 

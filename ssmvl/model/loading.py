@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,7 +15,6 @@ from ssmvl.checkpoints.foreign import wrapper_of
 from ssmvl.checkpoints.hub import local
 from ssmvl.checkpoints.layouts import Fitted, copy_fitted
 from ssmvl.errors import CheckpointError, ContractError, foreign, short
-from ssmvl.interfaces import LanguageModel
 from ssmvl.model.vlm import VisionLanguageModel
 from ssmvl.plugins import components
 
@@ -92,18 +91,32 @@ def starting_weights(model: VisionLanguageModel, name: str | Path, *, verify: bo
     if name == "none":
         return []
     opened: StartingWeights = []
+    named = parts_with_weights(model)
     if name != "recipe":
+        named.pop("language", None)
         opened.append(open_weights(name, "model", verify=verify))
-    elif (own := cast(LanguageModel, model.language).weights) != "none":
-        opened.append(open_weights(own, "language", verify=verify))
-        opened[0].part = "language"
     if not any(one.fills_model for one in opened):
-        for encoder in model.encoders:
-            module: Any = model.encoders[encoder]
-            if module.weights != "none":
-                layout = getattr(module, "weights_layout", None)
-                opened.append(open_weights(module.weights, "encoder", layout, verify=verify))
-                opened[-1].part = f"encoders.{encoder}"
+        opened += [open_part(model, part, verify=verify) for part in named]
+    return opened
+
+
+def parts_with_weights(model: VisionLanguageModel) -> dict[str, str]:
+    """The weights that parts of a model name, by part: `language`, `encoders.NAME`."""
+    parts: dict[str, Any] = {"language": model.language}
+    parts |= {f"encoders.{name}": encoder for name, encoder in model.encoders.items()}
+    return {name: str(part.weights) for name, part in parts.items() if part.weights != "none"}
+
+
+def open_part(model: VisionLanguageModel, part: str, *, verify: bool = True) -> Weights:
+    """Open the file that a part of a model names.
+
+    Raises:
+        CheckpointError: it is missing or not recognized.
+    """
+    module: Any = model.get_submodule(part)
+    kind: Literal["language", "encoder"] = "language" if part == "language" else "encoder"
+    opened = open_weights(module.weights, kind, getattr(module, "weights_layout", None), verify=verify)
+    opened.part = part
     return opened
 
 

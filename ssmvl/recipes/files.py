@@ -6,9 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
 from ssmvl.errors import Problem, RecipeError, UnknownComponentError, nearest
 from ssmvl.plugins import components
-from ssmvl.recipes.yaml_loader import YAMLError, parse
+from ssmvl.recipes.yaml_loader import parse
 
 ABLATIONS_FILE = "ablations.yaml"
 

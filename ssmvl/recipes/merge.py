@@ -11,12 +11,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ssmvl.errors import Problem, RecipeError, nearest
 from ssmvl.recipes.ablations import PREFIX, Ablation, find_ablation
 from ssmvl.recipes.files import read_yaml, recipe_path
 from ssmvl.recipes.norm_groups import is_saved, write_out
-from ssmvl.recipes.yaml_loader import YAMLError, parse
+from ssmvl.recipes.yaml_loader import parse
 
 __all__ = ["Recipe", "load_recipe"]
 
@@ -119,9 +120,13 @@ def _normalise(data: dict[str, Any]) -> dict[str, Any]:
     model = each(data.get("model"), named, ("fusion", "connector", "language", "prompt"))
     if isinstance(model, dict) and "encoders" in model:
         model = {**model, "encoders": each(present(model["encoders"]), named)}
-    stages = each(present(data.get("stages")), holder)
+    given = data.get("stages")
+    stages = each(present(given), holder)
     if isinstance(stages, dict) and "order" in stages:
         order, entries = stages["order"], {name: stages[name] for name in stages if name != "order"}
+        if isinstance(order, list):
+            removed = [name for name, stage in typing.cast("dict[str, Any]", given).items() if stage is None]
+            order = [name for name in order if name not in removed]
         if isinstance(order, list) and sorted(map(str, order)) == sorted(entries):
             stages = {name: entries[name] for name in order}
     rest = {"stages": stages, "evaluation": holder(data.get("evaluation"))}

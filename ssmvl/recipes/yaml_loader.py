@@ -7,10 +7,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import yaml
-from yaml import YAMLError
 from yaml.constructor import ConstructorError
-
-__all__ = ["YAMLError", "parse"]
 
 # YAML 1.2's core schema. YAML 1.1 reads `yes` as true, `010` as 8 and `1:30` as 90, and `1e-4` as text.
 SCALARS = {

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssmvl.data.opening import open_data
 from ssmvl.errors import ContractError, DataError
-from ssmvl.interfaces import Data, ImageSpec, Shards, Stream
+from ssmvl.interfaces import Data, ImageSpec, Shards
 from ssmvl.processing.processor import Processor
 from ssmvl.processing.prompts import MambaPrompt
 from ssmvl.processing.tokenizers import byte_tokenizer
@@ -33,14 +34,14 @@ def check_dataset(dataset: Callable[..., Data], *, splits: Sequence[str] = ("tra
     splits_of: dict[Path, str] = {}
     for split in splits:
         what = f"{name_of(dataset)}({split!r})"
-        folders = _folders(what, dataset(split=split))
+        folders = _folders(_opened(dataset, split))
         for folder in folders:
             require(folder not in splits_of, f"{what} gives the folder of {splits_of.get(folder)!r}: {folder}")
             splits_of[folder] = split
         for place in folders.values():
             _check_records(what, _read(what, place))
         before = [_files(folder) for folder in folders]
-        again = _folders(what, dataset(split=split))
+        again = _folders(_opened(dataset, split))
         changed = f"{what} gives another folder when asked again: {_named(folders)}, then {_named(again)}"
         require(again == folders, changed)
         written = f"{what} writes {_named(folders)} again when asked again; it must stay as it is"
@@ -63,12 +64,16 @@ def check_recipe(recipe: str | Path | Recipe) -> None:
     check(recipe)
 
 
-def _folders(what: str, data: Any) -> dict[Path, Path | Shards]:
+def _opened(dataset: Callable[..., Data], split: str) -> Data:
+    try:
+        return open_data(dataset, split)
+    except DataError as error:
+        raise ContractError(str(error)) from error
+
+
+def _folders(data: Data) -> dict[Path, Path | Shards]:
     """The folders on this machine, each with the place that it belongs to."""
-    streams = data if isinstance(data, list) and all(isinstance(stream, Stream) for stream in data) else []
-    places = [stream.place for stream in streams] if streams else [data]
-    for place in places:
-        require(isinstance(place, Path | Shards), f"{what} must give a Path, Shards or a list of Stream, gave {data!r}")
+    places = [stream.place for stream in data] if isinstance(data, list) else [data]
     return {place.local if isinstance(place, Shards) else place: place for place in places}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -13,10 +12,9 @@ from ssmvl.checkpoints.hub import HUB_FILE, ID
 from ssmvl.data.opening import open_data
 from ssmvl.data.shards import require_streaming
 from ssmvl.errors import CheckpointError, MissingDependencyError, Problem, SsmvlError
-from ssmvl.interfaces import LanguageModel
 from ssmvl.model.blueprint import Blueprint
 from ssmvl.model.build import opened_weights
-from ssmvl.model.loading import UNWRAP
+from ssmvl.model.loading import UNWRAP, open_part, parts_with_weights
 from ssmvl.processing.processor import Processor
 from ssmvl.training.schema import Plan
 
@@ -32,27 +30,26 @@ def weights_problems(blueprint: Blueprint, plan: Plan, *, ask_hub: bool, notes: 
     """
     problems: list[Problem] = []
     for number, (stage, options) in enumerate(plan.stages.items()):
-        start = options.init_from or (None if number else "recipe")
-        if start is None:
-            continue
-        named = {f"stages.{stage}.init_from": start}
+        start = options.init_from or ("none" if number else "recipe")
         if start == "recipe":
-            encoders = blueprint.model.encoders.items()
-            named = {"model.language.weights": cast(LanguageModel, blueprint.model.language).weights}
-            named |= {f"model.encoders.{name}.weights": str(encoder.weights) for name, encoder in encoders}
-        remote = {path: name for path, name in named.items() if _is_in_hub(name)}
-        for path, name in remote.items():
-            repo = name.removeprefix(HUB_FILE)
-            if not ask_hub:
-                notes.append(f"{path}: not checked, training fetches {repo} from the hub")
-            elif why := _not_in_hub("/".join(repo.split("/")[:2])):
+            parts = parts_with_weights(blueprint.model)
+            named = {f"model.{part}.weights": (part, weights) for part, weights in parts.items()}
+        else:
+            named = {} if start == "none" else {f"stages.{stage}.init_from": ("", start)}
+        for path, (part, name) in named.items():
+            if not _is_in_hub(name):
+                try:
+                    if part:
+                        opened = open_part(blueprint.model, part, verify=False)
+                        opened.check(blueprint.model.get_submodule(part))
+                    else:
+                        opened_weights(blueprint, name, verify=False)
+                except CheckpointError as error:
+                    problems.append(Problem(path, str(error)))
+            elif not ask_hub:
+                notes.append(f"{path}: not checked, training fetches {name.removeprefix(HUB_FILE)} from the hub")
+            elif why := _not_in_hub("/".join(name.removeprefix(HUB_FILE).split("/")[:2])):
                 problems.append(Problem(path, why))
-        if not remote:
-            try:
-                opened_weights(blueprint, start, verify=False)
-            except CheckpointError as error:
-                where = next(iter(named)) if len(named) == 1 else "model"
-                problems.append(Problem(where, str(error)))
     return problems
 
 

@@ -24,7 +24,8 @@ PROMPTS = ["a", "what is this?", "", "x" * 90, "Which row?", "b", "cc"]
 @pytest.fixture(scope="module")
 def assistant() -> Assistant:
     torch.manual_seed(3)
-    recipe = ssmvl.load_recipe("quickstart", "model.tokenizer=bytes", "model.language.num_tokens=257")
+    text = ("model.tokenizer=bytes", "model.language.num_tokens=257")
+    recipe = ssmvl.load_recipe("quickstart", *text, "model.language.mixer.num_groups=1")  # as transformers has it
     model = ssmvl.build_model(recipe, weights="recipe")
     with torch.no_grad():
         for block in model.language.layers:  # else a tied model repeats its last token, whatever it has seen

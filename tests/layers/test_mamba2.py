@@ -73,7 +73,11 @@ def test_paths_equal_each_written_out_straight(order: ScanOrder, groups: int, me
 @pytest.mark.parametrize("num_groups", [1, 2])
 @pytest.mark.parametrize("norm_groups", [2, 4, 16])
 def test_each_norm_group_is_normalised_apart(norm_groups: int, num_groups: int) -> None:
-    check_option(Mamba2Mixer(8, num_groups=num_groups, **SMALL), norm_groups=norm_groups)
+    check_option(Mamba2Mixer(8, num_groups=num_groups, norm_groups=1, **SMALL), norm_groups=norm_groups)
+
+
+def test_without_norm_groups_each_group_is_normalized_apart() -> None:
+    assert [Mamba2Mixer(8, num_groups=groups, **SMALL).norm.groups for groups in (1, 2, 4)] == [1, 2, 4]
 
 
 @pytest.mark.parametrize("limit", [(0.0, 0.02), (0.3, inf), (0.04, 0.06)])

@@ -65,8 +65,8 @@ def has_no_images(split: str, *, folder: Path) -> Path:
         (writes_anew, r"writes_anew\('train'\) writes .*/train again when asked again"),
         (moves, r"moves\('train'\) gives another folder when asked again"),
         (has_one_split, r"has_one_split\('test'\) gives the folder of 'train'"),
-        (is_empty, "there are no shards in .*; it has no index.json"),
-        (gives_text, "must give a Path, Shards or a list of Stream, gave '"),
+        (is_empty, r"which holds no shards \(no index.json\)"),
+        (gives_text, "must give a Path, Shards or a list of Stream for the split 'train', gave '"),
         (has_no_images, r"a shard in .*/train lacks \['image_sizes', 'images', 'type'\]"),
     ],
 )

@@ -44,7 +44,7 @@ OF_MAMBA2 = f"name: mamba2, d_state: {STATE}, head_dim: {HEAD}"
             r"connector.layers.0.mixer.dt_limit is \(0.0, 1.0\), .* needs \(0",
         ),
         (
-            f"model.connector.mixer={{{OF_MAMBA2}, num_groups: 2, d_state: {STATE // 2}}}".replace(
+            f"model.connector.mixer={{{OF_MAMBA2}, num_groups: 2, norm_groups: 1, d_state: {STATE // 2}}}".replace(
                 f"d_state: {STATE},", ""
             ),
             "connector.layers.0.mixer.num_groups is 2, .* needs 1",

@@ -1,0 +1,139 @@
+"""A run binds its recipe once, builds one model on `meta`, and asks the registry once for each component."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ssmvl
+from ssmvl.checkpoints import read_tensors
+from ssmvl.errors import RecipeError, RunError
+from ssmvl.interfaces import Grid
+from ssmvl.layers import paths
+from ssmvl.model import blueprint
+from ssmvl.recipes.binding import components_in
+from ssmvl.registry import Registry
+from ssmvl.training import checked
+from ssmvl.training.checked import check
+from ssmvl.training.planning.plan import stage_plans
+
+pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
+ONE_STAGE = ("stages.align=null", "evaluation=null")
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each thing was done from now on."""
+    counts: Counter[str] = Counter()
+
+    def count(module: Any, name: str, key: Any) -> None:
+        call = getattr(module, name)
+
+        def counting(*given: Any, **options: Any) -> Any:
+            counts[key(*given)] += 1
+            return call(*given, **options)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count(checked, "bind", lambda *_: "bound")
+    count(blueprint, "bind", lambda *_: "bound")
+    count(blueprint, "assemble", lambda *_: f"built on {torch.empty(0).device.type}")
+    count(blueprint, "load_tokenizer", lambda *_: "tokenizer read")
+    count(paths, "path_table", lambda *_: "scan order evaluated")
+    count(Registry, "find", lambda _, kind, name: f"{kind} {name}")
+    return counts
+
+
+def test_a_run_of_two_stages_and_an_evaluation(tiny: Path, counted: Counter[str]) -> None:
+    ssmvl.train(tiny)
+    found = dict(counted)
+    assert found.pop("bound") == 1
+    assert found.pop("built on meta") == 1
+    assert found.pop("built on cpu") == 3  # for each stage and for the evaluation
+    assert found.pop("scan order evaluated") == 4  # once for each model
+    assert found.pop("tokenizer read") == 2  # the recipe's, and the one that was saved
+    layouts = {name for name in found if name.startswith("checkpoint ")}
+    assert {found.pop(name) for name in layouts} == {2}  # for the files that finetune and the evaluation start from
+    plan = check(tiny).plan
+    assert Counter(found) == Counter(f"{one.entry.kind} {one.entry.name}" for one in components_in(plan) if one.entry)
+
+
+def test_what_is_checked_is_taken_in_place_of_a_recipe(tiny: Path, counted: Counter[str]) -> None:
+    found = check(tiny, *ONE_STAGE)
+    before = {name: parameter.requires_grad for name, parameter in found.model.named_parameters()}
+    assert check(found) is found
+    shapes = ssmvl.build_model(found, device="meta")
+    assert shapes is not found.model
+    model = ssmvl.build_model(found, weights="recipe")
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
+        name: tensor.shape for name, tensor in found.model.state_dict().items()
+    }
+    for plan in stage_plans(found, 1).values():
+        plan.memory()
+    assert checked.stage_processor(found, None)[1] == "tiny, stage finetune,"
+    assert ssmvl.train(found) == Path("runs/tiny")
+    assert counted["bound"] == 1
+    assert (counted["built on meta"], counted["built on cpu"]) == (2, 2)
+    assert {name: parameter.requires_grad for name, parameter in found.model.named_parameters()} == before
+    with pytest.raises(RecipeError, match="there is no stage 'nope'"):
+        checked.stage_processor(found, "nope")
+
+
+def test_no_block_sorts_a_scan_order_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ssmvl.build_model("quickstart")
+    monkeypatch.setattr(torch, "argsort", None)
+    features = torch.randn(1, model.grid.length, model.fusion.width)
+    tokens: Tensor = model.connector(features, model.grid)
+    assert tokens.shape[1] == model.tokens_per_image
+    with pytest.raises(TypeError):  # another grid has another order
+        model.connector(torch.randn(1, 4, model.fusion.width), Grid(1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "last"),
+    [
+        # Nothing improves by 100: the first evaluation stays the best, and more than one batch later training ends.
+        (
+            "{EarlyStopper: {monitor: evaluation/loss, dataloader_label: evaluation, patience: 1ba, min_delta: 100}}",
+            3,
+        ),
+        ("{ThresholdStopper: {monitor: evaluation/loss, dataloader_label: evaluation, threshold: 1000}}", 1),
+    ],
+)
+def test_early_stopping_sees_the_evaluation(
+    tiny: Path, callbacks: str, last: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = "stages.finetune.evaluation={data: {name: digit_scenes, test_size: 4}, interval: 1ba}"
+    ssmvl.train(tiny, *ONE_STAGE, evaluation, f"stages.finetune.callbacks={callbacks}", "stages.finetune.duration=6ba")
+    said = capfd.readouterr()
+    assert f"evaluation after step {last}:" in said.out + said.err
+    assert f"evaluation after step {last + 1}:" not in said.out + said.err
+    assert [path.name for path in Path("runs/tiny/finetune/checkpoints").glob(f"*ba{last}-*")]
+    assert Path("runs/tiny/model/model.safetensors").is_file()
+
+
+def test_a_metric_that_the_evaluation_does_not_have_ends_the_run_with_one_sentence(tiny: Path) -> None:
+    evaluation = "stages.finetune.evaluation={data: {name: digit_scenes, test_size: 4}, interval: 1ba}"
+    stopper = "{EarlyStopper: {monitor: evaluation/accuracy/cats, dataloader_label: evaluation}}"
+    with pytest.raises(RunError, match="monitors 'evaluation/accuracy/cats', which the evaluation does not have; it"):
+        ssmvl.train(tiny, *ONE_STAGE, evaluation, f"stages.finetune.callbacks={stopper}")
+
+
+def test_a_stage_that_trains_its_encoders_resumes(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Layers behind the features of a ViT get no gradient, and had no state in a checkpoint."""
+    whole = (*ONE_STAGE, "stages.finetune.train=[encoders, connector, language]")
+    ssmvl.train(tiny, *whole)
+    expected, _ = read_tensors("runs/tiny/model/model.safetensors")
+    shutil.rmtree("runs/tiny/model")
+    Path("runs/tiny/finetune/checkpoints/ep0-ba4-rank0.pt").unlink()
+    capfd.readouterr()
+    ssmvl.train(tiny, *whole)
+    assert "resumed at step 3" in capfd.readouterr().out
+    found, _ = read_tensors("runs/tiny/model/model.safetensors")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
