@@ -143,15 +143,10 @@ ScanOrderPart = Annotated[ScanOrder, Part("scan_order")]
 
 
 class Paths(NamedTuple):
-    """The paths of a scan order over one grid, on the device of the input.
+    """The paths of a scan order over one grid, on the device of the input; both (K, L) int64."""
 
-    Attributes:
-        order: (K, L) int64: path k reads raster position `order[k, i]` at its step i.
-        inverse: (K, L) int64: raster position j is step `inverse[k, j]` of path k.
-    """
-
-    order: Tensor
-    inverse: Tensor
+    order: Tensor  # path k reads raster position order[k, i] at its step i
+    inverse: Tensor  # raster position j is step inverse[k, j] of path k
 
     @classmethod
     def of(cls, order: Tensor) -> Self:

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex, cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import HfApi
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssmvl.checkpoints.hub import ID
 from ssmvl.errors import BackendError, CheckpointError, ContractError, DataError, short
+from ssmvl.generation.inputs import as_conversation, as_images, check_lists
 from ssmvl.interfaces import IGNORED, IMAGE_PLACE, LanguageModel, Message
 from ssmvl.model.blueprint import Blueprint
 from ssmvl.model.build import build_model
@@ -70,14 +71,14 @@ class Assistant:
                 max_new_tokens is not a whole number, or an image cannot be decoded.
             BackendError: the logits are NaN.
         """
-        _check_lists(prompts, images, max_new_tokens)
+        check_lists(prompts, images, max_new_tokens)
         images = [None] * len(prompts) if images is None else images
         if len(images) != len(prompts):
             raise DataError(f"{len(prompts)} prompts, but {len(images)} images; give one image or None for each prompt")
         if not prompts or max_new_tokens < 1:
             return [""] * len(prompts)
         samples = [
-            self.processor.encode(_conversation(prompt), _images(own))
+            self.processor.encode(as_conversation(prompt), as_images(own))
             for prompt, own in zip(prompts, images, strict=True)
         ]
         return self._answer(samples, max_new_tokens)
@@ -98,7 +99,7 @@ class Assistant:
             DataError: ids and mask differ in shape, a row has no real position, an id is none of the tokenizer's,
                 image places and images do not match in number, or max_new_tokens is no whole number.
         """
-        _check_lists([], images, max_new_tokens)
+        check_lists([], images, max_new_tokens)
         if ids.ndim != 2 or ids.shape != mask.shape:
             raise DataError(
                 f"ids and mask must have one shape (B, T), received {tuple(ids.shape)}, {tuple(mask.shape)}"
@@ -223,35 +224,6 @@ class Assistant:
         tensors, config = write(self.processor.end_id)
         texts = {"config.json": json.dumps(config, indent=2) + "\n"} | tokenizer_files(self.processor)
         write_files(folder, tensors, texts)
-
-
-def _check_lists(prompts: object, images: object, max_new_tokens: object) -> None:
-    """Refuse what is no list of texts, no list of images (or None), or no whole number."""
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        one = "one text" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
-        raise DataError(f"prompts must be a list of texts, received {one}; write generate([prompt], [image])")
-    for number, prompt in enumerate(prompts):
-        if not isinstance(prompt, str | list | tuple):
-            what = f"number {number} is a {type(prompt).__name__}: {prompt!r}"
-            raise DataError(f"prompts must be a list of texts or of conversations; {what}")
-        if isinstance(prompt, str) and prompt != prompt.encode(errors="replace").decode():
-            raise DataError(f"prompt {number} holds half a surrogate pair, which is no text: {prompt!r}")
-        if not isinstance(prompt, str) and len(prompt) % 2 == 0:
-            raise DataError(f"prompt {number} must end with a message of the user; it has {len(prompt)} messages")
-    if isinstance(images, str | bytes) or not (images is None or isinstance(images, Sequence)):
-        raise DataError(f"images must be a list, received a {type(images).__name__}; write generate([prompt], [image])")
-    if not isinstance(max_new_tokens, SupportsIndex):
-        raise DataError(f"max_new_tokens must be a whole number, received {max_new_tokens!r}")
-
-
-def _conversation(prompt: str | Sequence[Message]) -> Sequence[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def _images(own: ImageLike | Sequence[ImageLike] | None) -> Sequence[ImageLike]:
-    if own is None:
-        return []
-    return own if isinstance(own, list | tuple) else [cast(ImageLike, own)]
 
 
 def load(

@@ -131,11 +131,7 @@ class Encoder(nn.Module, ABC):
         """Tensors of a file by the tower's names, positions of another image size resampled as the library does."""
 
     def weights_layout(self, names: Collection[str], config: Mapping[str, Any]) -> Layout:
-        """The layout of the file that `weights` names.
-
-        Args:
-            names: of its tensors.
-            config: what its `config.json` holds.
+        """The layout of the file that `weights` names, of which these are the tensors' names and the `config.json`.
 
         Raises:
             CheckpointError: no name has the encoder's prefix, or the config describes another encoder.

@@ -1,0 +1,45 @@
+"""The arguments of `generate`: checked, and brought into one form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import SupportsIndex, cast
+
+from ssmvl.errors import DataError
+from ssmvl.interfaces import Message
+from ssmvl.processing.transforms import ImageLike
+
+
+def check_lists(prompts: object, images: object, max_new_tokens: object) -> None:
+    """Check the arguments of `Assistant.generate`.
+
+    Raises:
+        DataError: prompts are not a list of texts or conversations, images not a list, or the limit not a whole number.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        one = "one text" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
+        raise DataError(f"prompts must be a list of texts, received {one}; write generate([prompt], [image])")
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str | list | tuple):
+            what = f"number {number} is a {type(prompt).__name__}: {prompt!r}"
+            raise DataError(f"prompts must be a list of texts or of conversations; {what}")
+        if isinstance(prompt, str) and prompt != prompt.encode(errors="replace").decode():
+            raise DataError(f"prompt {number} holds half a surrogate pair, which is no text: {prompt!r}")
+        if not isinstance(prompt, str) and len(prompt) % 2 == 0:
+            raise DataError(f"prompt {number} must end with a message of the user; it has {len(prompt)} messages")
+    if isinstance(images, str | bytes) or not (images is None or isinstance(images, Sequence)):
+        raise DataError(f"images must be a list, received a {type(images).__name__}; write generate([prompt], [image])")
+    if not isinstance(max_new_tokens, SupportsIndex):
+        raise DataError(f"max_new_tokens must be a whole number, received {max_new_tokens!r}")
+
+
+def as_conversation(prompt: str | Sequence[Message]) -> Sequence[Message]:
+    """A question as a conversation."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def as_images(own: ImageLike | Sequence[ImageLike] | None) -> Sequence[ImageLike]:
+    """The images of one prompt as a list."""
+    if own is None:
+        return []
+    return own if isinstance(own, list | tuple) else [cast(ImageLike, own)]
