@@ -43,9 +43,10 @@ def trial(blueprint: Blueprint) -> tuple[list[Problem], list[str]]:
     except Exception as error:  # a foreign part may raise anything
         path, part = found.inside[-1]
         if isinstance(error, NotImplementedError | RuntimeError) and any(text in str(error) for text in NEEDS_VALUES):
-            notes.append(f"{path}: not run, {part} reads values, which tensors on meta do not have")
+            why = "reads values, which tensors on meta do not have; it and what follows were not checked"
+            notes.append(f"{path}: {found.method} of {part} {why}")
         else:
-            problems.append(Problem(path, f"{part} fails: {foreign(error)}"))
+            problems.append(Problem(path, f"{part} fails in {found.method}: {foreign(error)}"))
     return problems, notes
 
 
@@ -81,6 +82,7 @@ class _Trial:
     def __init__(self, blueprint: Blueprint) -> None:
         self.model, self.blueprint = blueprint.model, blueprint
         self.inside: list[tuple[str, object]] = [("model", "the model")]
+        self.method = "forward"  # of the innermost part
 
     def run(self) -> None:
         """Every part, in the order of a forward."""
@@ -119,16 +121,23 @@ class _Trial:
         self._require(
             0 < language.num_tokens <= language.vocab_rows, f"each token needs a row of the vocabulary: {sizes}"
         )
-        embeds = language.embed(torch.zeros(IMAGES, length, dtype=torch.int64, device="meta"))
-        self._require_shape("embed", embeds, IMAGES, length, width)
+        ids = torch.zeros(IMAGES, length, dtype=torch.int64, device="meta")
+        embeds = self._run(language, "embed", (IMAGES, length, width), ids)
         embeds = splice(embeds, visual, torch.zeros(IMAGES * visual.shape[1], dtype=torch.int64, device="meta"))
-        hidden = language.backbone(embeds)
-        self._require_shape("backbone", hidden, IMAGES, length, width)
-        self._require_shape("head", language.head(hidden[:, -1]), IMAGES, language.vocab_rows)
+        hidden = self._run(language, "backbone", (IMAGES, length, width), embeds)
+        self._run(language, "head", (IMAGES, language.vocab_rows), hidden[:, -1])
+        self.method = "new_state"
         state = language.new_state(IMAGES, "meta")
         lengths = torch.full((IMAGES,), length, device="meta")
-        self._require_shape("prefill", language.prefill(embeds, lengths, state), IMAGES, length, width)
-        self._require_shape("step", language.step(embeds[:, 0], state), IMAGES, width)
+        self._run(language, "prefill", (IMAGES, length, width), embeds, lengths, state)
+        self._run(language, "step", (IMAGES, width), embeds[:, 0], state)
+
+    def _run(self, part: object, method: str, shape: tuple[int, ...], *given: Any) -> Tensor:
+        """What a method gives, which must be of this shape."""
+        self.method = method
+        output: Tensor = getattr(part, method)(*given)
+        self._require_shape(method, output, *shape)
+        return output
 
     @contextmanager
     def watched_mixers(self) -> Iterator[None]:
@@ -147,6 +156,7 @@ class _Trial:
         @wraps(call)
         def watched(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             with self._at(bound.path, bound):
+                self.method = name
                 output: Tensor = call(x, *args, **kwargs)
                 self._require_shape(name, output, *x.shape)
                 return output
@@ -155,9 +165,11 @@ class _Trial:
 
     @contextmanager
     def _at(self, path: str, part: object) -> Iterator[None]:
+        outer, self.method = self.method, "forward"
         self.inside.append((path, part))
         yield
         self.inside.pop()  # stays where something fails, so that the innermost part is named
+        self.method = outer
 
     def _require(self, holds: object, message: str) -> None:
         path, part = self.inside[-1]
