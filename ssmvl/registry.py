@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
@@ -115,33 +116,57 @@ class PluginFailure:
 
 @contextmanager
 def same_defaults(what: str) -> Iterator[None]:
-    """Import foreign code: torch's default dtype and seed belong to the process, not to a plugin. Imports no torch.
+    """Import foreign code: the default dtype and the seeds belong to the process, not to a plugin. Imports no torch.
 
     Raises:
-        ContractError: one of them changed; both are restored.
+        ContractError: the import changed one of them. All are restored, also where the import itself fails.
     """
     before = _defaults()
-    yield
-    if (after := _defaults()) == before or after is None:
-        return
-    torch = sys.modules["torch"]
-    changed = []
-    if after[0] != (before[0] if before else torch.float32):
-        torch.set_default_dtype(before[0] if before else torch.float32)
-        changed.append(f"torch's default dtype to {after[0]}")
-    if before and after[1] != before[1]:
-        torch.manual_seed(before[1])
-        changed.append(f"torch's seed to {after[1]}")
-    elif not before and after[1] < MANUAL_SEED:
-        torch.seed()
-        changed.append(f"torch's seed to {after[1]}")
+    try:
+        yield
+    finally:
+        changed = _restored(before)
     if changed:
         raise ContractError(f"{what} changes {' and '.join(changed)} on import; do that in the code that needs it")
 
 
-def _defaults() -> tuple[Any, int] | None:
-    torch = sys.modules.get("torch")
-    return None if torch is None else (torch.get_default_dtype(), torch.initial_seed())
+def _defaults() -> dict[str, Any]:
+    """Torch's default dtype and seed, and the states of all random generators that are imported."""
+    torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
+    found: dict[str, Any] = {"random": random.getstate()}
+    if numpy is not None:
+        found["numpy"] = numpy.random.get_state()
+    if torch is not None:
+        found |= {"dtype": torch.get_default_dtype(), "seed": torch.initial_seed(), "torch": torch.get_rng_state()}
+    return found
+
+
+def _restored(before: Mapping[str, Any]) -> list[str]:
+    """Restore what changed; a generator from which numbers were drawn is restored without a word."""
+    after, changed = _defaults(), []
+    # A seed replaces the words of a Mersenne twister; drawing advances its position, which stands last.
+    if after["random"][1][:-1] != before["random"][1][:-1]:
+        changed.append("the seed of random")
+    random.setstate(before["random"])
+    if "numpy" in before:
+        if (after["numpy"][1] != before["numpy"][1]).any():
+            changed.append("numpy's seed")
+        sys.modules["numpy"].random.set_state(before["numpy"])
+    if "dtype" not in after:
+        return changed
+    torch = sys.modules["torch"]
+    dtype = before.get("dtype", torch.float32)
+    if after["dtype"] != dtype:
+        torch.set_default_dtype(dtype)
+        changed.append(f"torch's default dtype to {after['dtype']}")
+    if "seed" not in before and after["seed"] < MANUAL_SEED:
+        torch.seed()
+        changed.append(f"torch's seed to {after['seed']}")
+    elif "seed" in before:
+        if after["seed"] != before["seed"]:
+            changed.append(f"torch's seed to {after['seed']}")
+        torch.set_rng_state(before["torch"])
+    return changed
 
 
 @dataclass

@@ -9,7 +9,9 @@ from huggingface_hub import hf_hub_download, snapshot_download
 
 from ssmvl.errors import CheckpointError, short
 
-ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.json)(?<!\.yaml)(?<!\.safetensors)(?<!\.bin)(?<!\.pt)(?<!\.pth)")  # no file name
+ID = re.compile(
+    r"[\w.-]+/[\w.-]+(?<!\.json)(?<!\.yaml)(?<!\.safetensors)(?<!\.bin)(?<!\.pt)(?<!\.pth)(?<!\.ckpt)"
+)  # no file name
 
 
 HUB_FILE = "hf-hub:"  # before owner/model/FILE: one file of the hub

@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
 
     path = Path(options.recipe)
     if path.suffix in (".yaml", ".yml") and path.is_file() and isinstance(read_yaml(path), list):
-        return _check_ablations(path, options.overrides)
+        return _check_ablations(path, options.overrides, options.data)
     recipe = merged_recipe(options)
     from ssmvl.training.checked import check
 
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_ablations(path: Path, overrides: Sequence[str]) -> int:
+def _check_ablations(path: Path, overrides: Sequence[str], data: bool) -> int:
     """A line for each entry; then the problems of all of them, as one error."""
     from ssmvl.recipes.ablations import PREFIX, read_ablations
     from ssmvl.recipes.merge import load_recipe
@@ -42,7 +42,7 @@ def _check_ablations(path: Path, overrides: Sequence[str]) -> int:
     for entry in read_ablations(path):
         found: Sequence[Problem] = ()
         try:
-            notes |= dict.fromkeys(check(load_recipe(entry, *overrides)).notes)
+            notes |= dict.fromkeys(check(load_recipe(entry, *overrides), data=data).notes)
         except RecipeError as error:
             found = error.problems
         what = f"{len(found)} problem{'s' * (len(found) != 1)}" if found else "no problem found"

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssmvl.errors import CheckpointError, MissingDependencyError, Problem, RecipeError, SsmvlError
+from ssmvl.errors import CheckpointError, MissingDependencyError, Problem, RecipeError, SsmvlError, short
 
 if TYPE_CHECKING:
     from ssmvl.recipes.merge import Recipe
@@ -56,13 +56,19 @@ def require_path(name: str, what: str) -> None:
         CheckpointError: it does not.
     """
     if _is_missing(name):
-        raise CheckpointError(f"{name}: no such {what}")
+        raise CheckpointError(f"{short(name)}: no such {what}")
 
 
 def _is_missing(name: str) -> bool:
-    path = Path(name).expanduser()
-    is_local = path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1
-    return is_local and "://" not in name and not path.exists()
+    is_local = name.startswith(("/", "./", "../", "~")) or name.count("/") != 1
+    return is_local and "://" not in name and not _exists(name)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError):  # no such user, or a name that no file can have
+        return False
 
 
 def _unknown_components(data: dict[str, Any]) -> Iterator[Problem]:
@@ -71,9 +77,11 @@ def _unknown_components(data: dict[str, Any]) -> Iterator[Problem]:
         yield from _unknown(f"model.encoders.{name}", "encoder", node)
     for key, kind in FIXED.items():
         yield from _unknown(f"model.{key}", kind, model.get(key))
-    for name, stage in stages.items() if isinstance(stages, dict) else ():
-        for key, kind in (("data", "dataset"), ("prompt", "prompt")) if isinstance(stage, dict) else ():
-            yield from _unknown(f"stages.{name}.{key}", kind, stage.get(key))
+    holders = {f"stages.{name}": stage for name, stage in stages.items()} if isinstance(stages, dict) else {}
+    holders |= {f"{path}.evaluation": s.get("evaluation") for path, s in holders.items() if isinstance(s, dict)}
+    for path, holder in {**holders, "evaluation": data.get("evaluation")}.items():
+        for key, kind in (("data", "dataset"), ("prompt", "prompt")) if isinstance(holder, dict) else ():
+            yield from _unknown(f"{path}.{key}", kind, holder.get(key))
 
 
 def _unknown(path: str, kind: str, node: Any) -> Iterator[Problem]:
@@ -107,5 +115,5 @@ def _missing_files(data: dict[str, Any]) -> Iterator[Problem]:
     for path, value in named.items():
         if isinstance(value, str):
             place = value.removeprefix("unwrap:").removeprefix("local-dir:")
-            if place.startswith(("/", "~", "./", "../")) and not Path(place).expanduser().exists():
-                yield Problem(path, f"{place}: no such file or folder")
+            if place.startswith(("/", "~", "./", "../")) and not _exists(place):
+                yield Problem(path, f"{short(place)}: no such file or folder")

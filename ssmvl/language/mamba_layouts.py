@@ -78,7 +78,8 @@ def state_spaces(names: Collection[str], config: Mapping[str, Any]) -> Layout | 
         if options.get("norm_before_gate"):
             expects["norm_before_gate"] = True  # which no mixer here has
     if "expand" in config:
-        expects["inner"] = config["expand"] * config.get("d_model", 0)
+        need(config, ["d_model"], kind)
+        expects["inner"] = config["expand"] * config["d_model"]
     expects = _expects(kind, expects, config.get("norm_epsilon", 1e-5))
     if "d_model" in config:
         expects["width"] = config["d_model"]
@@ -98,8 +99,8 @@ def transformers_mamba(names: Collection[str], config: Mapping[str, Any]) -> Lay
     need(config, ["model_type"], "Mamba")
     said, _ = HF_MODELS.get(str(config["model_type"]), ("", ""))
     if not said:
-        known = " and ".join(HF_MODELS)
-        raise CheckpointError(f"the config.json beside it has model_type {config['model_type']!r}; {known} are read")
+        known = ", ".join(HF_MODELS)
+        raise CheckpointError(f"the config.json beside it has model_type {config['model_type']!r}; supported: {known}")
     kind = _kind(names)
     if said != kind:
         raise CheckpointError(f"the config.json beside it is of {said}, but the tensors are of {kind}")
@@ -148,9 +149,15 @@ def _require_model_options(config: Mapping[str, Any], names: Collection[str]) ->
     layers = len({name.split(".")[2] for name in names if name.startswith("backbone.layers.")})
     if config.get("n_layer", layers) != layers:
         raise CheckpointError(f"the config.json beside it says n_layer {config['n_layer']}, the tensors have {layers}")
+    if not str(config.get("model_type", "mamba")).startswith("mamba"):
+        raise CheckpointError(
+            f"the config.json beside it has model_type {config['model_type']!r}, not that of mamba-ssm"
+        )
     for key, allowed in ONLY.items():
         if config.get(key, allowed) != allowed:
-            raise CheckpointError(f"the config.json beside it says {key} {config[key]!r}; read is {allowed!r} alone")
+            raise CheckpointError(
+                f"the config.json beside it has {key} = {config[key]!r}; only {allowed!r} is supported"
+            )
 
 
 def _kind(names: Collection[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -149,9 +150,12 @@ class MambaLM(nn.Module):
         if isinstance(mixer, Mamba2Mixer):
             if mixer.norm.groups != mixer.num_groups:
                 raise ContractError(
-                    f"transformers' Mamba-2 normalizes each group from version 5 on: norm_groups must be num_groups, "
+                    "transformers' Mamba-2 normalizes each group from version 5 on: norm_groups must be num_groups, "
                     f"which is {mixer.num_groups}, but is {mixer.norm.groups}"
                 )
+            if mixer.num_groups > 1:
+                what = "transformers below version 5 normalizes the whole width, so its logits differ for this model"
+                warnings.warn(what, UserWarning, stacklevel=3)
             config |= {"model_type": "mamba2", "head_dim": mixer.head_dim, "num_heads": mixer.heads}
             config |= {"n_groups": mixer.num_groups, "time_step_limit": list(mixer.dt_limit)}
         else:

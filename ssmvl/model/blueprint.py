@@ -168,11 +168,12 @@ def checked(built: Any, part: object, contract: type[Any]) -> Any:
 
 
 def _stating_weights(encoder: Any) -> Any:
-    """An encoder that states its weights; one as ssmvl 0.1 had them loads its own."""
-    if hasattr(encoder, "load_weights") and not hasattr(encoder, "weights"):
+    """An encoder that states its weights, or that loads its own, as in ssmvl 0.1."""
+    if hasattr(encoder, "load_weights"):
         what = f"{type(encoder).__name__}.load_weights"
         warnings.warn(f"{what}: state a file as `weights` instead; removed in 0.4", DeprecationWarning, stacklevel=3)
-        encoder.weights = "none"
+        if not hasattr(encoder, "weights"):
+            encoder.weights = "none"
     return encoder
 
 

@@ -21,6 +21,7 @@ from ssmvl.model.loading import StartingWeights, starting_weights
 from ssmvl.model.vlm import VisionLanguageModel
 from ssmvl.processing.processor import Processor
 from ssmvl.recipes.merge import Recipe, load_recipe
+from ssmvl.recipes.norm_groups import write_out
 
 __all__ = ["build_model", "build_processor"]
 
@@ -149,7 +150,7 @@ def require_same_model(path: Path, blueprint: Blueprint) -> None:
     try:
         saved = load_recipe(path)
         described = Recipe({"model": {**saved.data["model"], **text}}, str(path))
-        if described.data["model"] == recipe.data["model"]:
+        if write_out(described.data["model"]) == write_out(recipe.data["model"]):
             return
         other = Blueprint.of(described).model
     except RecipeError as error:

@@ -58,7 +58,10 @@ class Weights:
         Raises:
             CheckpointError: they do not fit.
         """
-        self.fitted = self.layout.fit(module, self.found.tensors, self.source)
+        try:
+            self.fitted = self.layout.fit(module, self.found.tensors, self.source)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_advice(self.found)}") from error
 
     def load(self, module: nn.Module) -> None:
         """Copy them into the part that the layout is of, cast to its dtypes.
@@ -103,7 +106,8 @@ def starting_weights(model: VisionLanguageModel, name: str | Path, *, verify: bo
 def parts_with_weights(model: VisionLanguageModel) -> dict[str, str]:
     """The weights that parts of a model name, by part: `language`, `encoders.NAME`."""
     parts: dict[str, Any] = {"language": model.language}
-    parts |= {f"encoders.{name}": encoder for name, encoder in model.encoders.items()}
+    own = {name: encoder for name, encoder in model.encoders.items() if not hasattr(encoder, "load_weights")}
+    parts |= {f"encoders.{name}": encoder for name, encoder in own.items()}
     return {name: str(part.weights) for name, part in parts.items() if part.weights != "none"}
 
 
@@ -201,10 +205,15 @@ def _recognized(found: Foreign) -> Layout:
         first = short(", ".join(sorted(found.tensors)[:3]))
         kind = found.config.get("model_type")
         said = f"; its config.json is of model_type {kind!r}" if kind and not layouts else ""
-        prefix = wrapper_of(found.tensors)
-        advice = f"\nEach begins with {prefix!r}, which a wrapper adds; {UNWRAP}PATH strips it" if prefix else ""
         raise CheckpointError(
-            f"{found.source}: {what} its names ({first}, …){said}. Layouts: {', '.join(registered)}{failures}{advice}"
+            f"{found.source}: {what} its names ({first}, …){said}. Layouts: {', '.join(registered)}{failures}"
+            + _advice(found)
         )
     (layout,) = layouts.values()
     return layout
+
+
+def _advice(found: Foreign) -> str:
+    """What to do if all names of a file begin with the prefix of a wrapper."""
+    prefix = wrapper_of(found.tensors)
+    return f"\nEach name begins with {prefix!r}, which a wrapper adds; {UNWRAP}PATH strips it" if prefix else ""

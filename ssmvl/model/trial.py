@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import wraps
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial, wraps
 from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from ssmvl.errors import ContractError, Problem, foreign
+from ssmvl.errors import Problem, foreign
 from ssmvl.interfaces import Grid, ImageSpec, LanguageModel, Piece, Prompt
 from ssmvl.model.blueprint import Blueprint
 from ssmvl.model.costs import autocast_on_meta
@@ -29,29 +29,21 @@ NEEDS_VALUES = ("meta tensor", "meta device", "Meta tensor", "on meta", "'Meta' 
 def trial(blueprint: Blueprint) -> tuple[list[Problem], list[str]]:
     """Run encoders, fusion, connector, splice and language model forward, then one prefill and one step.
 
+    A part that fails, or gives another shape than it should, is taken to give the right one, so that every broken part
+    is found.
+
     Returns:
-        The first part that breaks its contract, if any, and notes: parts that cannot run on `meta`.
+        Parts that break their contract, and notes on parts that cannot run on `meta`.
     """
-    found = _Trial(blueprint)
     problems = prompt_problems("model.prompt", cast(Bound, blueprint.parts.prompt))
-    notes: list[str] = []
-    try:
-        with patch.object(torch, "autocast", autocast_on_meta), found.watched_mixers():
-            found.run()
-    except _BrokenError as error:
-        problems.append(Problem(error.path, str(error)))
-    except Exception as error:  # a foreign part may raise anything
-        path, part = found.inside[-1]
-        if isinstance(error, NotImplementedError | RuntimeError) and any(text in str(error) for text in NEEDS_VALUES):
-            why = "reads values, which tensors on meta do not have; it and what follows were not checked"
-            notes.append(f"{path}: {found.method} of {part} {why}")
-        else:
-            problems.append(Problem(path, f"{part} fails in {found.method}: {foreign(error)}"))
-    return problems, notes
+    found = _Trial(blueprint)
+    with patch.object(torch, "autocast", autocast_on_meta), found.watched_mixers(), suppress(_UnknownShapesError):
+        found.run()
+    return [*problems, *found.problems], list(found.notes)
 
 
 def prompt_problems(path: str, prompt: Bound) -> list[Problem]:
-    """What is wrong with a prompt: where it puts images, and the pieces of a short conversation."""
+    """Check where a prompt puts images, and the pieces that it makes of a short conversation."""
     try:
         made: Prompt = prompt()
         if made.image_placement not in PLACEMENTS:
@@ -68,76 +60,63 @@ def prompt_problems(path: str, prompt: Bound) -> list[Problem]:
     return []
 
 
-class _BrokenError(ContractError):
-    """A part broke its contract."""
-
-    def __init__(self, path: str, message: str) -> None:
-        super().__init__(message)
-        self.path = path
+class _UnknownShapesError(Exception):
+    """A part does not say which shapes it takes and gives."""
 
 
 class _Trial:
-    """One forward of a model, with the parts that it is inside of."""
+    """One forward of a model, part by part."""
 
     def __init__(self, blueprint: Blueprint) -> None:
-        self.model, self.blueprint = blueprint.model, blueprint
-        self.inside: list[tuple[str, object]] = [("model", "the model")]
-        self.method = "forward"  # of the innermost part
+        self.blueprint = blueprint
+        self.problems: dict[Problem, None] = {}  # a mixer's is the same in every block
+        self.notes: dict[str, None] = {}
 
     def run(self) -> None:
         """Every part, in the order of a forward."""
-        parts, model = self.blueprint.parts, self.model
-        features = {}
-        for name, encoder in model.encoders.items():
-            with self._at(f"model.encoders.{name}", parts.encoders[name]):
-                features[name] = self._encode(encoder)
-        with self._at("model.fusion", parts.fusion):
-            fusion: Any = model.fusion
-            self._require_sizes(fusion.width, fusion.grid)
-            fused = fusion(features)
-            self._require_shape("forward", fused, IMAGES, fusion.grid.length, fusion.width)
-        language = cast(LanguageModel, model.language)
-        with self._at("model.connector", parts.connector):
-            tokens = cast(Any, model.connector).num_tokens(model.grid)
-            self._require(_is_count(tokens), f"num_tokens must give a whole number from 1, gave {tokens!r}")
-            visual = model.connector(fused, model.grid)
-            self._require_shape("forward", visual, IMAGES, tokens, language.width, "(images, num_tokens, width)")
-        with self._at("model.language", parts.language):
-            self._read(language, visual)
+        parts, model = self.blueprint.parts, self.blueprint.model
+        features = {name: self._encode(name, encoder) for name, encoder in model.encoders.items()}
+        fusion: Any = model.fusion
+        at = "model.fusion", parts.fusion
+        self._require_sizes(*at, fusion)
+        fused = self._call(*at, "forward", (IMAGES, fusion.grid.length, fusion.width), fusion, features)
+        language, at = cast(LanguageModel, model.language), ("model.connector", parts.connector)
+        tokens = self._count_of(*at, lambda: cast(Any, model.connector).num_tokens(model.grid))
+        shape = (IMAGES, tokens, language.width)
+        visual = self._call(*at, "forward", shape, model.connector, fused, model.grid)
+        self._read(language, visual)
 
-    def _encode(self, encoder: Any) -> Tensor:
-        self._require_sizes(encoder.width, encoder.grid)
+    def _encode(self, name: str, encoder: Any) -> Tensor:
+        at = f"model.encoders.{name}", self.blueprint.parts.encoders[name]
+        self._require_sizes(*at, encoder)
         spec = encoder.image_spec
-        self._require(isinstance(spec, ImageSpec), f"image_spec must be an ImageSpec, is {spec!r}")
+        self._require(*at, isinstance(spec, ImageSpec), f"image_spec must be an ImageSpec, is {spec!r}")
         pixels = torch.zeros(IMAGES, 3, spec.size, spec.size, dtype=torch.uint8, device="meta")
-        features: Tensor = encoder(pixels)
-        self._require_shape("forward", features, IMAGES, encoder.grid.length, encoder.width)
-        self._require_shape("forward of no image", encoder(pixels[:0]), 0, encoder.grid.length, encoder.width)
+        before = len(self.problems)
+        features = self._call(*at, "forward", (IMAGES, encoder.grid.length, encoder.width), encoder, pixels)
+        if len(self.problems) == before:
+            self._call(*at, "forward of no image", (0, encoder.grid.length, encoder.width), encoder, pixels[:0])
         return features
 
     def _read(self, language: LanguageModel, visual: Tensor) -> None:
-        width, length = language.width, visual.shape[1] + TEXT
-        sizes = f"num_tokens is {language.num_tokens}, vocab_rows is {language.vocab_rows}"
-        self._require(
-            0 < language.num_tokens <= language.vocab_rows, f"each token needs a row of the vocabulary: {sizes}"
-        )
+        at = "model.language", self.blueprint.parts.language
+        width, length, rows = language.width, visual.shape[1] + TEXT, language.vocab_rows
+        sizes = f"num_tokens is {language.num_tokens}, vocab_rows is {rows}"
+        self._require(*at, 0 < language.num_tokens <= rows, f"each token needs a row of the vocabulary: {sizes}")
         ids = torch.zeros(IMAGES, length, dtype=torch.int64, device="meta")
-        embeds = self._run(language, "embed", (IMAGES, length, width), ids)
-        embeds = splice(embeds, visual, torch.zeros(IMAGES * visual.shape[1], dtype=torch.int64, device="meta"))
-        hidden = self._run(language, "backbone", (IMAGES, length, width), embeds)
-        self._run(language, "head", (IMAGES, language.vocab_rows), hidden[:, -1])
-        self.method = "new_state"
-        state = language.new_state(IMAGES, "meta")
+        places = torch.zeros(IMAGES * visual.shape[1], dtype=torch.int64, device="meta")
+        embeds = self._call(*at, "embed", (IMAGES, length, width), language.embed, ids)
+        embeds = splice(embeds, visual, places)
+        hidden = self._call(*at, "backbone", (IMAGES, length, width), language.backbone, embeds)
+        self._call(*at, "head", (IMAGES, rows), language.head, hidden[:, -1])
         lengths = torch.full((IMAGES,), length, device="meta")
-        self._run(language, "prefill", (IMAGES, length, width), embeds, lengths, state)
-        self._run(language, "step", (IMAGES, width), embeds[:, 0], state)
-
-    def _run(self, part: object, method: str, shape: tuple[int, ...], *given: Any) -> Tensor:
-        """What a method gives, which must be of this shape."""
-        self.method = method
-        output: Tensor = getattr(part, method)(*given)
-        self._require_shape(method, output, *shape)
-        return output
+        try:
+            state = language.new_state(IMAGES, "meta")
+        except Exception as error:  # foreign code
+            self._report(*at, "new_state", error)
+            return
+        self._call(*at, "prefill", (IMAGES, length, width), language.prefill, embeds, lengths, state)
+        self._call(*at, "step", (IMAGES, width), language.step, embeds[:, 0], state)
 
     @contextmanager
     def watched_mixers(self) -> Iterator[None]:
@@ -155,36 +134,51 @@ class _Trial:
 
         @wraps(call)
         def watched(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            with self._at(bound.path, bound):
-                self.method = name
-                output: Tensor = call(x, *args, **kwargs)
-                self._require_shape(name, output, *x.shape)
-                return output
+            return self._call(bound.path, bound, name, tuple(x.shape), partial(call, **kwargs), x, *args)
 
         return watched
 
-    @contextmanager
-    def _at(self, path: str, part: object) -> Iterator[None]:
-        outer, self.method = self.method, "forward"
-        self.inside.append((path, part))
-        yield
-        self.inside.pop()  # stays where something fails, so that the innermost part is named
-        self.method = outer
+    def _call(
+        self, path: str, part: object, method: str, shape: tuple[int, ...], call: Callable[..., object], *given: Any
+    ) -> Tensor:
+        """What a part gives, or a tensor of the shape that it should have."""
+        try:
+            output = call(*given)
+        except Exception as error:  # a foreign part may raise anything
+            self._report(path, part, method, error)
+        else:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            if isinstance(output, Tensor) and got == shape:
+                return output
+            self.problems[Problem(path, f"{part}: {method} must give {shape}, gave {got}")] = None
+        return torch.empty(shape, device="meta")
 
-    def _require(self, holds: object, message: str) -> None:
-        path, part = self.inside[-1]
+    def _report(self, path: str, part: object, method: str, error: Exception) -> None:
+        if isinstance(error, NotImplementedError | RuntimeError) and any(text in str(error) for text in NEEDS_VALUES):
+            self.notes[f"{path}: not checked, {method} of {part} reads values, which tensors on meta do not have"] = (
+                None
+            )
+        else:
+            self.problems[Problem(path, f"{part}: {method} fails: {foreign(error)}")] = None
+
+    def _require(self, path: str, part: object, holds: object, message: str) -> None:
         if not holds:
-            raise _BrokenError(path, f"{part}: {message}")
+            self.problems[Problem(path, f"{part}: {message}")] = None
+            raise _UnknownShapesError
 
-    def _require_shape(self, what: str, given: object, *shape: Any) -> None:
-        meaning = f" {shape[-1]}" if isinstance(shape[-1], str) else ""
-        expected = tuple(size for size in shape if not isinstance(size, str))
-        got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
-        self._require(got == expected, f"{what} must give {expected}{meaning}, gave {got}")
+    def _require_sizes(self, path: str, part: object, built: Any) -> None:
+        self._require(path, part, _is_count(built.width), f"width must be a whole number from 1, is {built.width!r}")
+        is_grid = isinstance(built.grid, Grid)
+        self._require(path, part, is_grid, f"grid must be a Grid(maps, rows, columns), is {built.grid!r}")
 
-    def _require_sizes(self, width: object, grid: object) -> None:
-        self._require(_is_count(width), f"width must be a whole number from 1, is {width!r}")
-        self._require(isinstance(grid, Grid), f"grid must be a Grid(maps, rows, columns), is {grid!r}")
+    def _count_of(self, path: str, part: object, count: Callable[[], object]) -> int:
+        try:
+            tokens = count()
+        except Exception as error:  # foreign code
+            self._report(path, part, "num_tokens", error)
+            raise _UnknownShapesError from error
+        self._require(path, part, _is_count(tokens), f"num_tokens must give a whole number from 1, gave {tokens!r}")
+        return cast(int, tokens)
 
 
 def _is_count(value: object) -> bool:

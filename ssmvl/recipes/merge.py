@@ -38,8 +38,8 @@ class Recipe:
     source: str
 
     def to_yaml(self) -> str:
-        """The merged recipe as YAML; `load_recipe` of it gives an equal recipe."""
-        return OmegaConf.to_yaml(OmegaConf.create(_escape(self.data)))
+        """The merged recipe as YAML; `load_recipe` of it gives the same model. `norm_groups` is written out."""
+        return OmegaConf.to_yaml(OmegaConf.create(_escape(write_out(self.data))))
 
 
 def load_recipe(recipe: str | Path | Recipe | Ablation, *overrides: str) -> Recipe:
@@ -63,8 +63,6 @@ def load_recipe(recipe: str | Path | Recipe | Ablation, *overrides: str) -> Reci
     else:
         path = _find(str(recipe))
         data, source = _read_with_bases(path), str(path)
-        if is_saved(path):
-            data = write_out(data, saved=True)
         data.setdefault("run", path.stem if path.name != "recipe.yaml" else path.parent.name)
     data = _normalise({"seed": 0, **_overridden(data, overrides, source)})
     unknown = [
@@ -78,7 +76,7 @@ def load_recipe(recipe: str | Path | Recipe | Ablation, *overrides: str) -> Reci
         resolved = OmegaConf.to_container(OmegaConf.create(data), resolve=True)
     except OmegaConfBaseException as error:
         raise RecipeError([Problem(str(error.full_key or ""), _first_line(error))], source) from error
-    return Recipe(write_out(resolved), source)
+    return Recipe(typing.cast("dict[str, Any]", resolved), source)
 
 
 def merge(base: Any, over: Any, plain: bool = False) -> Any:
@@ -151,7 +149,7 @@ def _read(path: Path) -> dict[str, Any]:
         if isinstance(data, list):
             what += f". A list of ablations is checked with `ssmvl check FILE`; an entry is used as {PREFIX}NAME"
         raise RecipeError([Problem("", what)], str(path))
-    return typing.cast("dict[str, Any]", data)
+    return typing.cast("dict[str, Any]", write_out(data, saved=True) if is_saved(path) else data)
 
 
 def _read_with_bases(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-SAVED_BESIDE = ("ssmvl.json", ".lock", "model", "*/checkpoints")  # of a saved model, and of a run folder
+SAVED_BESIDE = ("ssmvl.json", ".lock", "*/checkpoints", "model/ssmvl.json")  # of a saved model, and of a run folder
 
 
 def is_saved(path: Path) -> bool:
@@ -26,7 +26,7 @@ def write_out(node: Any, saved: bool = False) -> Any:
     if not isinstance(node, dict):
         return node
     node = {key: write_out(value, saved) for key, value in node.items()}
-    groups = node.get("num_groups")
-    if node.get("name") == "mamba2" and isinstance(groups, int) and groups > 1:
-        node.setdefault("norm_groups", 1 if saved else groups)
+    groups = str(node.get("num_groups", 1)).replace("_", "")
+    if node.get("name") == "mamba2" and groups.isdecimal() and int(groups) > 1 and node.get("norm_groups") is None:
+        node["norm_groups"] = 1 if saved else int(groups)
     return node

@@ -33,19 +33,23 @@ class Checked(Blueprint):
 
     Attributes:
         plan: the bound recipe.
-        notes: what could not be checked, and where stages train with other prompts.
+        notes: parts that could not be checked, and stages that train with another prompt.
+        opened: whether files of weights were opened.
     """
 
     plan: Plan
     notes: list[str]
+    opened: bool
 
     def after(self, stage: str) -> Blueprint:
-        """What a stage's model is saved with: its prompt is the one that the stage trained with."""
+        """The blueprint that a stage's model is saved with: its prompt is the one that the stage trained with."""
         node = recipe_after(self.recipe, stage).data["model"]["prompt"]
+        if node == self.recipe.data["model"]["prompt"]:
+            return self
         options = self.plan.stages[stage]
-        prompts = (options.prompt, *(share.prompt for share in _streams(options.data).values()))
-        bound = next((one for one in prompts if one is not None and cast(Bound, one).node == node), None)
-        return self if bound is None else self.with_prompt(cast(Bound, bound))
+        prompts = [options.prompt, *(share.prompt for share in _streams(options.data).values())]
+        bound = [cast(Bound, prompt) for prompt in prompts if prompt is not None]
+        return self.with_prompt(next(prompt for prompt in bound if prompt.node == node))
 
     def require_shared_by(self, ranks: int, noun: str = "ranks") -> None:
         """Check that the samples of each stage's step can be shared equally.
@@ -59,8 +63,8 @@ class Checked(Blueprint):
                 what = f"{stage.batch} samples cannot be shared by {ranks} {noun}; choose a multiple of {ranks}"
                 problems.append(Problem(f"stages.{name}.batch", what))
             elif stage.microbatch is not None and stage.microbatch > stage.batch // ranks:
-                share = f"the {stage.batch // ranks} of a step on each of {ranks} {noun}" if ranks > 1 else "the batch"
-                what = f"{stage.microbatch} samples are more than {share}; choose fewer"
+                share, each = stage.batch // ranks, f" on each of {ranks} {noun}" if ranks > 1 else ""
+                what = f"{stage.microbatch} is larger than the batch of {share} samples{each}"
                 problems.append(Problem(f"stages.{name}.microbatch", what))
         if problems:
             raise RecipeError(problems, self.recipe.source)
@@ -118,7 +122,7 @@ def check(recipe: str | Path | Recipe | Checked, *overrides: str, weights: bool 
     Raises:
         RecipeError: every problem found.
     """
-    if isinstance(recipe, Checked) and not overrides and not data:
+    if isinstance(recipe, Checked) and not overrides and not data and (recipe.opened or not weights):
         return recipe
     merged = load_recipe(recipe.recipe if isinstance(recipe, Blueprint) else recipe, *overrides)
     notes: list[str] = []
@@ -128,7 +132,7 @@ def check(recipe: str | Path | Recipe | Checked, *overrides: str, weights: bool 
         raise RecipeError(problems + found, merged.source)
     plan: Plan = bound()
     problems = _plan_problems(plan)
-    checked = Checked.assembled(merged, plan.model, plan=plan, notes=notes)
+    checked = Checked.assembled(merged, plan.model, plan=plan, notes=notes, opened=weights)
     broken, untried = trial(checked)
     problems += broken
     notes += untried
@@ -213,7 +217,7 @@ def _amount_and_unit(time: str) -> tuple[float, str]:
 
 
 def _tokenizer_problems(checked: Checked) -> list[Problem]:
-    """Whether it can be read and has the language model's number of ids, if it is on this machine."""
+    """Read the tokenizer, if it is on this machine; it must have the language model's number of ids."""
     name = checked.parts.tokenizer
     if tokenizer_here(name) is None:
         what = f"not checked, {name} is not in the hub's cache; training fetches it"
@@ -227,7 +231,7 @@ def _tokenizer_problems(checked: Checked) -> list[Problem]:
 
 
 def _streams(data: Any) -> dict[str, Share]:
-    """Those of a mix; none of another dataset."""
+    """The streams of a mix; empty for another dataset."""
     return dict(data.options["streams"]) if data.factory is mix else {}
 
 

@@ -12,6 +12,8 @@ from ssmvl.errors import Problem, nearest
 
 LABEL = "evaluation"  # of the metrics that a stage's evaluation logs
 METRIC = re.compile(r"evaluation/(loss|(accuracy|blind|swapped)/.+)")
+PATIENCE = re.compile(r"\d+(ep|ba)?")
+COMPARISONS = ("less", "lt", "greater", "gt")
 STOPPERS = ("EarlyStopper", "ThresholdStopper")
 EVAL_LOOP = "acts in Composer's evaluation loop, which a stage does not have"
 REFUSED = {
@@ -54,7 +56,8 @@ def _check_call(path: str, kind: Any, name: str, options: Any, stage: dict[str, 
         return [Problem(path, REFUSED[name])]
     found = composer_class(kind, name)
     if not inspect.isclass(found):
-        names = [n for n, c in vars(importlib.import_module(f"composer.{kind}")).items() if inspect.isclass(c)]
+        classes = vars(importlib.import_module(f"composer.{kind}")).items()
+        names = [n for n, c in classes if inspect.isclass(c) and n not in REFUSED]
         return [Problem(path, f"composer.{kind} has no class {name!r}.{nearest(name, names)}")]
     if not isinstance(options, dict):
         return [Problem(path, f"expected a mapping of options, received {options!r}")]
@@ -75,7 +78,7 @@ def _check_call(path: str, kind: Any, name: str, options: Any, stage: dict[str, 
 
 
 def _check_stopper(path: str, options: dict[str, Any], stage: dict[str, Any]) -> list[Problem]:
-    """Whether the metric that stops training is one of the stage's evaluation, which logs the only ones there are."""
+    """Check the options of early stopping; the only metrics are those of the stage's evaluation."""
     problems = []
     if options["dataloader_label"] != LABEL:
         what = (
@@ -85,6 +88,15 @@ def _check_stopper(path: str, options: dict[str, Any], stage: dict[str, Any]) ->
     if not METRIC.fullmatch(str(options["monitor"])):
         allowed = "evaluation/loss, or evaluation/accuracy/TYPE (blind, swapped) with a type of question or all"
         problems.append(Problem(f"{path}.monitor", f"there is no metric {options['monitor']!r}; allowed is {allowed}"))
+    if not PATIENCE.fullmatch(str(options.get("patience", "1ep"))):
+        what = f"received {options['patience']!r}, allowed are epochs or batches, e.g. 2ep or 500ba"
+        problems.append(Problem(f"{path}.patience", what))
+    for key in ("threshold", "min_delta"):
+        if isinstance(options.get(key, 0), bool) or not isinstance(options.get(key, 0), int | float):
+            problems.append(Problem(f"{path}.{key}", f"expected a number, received {options[key]!r}"))
+    if options.get("comp") not in (None, *COMPARISONS):
+        allowed = ", ".join(COMPARISONS)
+        problems.append(Problem(f"{path}.comp", f"received {options['comp']!r}, allowed are {allowed}"))
     if not stage.get("evaluation"):
         problems.append(Problem(path, "it needs the stage's key evaluation, whose metrics it watches"))
     return problems

@@ -44,7 +44,7 @@ class ComposerVLM(ComposerModel):
         self.packed = packed and cast(LanguageModel, model.language).recurrent
         units = list(model.shard_units())
         # Composer asks the child of a ComposerModel which of its modules are sharded as one each.
-        object.__setattr__(model, "fsdp_wrap_fn", lambda module: any(module is unit for unit in units))
+        model.fsdp_wrap_fn = lambda module: any(module is unit for unit in units)  # type: ignore[assignment]
         freeze_others(model, train)
         if checkpointing:
             checkpoint_activations(model)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi, snapshot_download
 
-from ssmvl.checkpoints.hub import HUB_FILE, ID
+from ssmvl.checkpoints.hub import HUB_FILE, ID, user_path
 from ssmvl.data.opening import open_data
 from ssmvl.data.shards import require_streaming
 from ssmvl.errors import CheckpointError, MissingDependencyError, Problem, SsmvlError
@@ -16,11 +15,12 @@ from ssmvl.model.blueprint import Blueprint
 from ssmvl.model.build import opened_weights
 from ssmvl.model.loading import UNWRAP, open_part, parts_with_weights
 from ssmvl.processing.processor import Processor
+from ssmvl.processing.tokenizers import tokenizer_here
 from ssmvl.training.schema import Plan
 
 
 def weights_problems(blueprint: Blueprint, plan: Plan, *, ask_hub: bool, notes: list[str]) -> list[Problem]:
-    """What is wrong with the files that the stages start from.
+    """Find mistakes in the files that the stages start from.
 
     Args:
         blueprint: of the model.
@@ -40,36 +40,50 @@ def weights_problems(blueprint: Blueprint, plan: Plan, *, ask_hub: bool, notes: 
             if not _is_in_hub(name):
                 try:
                     if part:
-                        opened = open_part(blueprint.model, part, verify=False)
-                        opened.check(blueprint.model.get_submodule(part))
+                        open_part(blueprint.model, part, verify=False).check(blueprint.model.get_submodule(part))
                     else:
                         opened_weights(blueprint, name, verify=False)
                 except CheckpointError as error:
                     problems.append(Problem(path, str(error)))
             elif not ask_hub:
-                notes.append(f"{path}: not checked, training fetches {name.removeprefix(HUB_FILE)} from the hub")
-            elif why := _not_in_hub("/".join(name.removeprefix(HUB_FILE).split("/")[:2])):
+                repo = name.removeprefix(UNWRAP).removeprefix(HUB_FILE)
+                notes.append(f"{path}: not checked, {repo} is downloaded from the hub when training starts")
+            elif why := _missing_in_hub(_repository(name)):
                 problems.append(Problem(path, why))
+    tokenizer = blueprint.parts.tokenizer
+    if ask_hub and tokenizer_here(tokenizer) is None and (why := _missing_in_hub(tokenizer)):
+        problems.append(Problem("model.tokenizer", why))
     return problems
 
 
+def _repository(name: str) -> str:
+    """`owner/model` of an id, or of one file in the hub."""
+    return "/".join(name.removeprefix(UNWRAP).removeprefix(HUB_FILE).split("/")[:2])
+
+
 def _is_in_hub(name: str) -> bool:
+    """Whether a name is an id in the hub, and no path on this machine."""
     name = name.removeprefix(UNWRAP)
-    path = Path(name).expanduser()
-    return name.startswith(HUB_FILE) or bool(ID.fullmatch(name) and not path.exists() and not path.parent.is_dir())
+    if name.startswith(HUB_FILE) or not ID.fullmatch(name):
+        return name.startswith(HUB_FILE)
+    path = user_path(name)
+    return not path.exists() and not path.parent.is_dir()
 
 
-def _not_in_hub(repo: str) -> str:
-    """Why a repository cannot be used; empty if it can."""
+def _missing_in_hub(repo: str) -> str:
+    """The reason why a repository cannot be used; empty if it can, or is in the hub's cache."""
     try:
-        HfApi().model_info(repo)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        return f"{repo}: no such path here, and not a model that the hub gives ({type(error).__name__})"
+        snapshot_download(repo, local_files_only=True)
+    except (OSError, ValueError):
+        try:
+            HfApi().model_info(repo)
+        except (OSError, ValueError) as error:  # the hub's own errors are OSErrors, a malformed id is a ValueError
+            return f"{repo}: no such path here, and not a model on the hub ({type(error).__name__})"
     return ""
 
 
 def data_problems(plan: Plan, processors: Mapping[str, Processor]) -> list[Problem]:
-    """What is wrong with the datasets: shards are found, fetched or written, and the first record is read.
+    """Find mistakes in the datasets: shards are found, fetched or written, and the first record is read.
 
     Args:
         plan: the recipe.
@@ -81,20 +95,19 @@ def data_problems(plan: Plan, processors: Mapping[str, Processor]) -> list[Probl
         return [Problem("stages", str(error))]
     from ssmvl.data.streams import first_record
 
-    asked = {f"stages.{name}.data": (stage.data, "train") for name, stage in plan.stages.items()}
-    asked |= {
-        f"stages.{name}.evaluation.data": (stage.evaluation.data, "test")
-        for name, stage in plan.stages.items()
-        if stage.evaluation
-    }
+    asked: dict[str, tuple[Any, str, Processor | None]] = {}
+    for name, stage in plan.stages.items():
+        asked[f"stages.{name}.data"] = stage.data, "train", processors[name]
+        if stage.evaluation:
+            asked[f"stages.{name}.evaluation.data"] = stage.evaluation.data, "test", None
     if plan.evaluation:
-        asked["evaluation.data"] = (plan.evaluation.data, "test")
+        asked["evaluation.data"] = plan.evaluation.data, "test", None
     problems = []
-    for path, (dataset, split) in asked.items():
+    for path, (dataset, split, processor) in asked.items():
         try:
             record = first_record(open_data(dataset, split))
-            if split == "train":
-                processors[path.split(".")[1]].encode(record["conversation"], record["images"], train=True)
+            if processor is not None:
+                processor.encode(record["conversation"], record["images"], train=True)
         except SsmvlError as error:
             problems.append(Problem(path, str(error)))
     return problems

@@ -25,7 +25,7 @@ def _fractions(numbers: tuple[float, ...]) -> bool:
     return all(0 <= number < 1 for number in numbers)
 
 
-Rate = Annotated[float, Check("from 0 to 100", lambda rate: 0 <= rate <= 100)]
+Rate = Annotated[float, Check("from 0 to 10", lambda rate: 0 <= rate <= 10)]
 
 
 @dataclass(frozen=True, kw_only=True)

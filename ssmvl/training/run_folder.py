@@ -15,18 +15,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ssmvl.data.remote import is_remote
 from ssmvl.errors import RunError
 from ssmvl.files import ABOUT_FILE, written_whole
 from ssmvl.recipes.merge import Recipe, load_recipe
+from ssmvl.recipes.norm_groups import write_out
 
 
 class RunFolder:
@@ -47,7 +49,7 @@ class RunFolder:
         return self.root / "model" if stage == self.stages[-1] else self.root / stage / "model"
 
     def finished(self, stage: str) -> str:
-        """What is said of a stage that was finished before."""
+        """The line that reports a stage as finished by an earlier launch."""
         return f"stage {stage}: finished before, {self.model(stage)}; run=NAME trains it anew in another folder"
 
     def checkpoints(self, stage: str) -> Path | str:
@@ -81,7 +83,8 @@ class RunFolder:
         found = differences(identity(load_recipe(path)), identity(recipe))
         if found:
             listed = "\n  ".join(found)
-            raise RunError(f"{self.root} holds another run; give this one a name with run=NAME:\n  {listed}")
+            hint = "\nssmvl 0.1 had norm_groups: 1; set it in the recipe to resume" if ".norm_groups:" in listed else ""
+            raise RunError(f"{self.root} holds another run; give this one a name with run=NAME:\n  {listed}{hint}")
 
     def changes(self, recipe: Recipe, stage: str) -> list[str]:
         """One line for each option of a stage that was another one when the folder was claimed."""
@@ -170,16 +173,13 @@ class RunFolder:
 
 
 def finished_stage(recipe: Recipe, stage: str) -> str:
-    """The line that says that a stage was finished before; empty if it was not.
-
-    Raises:
-        RunError: the run folder belongs to another run.
-    """
+    """The line that reports a stage as finished; empty if it is not, or if the recipe has changed since."""
     folder = RunFolder(Path("runs") / str(recipe.data["run"]), list(recipe.data["stages"]))
-    if not (folder.model(stage) / ABOUT_FILE).is_file():
+    saved = folder.root / "recipe.yaml"
+    if not (folder.model(stage) / ABOUT_FILE).is_file() or not saved.is_file():
         return ""
-    folder.require_no_other(recipe)
-    return folder.finished(stage)
+    before, now = ({**write_out(one.data), "stage": None} for one in (load_recipe(saved), recipe))
+    return "" if differences(before, now) else folder.finished(stage)
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     # Mappings are equal in any order, but encoders in another order are another model.
     order = {"order of model.encoders": list(recipe.data["model"].get("encoders") or ())}
     order["order of stages"] = list(stages)
-    return {"model": recipe.data["model"], "seed": recipe.data["seed"], "stages": kept, **order}
+    return {"model": write_out(recipe.data["model"]), "seed": recipe.data["seed"], "stages": kept, **order}
 
 
 def differences(there: Any, here: Any, path: str = "") -> list[str]:
@@ -203,11 +203,15 @@ def differences(there: Any, here: Any, path: str = "") -> list[str]:
 
 
 def _same(there: Any, here: Any) -> bool:
-    """Whether values are equal; a recipe of ssmvl 0.1 has 8000 where one read today has the text `8_000`."""
-    return bool(there == here or _as_before(there) == _as_before(here))
+    """Compare scalars; a recipe of ssmvl 0.1 has 8000 where one read today has the text `8_000`."""
+    return bool(
+        there == here or (isinstance(there, str) != isinstance(here, str) and _resolved(there) == _resolved(here))
+    )
 
 
-def _as_before(value: Any) -> Any:
+def _resolved(value: Any) -> Any:
     """A scalar as YAML 1.1 reads it: `no` is false and `8_000` a number."""
-    plain = isinstance(value, str) and re.fullmatch(r"[\w:.+-]+", value)
-    return OmegaConf.create(f"value: {value}").value if plain else value
+    try:
+        return OmegaConf.create(f"value: {value}").value if isinstance(value, str) else value
+    except (YAMLError, OmegaConfBaseException):
+        return value

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from ssmvl.data.mix import Loader, Reading
 from ssmvl.data.remote import is_remote
 from ssmvl.evaluation.runner import Evaluation
-from ssmvl.interfaces import Check, Count, DatasetPart, Seed
+from ssmvl.interfaces import Check, DatasetPart, Seed
 from ssmvl.model.blueprint import ModelParts
 from ssmvl.processing.processor import Processor
 from ssmvl.training.optimizer import Optimizer
@@ -19,11 +19,12 @@ def _is_place(place: str) -> bool:
     return bool(re.match("s3://[^/]", place) if is_remote(place) else place)
 
 
-TIME = re.compile(r"[01](\.\d+)?dur|\d{1,12}(ba|ep|sp|tok)")
-INTERVAL = re.compile(r"0*[1-9]\d{0,11}(ba|ep|sp|tok|sec)")
+TIME = re.compile(r"\d(\.\d+)?dur|\d{1,12}(ba|ep|sp|tok)")
+INTERVAL = re.compile(r"0*[1-9]\d{0,8}(ba|ep|sp|tok|sec)")
 NAME = re.compile(r"\w[\w-]{0,99}")
 RESERVED = ("model", "tensorboard")  # what a run folder holds beside its stages
-DURATION = re.compile(r"0*[1-9]\d{0,11}(ba|ep|sp|tok)")
+DURATION = re.compile(r"0*[1-9]\d{0,2}ep|0*[1-9]\d{0,11}(ba|sp|tok)")
+Samples = Annotated[int, Check("from 1 to 10^6", lambda number: 1 <= number <= 10**6)]
 Duration = Annotated[str, Check("a whole number and a unit (ba, ep, sp, tok), e.g. 1ep", DURATION.fullmatch)]
 Interval = Annotated[str, Check("a whole number and a unit (ba, ep, sp, tok, sec), e.g. 500ba", INTERVAL.fullmatch)]
 
@@ -82,11 +83,11 @@ class Stage(Reading):
     warmup: Annotated[str, Check("a number and a unit (ba, ep, sp, tok, dur), e.g. 0.03dur", TIME.fullmatch)] = (
         "0.03dur"
     )
-    batch: Count
-    microbatch: Count | None = None
+    batch: Samples
+    microbatch: Samples | None = None
     duration: Duration
     checkpoint: Interval = "500ba"
-    keep: Count = 2
+    keep: Samples = 2
     loader: Loader = field(default_factory=Loader)
     loss_jump: Annotated[float, Check("a number above 0", lambda jump: jump > 0)] | None = 2.0
     max_skipped_steps: Annotated[int, Check("a whole number, at least 0", lambda count: count >= 0)] = 0

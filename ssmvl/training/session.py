@@ -24,6 +24,7 @@ from ssmvl.errors import Problem, RecipeError, RunError
 from ssmvl.evaluation.runner import Evaluation, ask, one_question_each, require_answerable
 from ssmvl.files import ABOUT_FILE
 from ssmvl.generation.assistant import load_saved
+from ssmvl.model.blueprint import Blueprint
 from ssmvl.model.build import opened_weights
 from ssmvl.model.loading import StartingWeights
 from ssmvl.model.saved import save_folder
@@ -49,6 +50,7 @@ class Session:
         self.checked, self.recipe, self.plan = checked, checked.recipe, checked.plan
         plan = self.plan
         self._opened: dict[str, StartingWeights] = {}  # by stage, the files it starts from; on the first rank
+        self._finished: list[str] = []  # stages that an earlier launch trained
         self.folder = RunFolder(Path("runs") / plan.run, list(plan.stages), plan.checkpoints)
         self.rank, self.world = dist.get_global_rank(), dist.get_world_size()
 
@@ -67,10 +69,10 @@ class Session:
                 signal.signal(signal.SIGTERM, handler)
         if dist.get_local_rank() == 0:
             clean_stale_segments()
-        finished = first_rank(self.prepare)
+        self._finished = first_rank(self.prepare)
         every_rank(self.folder.require_seen)
         for name in self._asked():
-            if name in finished:
+            if name in self._finished:
                 self._say(self.folder.finished(name))
             else:
                 self._train(name)
@@ -89,6 +91,11 @@ class Session:
         last = self.folder.stages[-1:]
         return self.plan.evaluation if last and self._asked()[-1:] == last else None
 
+    def _last(self) -> Blueprint:
+        """The recipe that the last stage's model is saved with, or was by an earlier launch."""
+        name = self.folder.stages[-1]
+        return Blueprint.of(self.folder.model(name)) if name in self._finished else self.checked.after(name)
+
     def _start(self, name: str) -> str | Path:
         """What `build_model` starts a stage from."""
         before = self.folder.stages[: self.folder.stages.index(name)]
@@ -98,6 +105,7 @@ class Session:
         """The stages that are finished; finds what the others will read, and makes the run folder this run's."""
         self.folder.require_no_other(self.recipe)
         finished = [name for name in self.plan.stages if (self.folder.model(name) / ABOUT_FILE).is_file()]
+        self._finished = finished
         self._find_inputs([name for name in self._asked() if name not in finished])
         self.folder.claim(self.recipe)  # last: a run that finds no data leaves its name free
         for name in self._asked():
@@ -117,7 +125,7 @@ class Session:
                 prompt = self.checked.after(name).parts.prompt()
                 self._check_questions(where, stage.evaluation, replace(stage.processor(processor), prompt=prompt))
         if self._evaluation is not None:
-            prompt = self.checked.after(self.folder.stages[-1]).parts.prompt()
+            prompt = self._last().parts.prompt()
             self._check_questions("evaluation", self._evaluation, replace(processor, prompt=prompt))
         for name in names:
             start = self._start(name)
@@ -160,13 +168,13 @@ class Session:
 
     def trainer(self, name: str, checkpoint: str | None = None) -> Trainer:
         """A stage under Composer; see `stage_trainer`."""
-        start = self._opened.pop(name, None) or self._start(name)
+        start = self._opened.pop(name) if name in self._opened else self._start(name)
         return stage_trainer(self.checked, self.folder, name, start, checkpoint)
 
     def _evaluate(self, options: Evaluation, model: Path) -> None:
         records = one_question_each(read_questions(options))
         self._say(f"asking {len(records)} test questions")
-        assistant = load_saved(self.checked.after(self.folder.stages[-1]), model)
+        assistant = load_saved(self._last(), model)
         mine = ask(assistant, records, range(self.rank, len(records), self.world), options)
         parts = dist.all_gather_object(mine, patient())
         if self.rank == 0:

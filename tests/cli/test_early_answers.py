@@ -12,6 +12,7 @@ import pytest
 
 from ssmvl.cli import main
 from ssmvl.errors import RecipeError
+from ssmvl.recipes.merge import load_recipe
 from ssmvl.training.run import main as run
 
 Capture = pytest.CaptureFixture[str]
@@ -43,6 +44,9 @@ ANSWERS: list[tuple[str, list[str], int, str]] = [
     ("", ["train", "quickstart", "stages.algin=null"], 2, "Did you mean 'align'?"),
     ("composer", ["train", "quickstart"], 2, "this needs composer: pip install 'ssmvl[train]'"),
     ("", ["train", "quickstart", "stage=align"], 0, "stage align: finished before, runs/quickstart/align/model"),
+    ("", ["generate", "~nobody-of-that-name/x", "--prompt", "x"], 2, "~nobody-of-that-name/x: no such folder"),
+    ("", ["check", "quickstart", f"model.language.weights=/{'x' * 300}"], 2, "no such file or folder"),
+    ("", ["check", "quickstart", "evaluation.data=scenes"], 2, "no dataset named 'scenes'"),
     ("", ["generate", "/nowhere", "--prompt", "x"], 2, "/nowhere: no such folder"),
     ("", ["generate", ".", "--prompt", "x", "--image", "no.png"], 2, "no.png: no such image"),
     ("", ["data", "verify", "/nowhere"], 2, "/nowhere: no such folder"),
@@ -56,6 +60,7 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
     finished = tmp_path / "runs" / "quickstart" / "align" / "model"
     finished.mkdir(parents=True)
     (finished / "ssmvl.json").write_text("{}")
+    (tmp_path / "runs" / "quickstart" / "recipe.yaml").write_text(load_recipe("quickstart").to_yaml())
     given = json.dumps([(hidden, argv) for hidden, argv, _, _ in ANSWERS])
     command = [sys.executable, "-c", SCRIPT, given]
     found = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
@@ -121,7 +126,10 @@ def test_check_opens_the_data_if_asked(capsys: Capture, tmp_path: Path, monkeypa
 def test_an_id_is_looked_up_in_the_hub_if_asked(hub: object, capsys: Capture, tmp_path: Path) -> None:
     command = ["check", "quickstart", "stages.finetune.init_from=nope/nope"]
     assert main(command) == 0
-    assert "stages.finetune.init_from: not checked, training fetches nope/nope from the hub" in capsys.readouterr().out
+    assert (
+        "stages.finetune.init_from: not checked, nope/nope is downloaded from the hub when training"
+        in capsys.readouterr().out
+    )
     from ssmvl.training.checked import check
 
     with pytest.raises(

@@ -81,7 +81,9 @@ def test_prefixes_of_wrappers_are_stripped_where_that_is_asked_for(
 ) -> None:
     path = tmp_path / "wrapped.pt"
     torch.save({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, path)
-    with pytest.raises(CheckpointError, match=r"Each begins with '.*', which a wrapper adds; unwrap:PATH strips it"):
+    with pytest.raises(
+        CheckpointError, match=r"Each name begins with '.*', which a wrapper adds; unwrap:PATH strips it"
+    ):
         ssmvl.build_model("quickstart", weights=path)
     assert_read(f"unwrap:{path}", tensors)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ssmvl.errors import ContractError, DataError, PluginWarning, RecipeError
+from ssmvl.plugins import components
 from ssmvl.testing import check_dataset
 from ssmvl.training.checked import check
 
@@ -76,21 +77,21 @@ BROKEN: dict[str, tuple[str, str, str, str, str]] = {
         "class broken(Small):\n    def prefill(self, x, state):\n        return x",
         LANGUAGE,
         "model.language.mixer",
-        r"mixer 'broken' .* fails in prefill: TypeError: .*takes 3 positional arguments but 4 were given",
+        r"mixer 'broken' .*: prefill fails: TypeError: .*takes 3 positional arguments but 4 were given",
     ),
     "a connector of another width": (
         "connector",
         "class broken(MlpConnector):\n    def forward(self, *given):\n        return super().forward(*given)[..., 1:]",
         CONNECTOR,
         "model.connector",
-        r"\(zz-broken .*forward must give \(2, 9, 128\) \(images, num_tokens, width\), gave \(2, 9, 127\)",
+        r"\(zz-broken .*forward must give \(2, 9, 128\), gave \(2, 9, 127\)",
     ),
     "a connector with a wrong number of tokens": (
         "connector",
         "class broken(MlpConnector):\n    def num_tokens(self, grid):\n        return grid.length + 1",
         CONNECTOR,
         "model.connector",
-        r"forward must give \(2, 10, 128\) .*, gave \(2, 9, 128\)",
+        r"forward must give \(2, 10, 128\), gave \(2, 9, 128\)",
     ),
     "an encoder that gives channels first": (
         "encoder",
@@ -105,7 +106,7 @@ BROKEN: dict[str, tuple[str, str, str, str, str]] = {
         "        return super().forward(pixels)",
         ENCODER,
         "model.encoders.fine",
-        r"fails in forward: AssertionError: no image \(.*zz_broken\.py, line \d+\)",
+        r"forward of no image fails: AssertionError: no image \(.*zz_broken\.py, line \d+\)",
     ),
     "a fusion that loses the grid": (
         "fusion",
@@ -217,7 +218,22 @@ def test_a_part_that_reads_values_is_a_note(plugin: Callable[[str, str], None]) 
         "        return super().forward(x, *a, **k)",
     )
     notes = check("quickstart", LANGUAGE).notes
-    assert any(note.startswith("model.language.mixer: forward of mixer 'broken' (zz-broken ") for note in notes)
+    assert any(note.startswith("model.language.mixer: not checked, forward of mixer 'broken' (zz-") for note in notes)
+
+
+def test_parts_behind_one_that_reads_values_are_checked(plugin: Callable[[str, str], None]) -> None:
+    plugin(
+        "connector",
+        "class Reads(Patches):\n    def forward(self, pixels):\n        float(pixels.sum())\n\n"
+        "class broken(MlpConnector):\n    def forward(self, *given):\n        return super().forward(*given)[..., 1:]\n",
+    )
+    import zz_broken
+
+    from ssmvl.registry import Entry
+
+    components().add([Entry("encoder", "reads", zz_broken.Reads, "zz-broken")])
+    with pytest.raises(RecipeError, match=r"model\.connector: .*forward must give \(2, 9, 128\), gave"):
+        check("quickstart", "model.fusion.order=null", CONNECTOR, "model.encoders.fine=reads")
 
 
 @pytest.mark.parametrize("what", [name for name in BROKEN if BROKEN[name][0] == "dataset"])
@@ -261,8 +277,6 @@ def test_a_plugin_that_registers_nothing_is_a_failure(install_plugin: Install) -
 
 
 def test_disabled_plugins_are_listed_and_unknown_names_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssmvl.plugins import components
-
     monkeypatch.setenv("SSMVL_DISABLE_PLUGINS", "vl_mamba, vl_mmba")
     components.cache_clear()
     try:

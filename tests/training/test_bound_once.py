@@ -19,7 +19,7 @@ from ssmvl.layers import paths
 from ssmvl.model import blueprint
 from ssmvl.recipes.binding import components_in
 from ssmvl.registry import Registry
-from ssmvl.training import checked
+from ssmvl.training import checked, session
 from ssmvl.training.checked import check
 from ssmvl.training.planning.plan import stage_plans
 
@@ -116,12 +116,43 @@ def test_early_stopping_sees_the_evaluation(
     assert f"evaluation after step {last + 1}:" not in said.out + said.err
     assert [path.name for path in Path("runs/tiny/finetune/checkpoints").glob(f"*ba{last}-*")]
     assert Path("runs/tiny/model/model.safetensors").is_file()
+    shutil.rmtree("runs/tiny/model")  # as if killed before it was saved
+    ssmvl.train(tiny, *ONE_STAGE, evaluation, f"stages.finetune.callbacks={callbacks}", "stages.finetune.duration=6ba")
+    said = capfd.readouterr()
+    assert f"resumed at step {last}" in said.out
+    assert "evaluation after step" not in said.out + said.err
+    assert Path("runs/tiny/model/model.safetensors").is_file()
+
+
+def test_early_stopping_resumes_with_what_it_has_seen(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = "monitor: evaluation/loss, dataloader_label: evaluation, patience: 1ba, min_delta: 100"
+    evaluation = "stages.finetune.evaluation={data: {name: digit_scenes, test_size: 4}, interval: 1ba}"
+    overrides = (*ONE_STAGE, evaluation, f"stages.finetune.callbacks={{EarlyStopper: {{{options}}}}}")
+    ssmvl.train(tiny, *overrides, "stages.finetune.duration=2ba")
+    shutil.rmtree("runs/tiny/model")
+    ssmvl.train(tiny, *overrides, "stages.finetune.duration=6ba")  # the best is of step 1, not of step 3
+    said = capfd.readouterr()
+    assert "evaluation after step 3:" in said.out + said.err
+    assert "evaluation after step 4:" not in said.out + said.err
+
+
+def test_a_run_that_is_finished_is_asked_in_the_prompt_that_it_was_trained_with(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ssmvl.train(tiny, *ONE_STAGE[:1])
+    asked: list[Any] = []
+    ask = session.ask
+    monkeypatch.setattr(session, "ask", lambda assistant, *rest: asked.append(assistant) or ask(assistant, *rest))
+    ssmvl.train(tiny, *ONE_STAGE[:1], "stages.finetune.prompt=vicuna")
+    assert [type(one.processor.prompt).__name__ for one in asked] == ["MambaPrompt"]
 
 
 def test_a_metric_that_the_evaluation_does_not_have_ends_the_run_with_one_sentence(tiny: Path) -> None:
     evaluation = "stages.finetune.evaluation={data: {name: digit_scenes, test_size: 4}, interval: 1ba}"
     stopper = "{EarlyStopper: {monitor: evaluation/accuracy/cats, dataloader_label: evaluation}}"
-    with pytest.raises(RunError, match="monitors 'evaluation/accuracy/cats', which the evaluation does not have; it"):
+    with pytest.raises(
+        RunError, match="monitors an unknown metric 'evaluation/accuracy/cats'; available: evaluation/loss, "
+    ):
         ssmvl.train(tiny, *ONE_STAGE, evaluation, f"stages.finetune.callbacks={stopper}")
 
 

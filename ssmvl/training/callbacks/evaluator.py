@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 from unittest.mock import patch
 
 import torch
-from composer import Callback, Event, Logger, State
+from composer import Callback, Event, Logger, State, Timestamp
 from composer.callbacks import EarlyStopper, ThresholdStopper
 from composer.core import get_precision_context
 from composer.utils import create_interval_scheduler, dist
@@ -52,13 +53,37 @@ class StageEvaluator(Callback):
         self._due = create_interval_scheduler(options.interval, checkpoint_events=False, final_events=ends)
         self._questions = one_question_each(records)
         self._asked_at = 0  # the step after which it was asked last
+        self._stoppers: list[EarlyStopper | ThresholdStopper] = []
+        self._stopped = False  # whether one of them ended the stage
+        self._best: dict[str, list[float]] = {}  # of each that a checkpoint had: value, epoch and batch
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Tell FSDP2 by which methods its units are entered; before it has sharded them this does nothing."""
+        self._stoppers = [one for one in state.callbacks if isinstance(one, EarlyStopper | ThresholdStopper)]
+        for stopper in self._stoppers:
+            if isinstance(stopper, EarlyStopper) and type(stopper).__name__ in self._best:
+                best, epoch, batch = self._best[type(stopper).__name__]
+                stopper.best, stopper.best_occurred = torch.tensor(best), Timestamp(epoch=int(epoch), batch=int(batch))
+        if self._stopped and self._stoppers:  # the stage was killed before its model was saved
+            state.stop_training()
         for module in _model(state).modules():
             for name in ENTRIES if isinstance(module, FSDPModule) else ():
                 if hasattr(module, name):
                     register_fsdp_forward_method(module, name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of early stopping, which Composer's callbacks do not save; as text, see `Identity.state_dict`."""
+        best = {
+            type(one).__name__: [float(one.best), one.best_occurred.epoch.value, one.best_occurred.batch.value]
+            for one in self._stoppers
+            if isinstance(one, EarlyStopper) and one.best is not None and one.best_occurred is not None
+        }
+        return {"stoppers": json.dumps({"best": best, "stopped": self._stopped})}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it when the stage resumes."""
+        saved = json.loads(state.get("stoppers", "{}"))
+        self._best, self._stopped = saved.get("best", {}), saved.get("stopped", False)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Evaluate if this is the time."""
@@ -88,7 +113,24 @@ class StageEvaluator(Callback):
         for type_, row in found.items():
             metrics |= {f"evaluation/{key}/{type_ or 'all'}": row[key] for key in ("accuracy", "blind", "swapped")}
         logger.log_metrics(metrics)
-        _tell_stoppers(metrics, state, logger)
+        self._tell_stoppers(metrics, state, logger)
+
+    def _tell_stoppers(self, metrics: Mapping[str, float], state: State, logger: Logger) -> None:
+        """Let early stopping see the metrics; every rank has the same, so all decide alike.
+
+        Raises:
+            RunError: a monitored metric is not among them.
+        """
+        for stopper in self._stoppers:
+            if stopper.monitor not in metrics:
+                name, known = type(stopper).__name__, ", ".join(metrics)
+                raise RunError(f"{name} monitors an unknown metric {stopper.monitor!r}; available: {known}")
+        state.eval_metrics[LABEL] = {name: _Metric(value) for name, value in metrics.items()}
+        duration = state.max_duration
+        with patch.object(state, "_dataloader_label", LABEL):  # Composer calls them in its own evaluation loop only
+            for stopper in self._stoppers:
+                stopper.eval_end(state, logger)
+        self._stopped = state.max_duration != duration
 
     def _losses(self, model: ComposerVLM, state: State) -> list[tuple[float, int]]:
         """Of each of this rank's records the summed loss and the number of its supervised tokens."""
@@ -114,23 +156,6 @@ class _Metric:
     def compute(self) -> float:
         """The value."""
         return self._value
-
-
-def _tell_stoppers(metrics: Mapping[str, float], state: State, logger: Logger) -> None:
-    """Let early stopping see the metrics; every rank has the same, so all decide alike.
-
-    Raises:
-        RunError: a monitored metric is not among them.
-    """
-    stoppers = [one for one in state.callbacks if isinstance(one, EarlyStopper | ThresholdStopper)]
-    for stopper in stoppers:
-        if stopper.monitor not in metrics:
-            name, known = type(stopper).__name__, ", ".join(metrics)
-            raise RunError(f"{name} monitors {stopper.monitor!r}, which the evaluation does not have; it has {known}")
-    state.eval_metrics[LABEL] = {name: _Metric(value) for name, value in metrics.items()}
-    with patch.object(state, "_dataloader_label", LABEL):  # Composer calls them in its own evaluation loop only
-        for stopper in stoppers:
-            stopper.eval_end(state, logger)
 
 
 class _RankedAssistant(Assistant):

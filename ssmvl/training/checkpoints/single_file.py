@@ -12,6 +12,7 @@ from composer.utils.checkpoint import safe_torch_load
 from composer.utils.file_helpers import get_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
+from ssmvl.errors import RunError, short
 from ssmvl.training.distributed import first_rank
 
 
@@ -26,7 +27,7 @@ def load_single_file(trainer: Trainer, checkpoint: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "checkpoint")
         store, name = maybe_create_object_store_from_uri(checkpoint), parse_uri(checkpoint)[2]
-        first_rank(lambda: get_file(name, file, store, progress_bar=False))
+        first_rank(lambda: _fetch(name, file, store))
         whole: dict[str, Any] = safe_torch_load(file, load_monolith_rank0_only=True)
     found, (optimizer,) = whole["state"], state.optimizers
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -38,3 +39,10 @@ def load_single_file(trainer: Trainer, checkpoint: str) -> None:
     if state.timestamp.batch_in_epoch == 0:  # as Composer does; within an epoch, the data are not read again
         reproducibility.load_rng_state(whole["rng"])
     dist.barrier()
+
+
+def _fetch(name: str, file: str, store: Any) -> None:
+    try:
+        get_file(name, file, store, progress_bar=False)
+    except Exception as error:  # of the disk, or of whatever store it is: the other ranks wait for this one
+        raise RunError(f"{name} cannot be read ({type(error).__name__}: {short(str(error))})") from error
