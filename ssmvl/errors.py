@@ -20,7 +20,9 @@ builtin, so code that knows nothing of this library can catch it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import importlib
 import os
 import traceback
 from collections.abc import Iterable, Sequence
@@ -48,6 +50,7 @@ __all__ = [
 
 
 OURS = f"{Path(__file__).parent}{os.sep}"
+ELSEWHERE = ("<", contextlib.__file__, str(Path(importlib.__file__).parent))  # they pass errors on
 
 
 class SsmvlError(Exception):
@@ -129,13 +132,18 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 def foreign(error: BaseException) -> str:
     """The text "KeyError: 'x' (FILE, line N)" for an exception of foreign code, shared by every such message.
 
-    The line is the last one that is neither ours nor torch's. With `SSMVL_TRACEBACK=1` the traceback is printed too.
+    The line is the last one that is not ours, torch's or Python's. `SSMVL_TRACEBACK=1` prints the traceback too.
     """
     if wants_traceback():
         traceback.print_exception(error)
+    if isinstance(error, SsmvlError):
+        return str(error)
     text = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg} ({error.filename}, line {error.lineno})"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith((OURS, "<")) and f"{os.sep}torch{os.sep}" not in frame.filename:
+        passes_on = frame.filename.startswith((OURS, *ELSEWHERE)) or f"{os.sep}torch{os.sep}" in frame.filename
+        if not passes_on:
             return f"{text} ({frame.filename}, line {frame.lineno})"
     return text
 

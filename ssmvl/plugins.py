@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import warnings
 from importlib.metadata import Distribution, distributions
 
@@ -80,20 +81,21 @@ def discover(core: object) -> Registry:
     manager.add_hookspecs(Hooks)
     registry = Registry()
     _register(manager, registry, core, registry.core)
-    disabled = {name.strip() for name in os.environ.get("SSMVL_DISABLE_PLUGINS", "").split(",") if name.strip()}
+    given = [name.strip() for name in os.environ.get("SSMVL_DISABLE_PLUGINS", "").split(",") if name.strip()]
+    disabled = {_canonical(name) for name in given}
     known: set[str] = set()
     for name, version, distribution in sorted(_installed(), key=lambda found: found[:2]):
         known.add(name)
         try:
             points = sorted(distribution.entry_points.select(group=GROUP), key=lambda point: point.name)
         except Exception as error:  # one malformed line, and no entry point of that distribution can be read
-            if name not in disabled:
+            if _canonical(name) not in disabled:
                 _keep(registry, f"{name} {version}", error)
             continue
         for point in points:
             plugin = Plugin(name, version, point.name, point.value)
-            known.add(point.name)
-            if disabled & {name, point.name}:
+            known |= {point.name, point.module}
+            if disabled & {*map(_canonical, (name, point.name, point.module))}:
                 registry.disabled.append(plugin)
                 continue
             try:
@@ -103,10 +105,15 @@ def discover(core: object) -> Registry:
             # Foreign code may raise anything, SystemExit included; a broken plugin must not take the others with it.
             except (Exception, SystemExit) as error:
                 _keep(registry, str(plugin), error)
-    for name in sorted(disabled - known):
+    for name in (name for name in given if _canonical(name) not in map(_canonical, known)):
         registry.unknown.append(f"SSMVL_DISABLE_PLUGINS: no plugin is called {name!r}.{nearest(name, known)}")
         warnings.warn(registry.unknown[-1], PluginWarning, stacklevel=3)
     return registry
+
+
+def _canonical(name: str) -> str:
+    """A name as package indices compare it: `My_Plugin` is `my-plugin`."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _installed() -> list[tuple[str, str, Distribution]]:

@@ -55,7 +55,7 @@ class Check:
 
 
 Count = Annotated[int, Check("from 1 to 10^9", lambda number: 1 <= number <= 10**9)]
-Depth = Annotated[int, Check("from 1 to 1,000", lambda number: 1 <= number <= 1000)]
+Depth = Annotated[int, Check("from 1 to 256", lambda number: 1 <= number <= 256)]
 Pixels = Annotated[int, Check("from 1 to 4,096", lambda number: 1 <= number <= 4096)]
 Seed = Annotated[int, Check("from 0 to 2^32 - 1", lambda number: 0 <= number < 2**32)]
 

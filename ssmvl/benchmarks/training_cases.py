@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -46,6 +47,7 @@ def training_cases(size: TrainingSize) -> Iterator[Row]:
             torch.set_num_threads(threads - 1)  # of the bare loop too
             rows.append(_overhead("run, a core for data", apart, size))
             torch.set_num_threads(threads)
+        rows += _counts(recipe)
         rows.append(_start(recipe))
     yield from rows  # back in the folder of the caller
 
@@ -97,6 +99,31 @@ def _overhead(case: str, recipe: Recipe, size: TrainingSize) -> Row:
         row = compare(case, "steps/s", bare, run)
     trainer.close()
     return row
+
+
+def _counts(recipe: Recipe) -> Iterator[Row]:
+    """How often a stage binds its recipe and builds its model before its first step."""
+    from ssmvl.model import blueprint
+    from ssmvl.recipes.binding import bind
+    from ssmvl.training.checked import check
+    from ssmvl.training.session import Session
+
+    built: list[str] = []
+
+    def assemble(*given: Any) -> Any:
+        built.append("models built on meta" if torch.empty(0).is_meta else "models built with values")
+        return original(*given)
+
+    original = blueprint.assemble
+    with (
+        patch.object(blueprint, "assemble", assemble),
+        patch("ssmvl.training.checked.bind", wraps=bind) as bound,
+        redirect_stdout(io.StringIO()),
+    ):
+        Session(check(recipe, weights=False)).trainer("finetune").close()
+    yield Row("recipes bound", bound.call_count, "times")
+    for case in ("models built on meta", "models built with values"):
+        yield Row(case, built.count(case), "times")
 
 
 def _start(recipe: Recipe) -> Row:

@@ -166,7 +166,8 @@ SAME = Layout(part="model", rules={"*": ["*"]})  # our own
 def ssmvl_model(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
     """The layout of what `save_pretrained` writes: the model's own names."""
     parts = {name.partition(".")[0] for name in names}  # a part may have no tensor, but the language model has
-    return SAME if "language" in parts and parts <= {"encoders", "fusion", "connector", "language"} else None
+    ours = {"encoders", "fusion", "connector", "language"}
+    return SAME if "language" in parts and (parts <= ours or {"encoders", "connector"} <= parts) else None
 
 
 def copy_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -190,10 +191,13 @@ def _adapted(
     source: str,
 ) -> dict[str, Tensor]:
     try:
-        return adapt(dict(tensors), module)
+        adapted = adapt(dict(tensors), module)
+        if not isinstance(adapted, Mapping) or not all(isinstance(one, Tensor) for one in adapted.values()):
+            raise ContractError(f"adapt must give tensors by name, gave {short(repr(adapted))}")
+        return dict(adapted)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    except Exception as error:  # foreign code, which a file that does not fit may break anywhere
+    except (Exception, SystemExit) as error:  # foreign code, which a file that does not fit may break anywhere
         raise CheckpointError(f"{source}: does not fit the model ({foreign(error)})") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -46,7 +47,11 @@ def _run(argv: Sequence[str]) -> int:
         sub.add_argument("--traceback", action="store_true", help="show where an error was raised")
         if verb in argv[:1]:  # only the verb that is used is imported
             importlib.import_module(f"ssmvl.cli.{verb}").arguments(sub)
-    arguments = parser.parse_args(argv)
+    arguments, late = parser.parse_known_args(argv)
+    if late and not (hasattr(arguments, "overrides") and all(re.match(r"[\w.]+=", text) for text in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:  # argparse gives what follows an option to no other argument
+        arguments.overrides += late
     if arguments.traceback:
         os.environ["SSMVL_TRACEBACK"] = "1"
     warnings.simplefilter("ignore", PluginWarning)  # `list`, `doctor` and failing lookups show them

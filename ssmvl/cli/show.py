@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssmvl.cli.common import merged_recipe
+from ssmvl.errors import Problem, RecipeError, SsmvlError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -120,8 +121,13 @@ def _figures(costs: list[PartCost]) -> Table:
 def _draw(name: str, sides: tuple[int, ...], png: Path | None) -> int:
     from rich.console import Console
 
+    from ssmvl.plugins import components
+
+    try:
+        components().find("scan_order", name)  # before torch is imported
+    except SsmvlError as error:
+        raise RecipeError([Problem("--scan", str(error))], "ssmvl show") from error
     from ssmvl.drawing.scan_paths import terminal_drawing, write_png
-    from ssmvl.errors import RecipeError
     from ssmvl.interfaces import Grid
     from ssmvl.ops.reorder import path_table
     from ssmvl.recipes.binding import bind_part

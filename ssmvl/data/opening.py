@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def open_data(dataset: Callable[..., Data], split: str) -> Data:
         data = dataset(split=split)
     except (SsmvlError, MemoryError):
         raise
-    except Exception as error:  # foreign code may raise anything
+    except (Exception, SystemExit) as error:  # foreign code may raise anything
         raise DataError(f"{name} fails for the split {split!r}: {foreign(error)}") from error
     streams = data if isinstance(data, list) and data and all(isinstance(one, Stream) for one in data) else []
     places: list[Any] = [stream.place for stream in streams] or [data]
@@ -38,6 +39,24 @@ def open_data(dataset: Callable[..., Data], split: str) -> Data:
         if not (folder / "index.json").is_file():
             raise DataError(f"{name} gives {folder} for the split {split!r}, which holds no shards (no index.json)")
     return data
+
+
+def require_batch(data: Data, batch: int, where: str) -> None:
+    """Check that shards hold at least one batch of samples; a mix whose streams are weighted is left to the loader.
+
+    Raises:
+        DataError: they do not.
+    """
+    streams = data if isinstance(data, list) else [Stream(data)]
+    if any((stream.proportion, stream.repeat, stream.choose) != (None, None, None) for stream in streams):
+        return
+    folders = [one.place.local if isinstance(one.place, Shards) else one.place for one in streams]
+    indices = [json.loads((folder / "index.json").read_text()) for folder in folders]
+    count = sum(shard["samples"] for index in indices for shard in index["shards"])
+    if count < batch:
+        raise DataError(
+            f"{where}: the data hold {count} samples, fewer than a batch of {batch}; choose a smaller batch"
+        )
 
 
 def _name(dataset: Any) -> str:

@@ -144,6 +144,8 @@ def pack_record(record: dict[str, Any]) -> dict[str, Any]:
     Raises:
         DataError: the record lacks a key.
     """
+    if not isinstance(record, dict):
+        raise DataError(f"a record must be a mapping with id, type, conversation and images, received {record!r}")
     if lacking := [key for key in ("id", "type", "conversation", "images") if key not in record]:
         what = f"record {record.get('id', record)!r} lacks {', '.join(lacking)}"
         raise DataError(f"{what}; a record has id, type, conversation and images")

@@ -15,7 +15,7 @@ from torch import nn
 
 from ssmvl import interfaces
 from ssmvl.errors import ContractError, Problem, RecipeError, SsmvlError, foreign
-from ssmvl.interfaces import ConnectorPart, EncoderPart, FusionPart, LanguageModelPart, PromptPart
+from ssmvl.interfaces import ConnectorPart, EncoderPart, FusionPart, Grid, ImageSpec, LanguageModelPart, PromptPart
 from ssmvl.model.vlm import VisionLanguageModel
 from ssmvl.processing.processor import Processor
 from ssmvl.processing.tokenizers import load_tokenizer
@@ -141,13 +141,21 @@ def assemble(parts: ModelParts, source: str) -> VisionLanguageModel:
                 [Problem("model.encoders", f"{name!r} cannot name an encoder; use letters, digits and _")], source
             )
         with _at(f"model.encoders.{name}", encoder, source):
-            encoders[name] = checked(_stating_weights(encoder()), encoder, interfaces.VisionEncoder)
+            built = checked(_stating_weights(encoder()), encoder, interfaces.VisionEncoder)
+            require_sizes(built, encoder)
+            spec = built.image_spec
+            require(isinstance(spec, ImageSpec) and _is_count(spec.size), encoder, "image_spec", "an ImageSpec", spec)
+            require(isinstance(built.weights, str), encoder, "weights", "text", built.weights)
+            encoders[name] = built
     with _at("model.fusion", parts.fusion, source):
         widths = {name: encoder.width for name, encoder in encoders.items()}
         grids = {name: encoder.grid for name, encoder in encoders.items()}
         fusion = checked(parts.fusion(widths=widths, grids=grids), parts.fusion, interfaces.Fusion)
+        require_sizes(fusion, parts.fusion)
     with _at("model.language", parts.language, source):
         language = checked(parts.language(), parts.language, interfaces.LanguageModel)
+        require(_is_count(language.width), parts.language, "width", "a whole number from 1", language.width)
+        require(isinstance(language.weights, str), parts.language, "weights", "text", language.weights)
     with _at("model.prompt", parts.prompt, source):
         lacks_nothing(parts.prompt(), parts.prompt, interfaces.Prompt)
     with _at("model.connector", parts.connector, source):
@@ -165,6 +173,27 @@ def checked(built: Any, part: object, contract: type[Any]) -> Any:
     if not isinstance(built, nn.Module):
         raise ContractError(f"{part} is a {type(built).__name__}, not a torch.nn.Module")
     return lacks_nothing(built, part, contract)
+
+
+def require_sizes(built: Any, part: object) -> None:
+    """Check the width and the grid that an encoder or a fusion states.
+
+    Raises:
+        ContractError: one is not what it must be.
+    """
+    require(_is_count(built.width), part, "width", "a whole number from 1", built.width)
+    sides = isinstance(built.grid, Grid) and all(map(_is_count, built.grid))
+    require(sides, part, "grid", "a Grid(maps, rows, columns) of whole numbers from 1", built.grid)
+
+
+def require(holds: object, part: object, name: str, wanted: str, value: object) -> None:
+    """Raise a `ContractError` about an attribute unless it holds."""
+    if not holds:
+        raise ContractError(f"{part}: {name} must be {wanted}, is {value!r}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _stating_weights(encoder: Any) -> Any:
@@ -199,5 +228,5 @@ def _at(path: str, part: object, source: str) -> Iterator[None]:
         raise
     except SsmvlError as error:
         raise RecipeError([Problem(path, str(error))], source) from error
-    except Exception as error:  # a foreign component may raise anything
+    except (Exception, SystemExit) as error:  # a foreign component may raise anything
         raise RecipeError([Problem(path, f"{part} fails: {foreign(error)}")], source) from error

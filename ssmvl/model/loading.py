@@ -61,7 +61,8 @@ class Weights:
         try:
             self.fitted = self.layout.fit(module, self.found.tensors, self.source)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{_advice(self.found)}") from error
+            advice = _advice(self.found) if self.layout.part == "encoder" else ""  # `model.` may be meant elsewhere
+            raise CheckpointError(f"{error}{advice}") from error
 
     def load(self, module: nn.Module) -> None:
         """Copy them into the part that the layout is of, cast to its dtypes.
@@ -176,7 +177,7 @@ def _own_layout(own: Callable[[Collection[str], Mapping[str, Any]], Layout], fou
         return own(found.tensors.keys(), found.config)
     except CheckpointError as error:
         raise CheckpointError(f"{found.source}: {error}") from error
-    except Exception as error:  # foreign code, which a strange config may break anywhere
+    except (Exception, SystemExit) as error:  # foreign code, which a strange config may break anywhere
         what = f"the config beside it does not describe such a model ({foreign(error)})"
         raise CheckpointError(f"{found.source}: {what}") from error
 
@@ -193,7 +194,7 @@ def _recognized(found: Foreign) -> Layout:
         except CheckpointError as error:  # its kind of file, but not one that it can read
             refused.append(str(error))
             continue
-        except Exception as error:  # foreign code: it breaks no other layout
+        except (Exception, SystemExit) as error:  # foreign code: it breaks no other layout
             failures += f"\ncheckpoint {known!r} failed: {foreign(error)}"
             continue
         if layout is not None:

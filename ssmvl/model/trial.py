@@ -11,8 +11,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ssmvl.errors import Problem, foreign
-from ssmvl.interfaces import Grid, ImageSpec, LanguageModel, Piece, Prompt
+from ssmvl.errors import Problem, foreign, short
+from ssmvl.interfaces import ImageSpec, LanguageModel, Piece, Prompt
 from ssmvl.model.blueprint import Blueprint
 from ssmvl.model.costs import autocast_on_meta
 from ssmvl.ops.splice import splice
@@ -50,12 +50,14 @@ def prompt_problems(path: str, prompt: Bound) -> list[Problem]:
             allowed = " or ".join(map(repr, PLACEMENTS))
             return [Problem(path, f"{prompt}: image_placement is {made.image_placement!r}; allowed is {allowed}")]
         pieces = made.pieces(TALK, "<end>")
-        if not isinstance(pieces, list) or not all(isinstance(piece, Piece) for piece in pieces):
-            wrong = next((piece for piece in pieces if not isinstance(piece, Piece)), pieces)
-            return [Problem(path, f"{prompt}: pieces must give a list of Piece, gave {wrong!r}")]
+        listed = isinstance(pieces, list)
+        wrong = [one for one in pieces if not (isinstance(one, Piece) and isinstance(one.text, str))] if listed else []
+        if wrong or not listed:
+            given = f"one with {wrong[0]!r}" if wrong else repr(pieces)
+            return [Problem(path, f"{prompt}: pieces must give a list of Piece(text), gave {short(given)}")]
         if not any(piece.supervised and TALK[1]["content"] in piece.text for piece in pieces):
             return [Problem(path, f"{prompt}: no piece with the assistant's text is supervised, so nothing is learned")]
-    except Exception as error:  # a foreign prompt may raise anything
+    except (Exception, SystemExit) as error:  # a foreign prompt may raise anything
         return [Problem(path, f"{prompt} fails: {foreign(error)}")]
     return []
 
@@ -78,7 +80,6 @@ class _Trial:
         features = {name: self._encode(name, encoder) for name, encoder in model.encoders.items()}
         fusion: Any = model.fusion
         at = "model.fusion", parts.fusion
-        self._require_sizes(*at, fusion)
         fused = self._call(*at, "forward", (IMAGES, fusion.grid.length, fusion.width), fusion, features)
         language, at = cast(LanguageModel, model.language), ("model.connector", parts.connector)
         tokens = self._count_of(*at, lambda: cast(Any, model.connector).num_tokens(model.grid))
@@ -88,9 +89,7 @@ class _Trial:
 
     def _encode(self, name: str, encoder: Any) -> Tensor:
         at = f"model.encoders.{name}", self.blueprint.parts.encoders[name]
-        self._require_sizes(*at, encoder)
-        spec = encoder.image_spec
-        self._require(*at, isinstance(spec, ImageSpec), f"image_spec must be an ImageSpec, is {spec!r}")
+        spec: ImageSpec = encoder.image_spec
         pixels = torch.zeros(IMAGES, 3, spec.size, spec.size, dtype=torch.uint8, device="meta")
         before = len(self.problems)
         features = self._call(*at, "forward", (IMAGES, encoder.grid.length, encoder.width), encoder, pixels)
@@ -112,7 +111,7 @@ class _Trial:
         lengths = torch.full((IMAGES,), length, device="meta")
         try:
             state = language.new_state(IMAGES, "meta")
-        except Exception as error:  # foreign code
+        except (Exception, SystemExit) as error:  # foreign code
             self._report(*at, "new_state", error)
             return
         self._call(*at, "prefill", (IMAGES, length, width), language.prefill, embeds, lengths, state)
@@ -127,7 +126,27 @@ class _Trial:
                     for name in ("forward", "prefill", "step"):
                         if callable(getattr(module, name, None)):
                             stack.enter_context(patch.object(module, name, self._watched(bound, module, name)))
+                    if callable(getattr(module, "new_state", None)):
+                        stack.enter_context(patch.object(module, "new_state", self._watched_state(bound, module)))
             yield
+
+    def _watched_state(self, bound: Bound, module: Any) -> Callable[..., Any]:
+        call = module.new_state
+
+        @wraps(call)
+        def watched(rows: int, *args: Any, **kwargs: Any) -> Any:
+            try:
+                state = call(rows, *args, **kwargs)
+            except (Exception, SystemExit) as error:  # foreign code
+                self._report(bound.path, bound, "new_state", error)
+                raise _UnknownShapesError from error
+            tensors = state if isinstance(state, tuple) and hasattr(state, "_asdict") else [None]
+            rows_first = all(isinstance(one, Tensor) and one.shape[:1] == (rows,) for one in tensors)
+            what = f"new_state must give a named tuple of tensors of {rows} rows, gave {state!r}"
+            self._require(bound.path, bound, rows_first, short(what))
+            return state
+
+        return watched
 
     def _watched(self, bound: Bound, module: nn.Module, name: str) -> Callable[..., Tensor]:
         call = getattr(module, name)
@@ -144,7 +163,9 @@ class _Trial:
         """What a part gives, or a tensor of the shape that it should have."""
         try:
             output = call(*given)
-        except Exception as error:  # a foreign part may raise anything
+        except _UnknownShapesError:  # reported by a part inside of this one
+            raise
+        except (Exception, SystemExit) as error:  # a foreign part may raise anything
             self._report(path, part, method, error)
         else:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -153,7 +174,9 @@ class _Trial:
             self.problems[Problem(path, f"{part}: {method} must give {shape}, gave {got}")] = None
         return torch.empty(shape, device="meta")
 
-    def _report(self, path: str, part: object, method: str, error: Exception) -> None:
+    def _report(self, path: str, part: object, method: str, error: BaseException) -> None:
+        if isinstance(error, _UnknownShapesError):
+            raise error
         if isinstance(error, NotImplementedError | RuntimeError) and any(text in str(error) for text in NEEDS_VALUES):
             self.notes[f"{path}: not checked, {method} of {part} reads values, which tensors on meta do not have"] = (
                 None
@@ -166,20 +189,12 @@ class _Trial:
             self.problems[Problem(path, f"{part}: {message}")] = None
             raise _UnknownShapesError
 
-    def _require_sizes(self, path: str, part: object, built: Any) -> None:
-        self._require(path, part, _is_count(built.width), f"width must be a whole number from 1, is {built.width!r}")
-        is_grid = isinstance(built.grid, Grid)
-        self._require(path, part, is_grid, f"grid must be a Grid(maps, rows, columns), is {built.grid!r}")
-
     def _count_of(self, path: str, part: object, count: Callable[[], object]) -> int:
         try:
             tokens = count()
-        except Exception as error:  # foreign code
+        except (Exception, SystemExit) as error:  # foreign code
             self._report(path, part, "num_tokens", error)
             raise _UnknownShapesError from error
-        self._require(path, part, _is_count(tokens), f"num_tokens must give a whole number from 1, gave {tokens!r}")
+        is_count = isinstance(tokens, int) and tokens > 0
+        self._require(path, part, is_count, f"num_tokens must give a whole number from 1, gave {tokens!r}")
         return cast(int, tokens)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

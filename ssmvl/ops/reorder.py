@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmvl.errors import ContractError
+from ssmvl.errors import ContractError, foreign
 from ssmvl.interfaces import Grid, ScanOrder
 
 __all__ = ["path_table", "along"]
@@ -24,7 +24,7 @@ def path_table(order: ScanOrder, grid: Grid) -> Tensor:
         with torch.device("cpu"), torch.inference_mode(False):
             table = order(grid=grid)
     except Exception as error:  # a foreign order may raise anything
-        raise ContractError(f"{where} raised {type(error).__name__}: {error}") from error
+        raise ContractError(f"{where} fails: {foreign(error)}") from error
     if not isinstance(table, Tensor) or table.ndim != 2 or table.shape[1] != grid.length:
         got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
         raise ContractError(f"{where} must give paths (K, {grid.length}), gave {got}")

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ssmvl.errors import Problem, RecipeError, nearest
+from ssmvl.errors import Problem, RecipeError, nearest, short
 from ssmvl.recipes.ablations import PREFIX, Ablation, find_ablation
 from ssmvl.recipes.files import read_yaml, recipe_path
 from ssmvl.recipes.norm_groups import is_saved, write_out
@@ -133,6 +133,10 @@ def _normalise(data: dict[str, Any]) -> dict[str, Any]:
 
 def _find(name: str) -> Path:
     path = Path(name)
+    try:
+        path.exists()
+    except OSError as error:
+        raise RecipeError([Problem("", f"not the name of a recipe or file ({error.strerror})")], short(name)) from error
     if (path / "recipe.yaml").is_file():
         path = path / "recipe.yaml"
     if path.suffix in (".yaml", ".yml"):
@@ -170,7 +174,7 @@ def _read_with_bases(path: Path, children: tuple[Path, ...] = ()) -> dict[str, A
         chain = " -> ".join(map(str, (*children, base.resolve())))
         raise RecipeError([Problem("base", f"recipes are based on each other: {chain}")], str(path))
     below = _read_with_bases(base, children)
-    if problems := _removed_in_vain(below, data):
+    if problems := [*_removed_in_vain(below, data), *_empty_in_vain(below, data)]:
         raise RecipeError(problems, str(path))
     return typing.cast("dict[str, Any]", merge(below, data))
 
@@ -185,10 +189,7 @@ def _overridden(data: dict[str, Any], overrides: Iterable[str], source: str) -> 
         for part in reversed(path):
             over = {part: over}
         problems += _removed_in_vain(data, over)
-        there = _at(data, path)
-        if value == {} and there:
-            why = "mappings are merged, so an empty one changes nothing; to remove an entry, set it to null"
-            problems.append(Problem(".".join(path), why))
+        problems += _empty_in_vain(data, over)
         for group, noun in GROUPS.items():
             known = _at(data, group)
             if path[: len(group)] == group and len(path) > len(group) + 1 and isinstance(known, dict):
@@ -218,6 +219,16 @@ def _removed_in_vain(data: dict[str, Any], over: dict[str, Any]) -> list[Problem
                 if value is None and name not in known and name != "order"
             ]
     return problems
+
+
+def _empty_in_vain(data: Any, over: Any, path: tuple[str, ...] = ()) -> list[Problem]:
+    """Empty mappings that are merged onto others, which changes nothing."""
+    if not (isinstance(data, dict) and isinstance(over, dict) and data):
+        return []
+    if not over:
+        why = "mappings are merged, so an empty one changes nothing; to remove an entry, set it to null"
+        return [Problem(".".join(path), why)]
+    return [problem for key in over for problem in _empty_in_vain(data.get(key), over[key], (*path, str(key)))]
 
 
 def _at(data: Any, path: Sequence[str]) -> Any:

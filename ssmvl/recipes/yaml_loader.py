@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import yaml
+from yaml import YAMLError
 from yaml.constructor import ConstructorError
 
 # YAML 1.2's core schema. YAML 1.1 reads `yes` as true, `010` as 8 and `1:30` as 90, and `1e-4` as text.
@@ -20,6 +21,9 @@ SCALARS = {
     ),
     "merge": (r"<<", "<"),
 }
+
+
+DEPTH = 100
 
 
 class _Loader(yaml.SafeLoader):
@@ -48,5 +52,16 @@ def parse(text: str) -> Any:
     Raises:
         YAMLError: the text is not valid YAML, or a key is duplicated in one mapping.
     """
-    data = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    try:
+        data = yaml.load(text, Loader=_Loader)  # a SafeLoader
+        _require_depth(data, DEPTH)
+    except RecursionError as error:
+        raise YAMLError(f"it is nested more than {DEPTH} levels deep, or contains itself") from error
     return {} if data is None and not text.strip() else data
+
+
+def _require_depth(node: Any, left: int) -> None:
+    if not left:
+        raise RecursionError
+    for item in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _require_depth(item, left - 1)

@@ -14,6 +14,7 @@ from ssmvl.data.mix import weights as weights_of
 from ssmvl.errors import CheckpointError, ContractError, Problem, RecipeError, nearest
 from ssmvl.model.blueprint import Blueprint
 from ssmvl.model.trial import prompt_problems, trial
+from ssmvl.plugins import components
 from ssmvl.processing.processor import Processor
 from ssmvl.processing.tokenizers import tokenizer_here
 from ssmvl.recipes.binding import Bound, bind
@@ -136,7 +137,8 @@ def check(recipe: str | Path | Recipe | Checked, *overrides: str, weights: bool 
     broken, untried = trial(checked)
     problems += broken
     notes += untried
-    problems += _tokenizer_problems(checked)
+    if not broken:
+        problems += _tokenizer_problems(checked)
     for name, stage in plan.stages.items():
         problems += _stage_problems(name, stage, checked.model)
     if plan.evaluation:
@@ -144,9 +146,7 @@ def check(recipe: str | Path | Recipe | Checked, *overrides: str, weights: bool 
     if weights and not problems:
         problems += weights_problems(checked, plan, ask_hub=data, notes=notes)
     if data and not problems:
-        problems += data_problems(
-            plan, {name: stage.processor(checked.processor) for name, stage in plan.stages.items()}
-        )
+        problems += _data_problems(checked)
     if not problems:
         try:
             checked.require_shared_by(1)
@@ -154,7 +154,7 @@ def check(recipe: str | Path | Recipe | Checked, *overrides: str, weights: bool 
             problems += error.problems
     if problems:
         raise RecipeError(problems, merged.source)
-    notes += prompts_of_stages(merged)
+    notes += [*prompts_of_stages(merged), *components().unknown]
     return checked
 
 
@@ -228,6 +228,17 @@ def _tokenizer_problems(checked: Checked) -> list[Problem]:
     except (CheckpointError, ContractError) as error:
         return [Problem("model.tokenizer", str(error))]
     return []
+
+
+def _data_problems(checked: Checked) -> list[Problem]:
+    """Open the datasets, and read the first sample of each as its stage does."""
+    try:
+        processor = checked.processor
+    except (CheckpointError, ContractError) as error:
+        return [Problem("model.tokenizer", str(error))]
+    return data_problems(
+        checked.plan, {name: stage.processor(processor) for name, stage in checked.plan.stages.items()}
+    )
 
 
 def _streams(data: Any) -> dict[str, Share]:

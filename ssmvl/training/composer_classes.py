@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from typing import Any, Literal
 
 from ssmvl.errors import Problem, nearest
 
 LABEL = "evaluation"  # of the metrics that a stage's evaluation logs
-METRIC = re.compile(r"evaluation/(loss|(accuracy|blind|swapped)/.+)")
+SHARES = ("accuracy", "blind", "swapped")
+METRIC = re.compile(rf"evaluation/(loss|({'|'.join(SHARES)})/(?P<type>.+))")
 PATIENCE = re.compile(r"\d+(ep|ba)?")
 COMPARISONS = ("less", "lt", "greater", "gt")
 STOPPERS = ("EarlyStopper", "ThresholdStopper")
@@ -29,6 +32,18 @@ REFUSED = {
     "InMemoryLogger": "what it keeps is lost when training ends; name another, such as FileLogger",
     "MosaicMLLogger": "it logs to the MosaicML platform only",
 }
+
+
+def unknown_types(callbacks: Mapping[str, Any], types: Collection[str]) -> list[str]:
+    """Metrics that early stopping monitors of types of question that an evaluation set does not have.
+
+    Args:
+        callbacks: of a stage, by class name, with their options.
+        types: of the questions.
+    """
+    monitored = [str((callbacks.get(name) or {}).get("monitor", "")) for name in STOPPERS]
+    matches = [match for match in map(METRIC.fullmatch, monitored) if match]
+    return [match.group() for match in matches if match["type"] not in (None, "all", *types)]
 
 
 def composer_class(kind: Literal["callbacks", "loggers"], name: str) -> Any:
@@ -86,14 +101,16 @@ def _check_stopper(path: str, options: dict[str, Any], stage: dict[str, Any]) ->
         )
         problems.append(Problem(f"{path}.dataloader_label", what))
     if not METRIC.fullmatch(str(options["monitor"])):
-        allowed = "evaluation/loss, or evaluation/accuracy/TYPE (blind, swapped) with a type of question or all"
+        shares = ", ".join(f"evaluation/{share}/TYPE" for share in SHARES)
+        allowed = f"evaluation/loss, {shares}; TYPE is a type of question, or all"
         problems.append(Problem(f"{path}.monitor", f"there is no metric {options['monitor']!r}; allowed is {allowed}"))
     if not PATIENCE.fullmatch(str(options.get("patience", "1ep"))):
         what = f"received {options['patience']!r}, allowed are epochs or batches, e.g. 2ep or 500ba"
         problems.append(Problem(f"{path}.patience", what))
     for key in ("threshold", "min_delta"):
-        if isinstance(options.get(key, 0), bool) or not isinstance(options.get(key, 0), int | float):
-            problems.append(Problem(f"{path}.{key}", f"expected a number, received {options[key]!r}"))
+        value = options.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            problems.append(Problem(f"{path}.{key}", f"expected a finite number, received {value!r}"))
     if options.get("comp") not in (None, *COMPARISONS):
         allowed = ", ".join(COMPARISONS)
         problems.append(Problem(f"{path}.comp", f"received {options['comp']!r}, allowed are {allowed}"))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
 from ssmvl.checkpoints.hub import HUB_FILE, ID, user_path
-from ssmvl.data.opening import open_data
+from ssmvl.data.opening import open_data, require_batch
 from ssmvl.data.shards import require_streaming
-from ssmvl.errors import CheckpointError, MissingDependencyError, Problem, SsmvlError
+from ssmvl.errors import CheckpointError, DataError, MissingDependencyError, Problem, SsmvlError
 from ssmvl.model.blueprint import Blueprint
 from ssmvl.model.build import opened_weights
 from ssmvl.model.loading import UNWRAP, open_part, parts_with_weights
@@ -95,19 +96,30 @@ def data_problems(plan: Plan, processors: Mapping[str, Processor]) -> list[Probl
         return [Problem("stages", str(error))]
     from ssmvl.data.streams import first_record
 
-    asked: dict[str, tuple[Any, str, Processor | None]] = {}
-    for name, stage in plan.stages.items():
-        asked[f"stages.{name}.data"] = stage.data, "train", processors[name]
-        if stage.evaluation:
-            asked[f"stages.{name}.evaluation.data"] = stage.evaluation.data, "test", None
-    if plan.evaluation:
-        asked["evaluation.data"] = plan.evaluation.data, "test", None
     problems = []
-    for path, (dataset, split, processor) in asked.items():
+    for name, stage in plan.stages.items():
+        path = f"stages.{name}.data"
         try:
-            record = first_record(open_data(dataset, split))
-            if processor is not None:
-                processor.encode(record["conversation"], record["images"], train=True)
+            data = open_data(stage.data, "train")
+            require_batch(data, stage.batch, f"stages.{name}.batch")
+            record = first_record(data)
+            with _naming(record):
+                processors[name].encode(record["conversation"], record["images"], train=True)
         except SsmvlError as error:
             problems.append(Problem(path, str(error)))
+    evaluations = {f"stages.{name}.evaluation": stage.evaluation for name, stage in plan.stages.items()}
+    for where, evaluation in {**evaluations, "evaluation": plan.evaluation}.items():
+        try:
+            if evaluation is not None:
+                first_record(open_data(evaluation.data, "test"))
+        except SsmvlError as error:
+            problems.append(Problem(f"{where}.data", str(error)))
     return problems
+
+
+@contextmanager
+def _naming(record: Mapping[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except SsmvlError as error:
+        raise DataError(f"record {record['id']!r}: {error}") from error

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from composer.utils import dist, get_device
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ssmvl.checkpoints.layouts import SAME
-from ssmvl.data.opening import open_data
+from ssmvl.data.opening import open_data, require_batch
 from ssmvl.data.shared_memory import clean_stale_segments
 from ssmvl.data.streams import read_records
 from ssmvl.data.workers import cores
@@ -31,6 +32,7 @@ from ssmvl.model.saved import save_folder
 from ssmvl.processing.processor import Processor
 from ssmvl.training.checked import Checked
 from ssmvl.training.checkpoints.pruning import remove_old
+from ssmvl.training.composer_classes import unknown_types
 from ssmvl.training.distributed import every_rank, first_rank, patient
 from ssmvl.training.report import report
 from ssmvl.training.run_folder import RunFolder
@@ -119,11 +121,12 @@ class Session:
         processor = self.checked.processor
         for name in names:
             stage = self.plan.stages[name]
-            open_data(stage.data, "train")
+            require_batch(open_data(stage.data, "train"), stage.batch, f"stages.{name}.batch")
             if stage.evaluation is not None:
                 where = f"stages.{name}.evaluation"
                 prompt = self.checked.after(name).parts.prompt()
-                self._check_questions(where, stage.evaluation, replace(stage.processor(processor), prompt=prompt))
+                asking = replace(stage.processor(processor), prompt=prompt)
+                self._check_questions(where, stage.evaluation, asking, stage.callbacks)
         if self._evaluation is not None:
             prompt = self._last().parts.prompt()
             self._check_questions("evaluation", self._evaluation, replace(processor, prompt=prompt))
@@ -136,8 +139,14 @@ class Session:
             elif start != "none":
                 self._opened[name] = opened_weights(self.checked, start)
 
-    def _check_questions(self, where: str, options: Evaluation, processor: Processor) -> None:
+    def _check_questions(
+        self, where: str, options: Evaluation, processor: Processor, callbacks: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         records = read_records(open_data(options.data, "test"))
+        types = sorted({str(record["type"]) for record in records})
+        if unknown := unknown_types(callbacks, types):
+            what = f"early stopping monitors {unknown[0]!r}, but the types of question are {', '.join(types)}"
+            raise RecipeError([Problem(where, what)], self.recipe.source)
         if note := require_answerable(records, processor, options.max_new_tokens):
             self._say(f"{where}: {note}")
 

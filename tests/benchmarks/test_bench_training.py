@@ -38,8 +38,10 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "--suite", "training", "--json", "rows.json"]) == 0
     rows = {row["case"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
-    assert list(rows) == ["run / bare loop", "run, a core for data", "start"]
+    counts = {"recipes bound": 1, "models built on meta": 1, "models built with values": 1}
+    assert list(rows) == ["run / bare loop", "run, a core for data", *counts, "start"]
     assert asked == list(rows)[:2]
+    assert {case: rows.pop(case)["value"] for case in counts} == counts
     assert all(row["value"] > 0 and row["case"] in bench.BARS for row in rows.values())
     assert rows["start"]["limit"] == suite.START
     assert "finetune 1/" not in capfd.readouterr().out

@@ -76,7 +76,7 @@ def test_list_describes_a_component_and_a_part_of_a_recipe(capsys: Capture) -> N
         "connector 'msc_advanced' (ssmvl 0.1.0 (ssmvl_ml_mamba))",
         "gives: ssmvl.interfaces.Connector; the library passes: in_width, out_width, grid",
         "a scan_order",
-        "int, from 1 to 1,000",
+        "int, from 1 to 256",
         "V_out = MLP(SwiGLU(MSC(V_img)))",
     ):
         assert text in said
@@ -112,7 +112,7 @@ def test_a_traceback_is_shown_to_those_who_ask(
 
 def test_check_opens_the_data_if_asked(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    small = [f"stages.{stage}.data.train_size=3" for stage in ("align", "finetune")]
+    small = [f"stages.{stage}.data.train_size=64" for stage in ("align", "finetune")]
     command = ["check", "quickstart", *small, "evaluation.data={name: shards, folder: gone}"]
     assert main(command) == 0
     assert not (tmp_path / "data").exists()
@@ -132,7 +132,5 @@ def test_an_id_is_looked_up_in_the_hub_if_asked(hub: object, capsys: Capture, tm
     )
     from ssmvl.training.checked import check
 
-    with pytest.raises(
-        RecipeError, match=r"init_from: nope/nope: no such path here, and not a model that the hub gives"
-    ):
+    with pytest.raises(RecipeError, match=r"init_from: nope/nope: no such path here, and not a model on the hub"):
         check("quickstart", "stages.finetune.init_from=nope/nope", data=True)

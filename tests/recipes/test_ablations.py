@@ -154,7 +154,7 @@ def test_check_prints_a_line_for_each_entry_and_all_problems(write: Write, capsy
     ]
     assert shown.err.startswith(f"error: {path}: 5 problems\n")
     assert "quickstart/t1/two: model.conector: ModelParts has no option 'conector'" in shown.err
-    assert "quickstart/t1/two: stages.align.batch: must be from 1 to 10^9" in shown.err
+    assert "quickstart/t1/two: stages.align.batch: must be from 1 to 10^6" in shown.err
     assert "quickstart/t1/shape: model.language: " in shown.err
     assert "quickstart/t1/no_override: 'x' is no override" in shown.err
     assert "quickstrat/t1/no_recipe: no recipe named 'quickstrat'" in shown.err

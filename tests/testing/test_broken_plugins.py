@@ -129,7 +129,7 @@ BROKEN: dict[str, tuple[str, str, str, str, str]] = {
         "class broken(MambaPrompt):\n    def pieces(self, conversation, end):\n        return ['text']",
         PROMPT,
         "model.prompt",
-        r"prompt 'broken' \(zz-broken .*pieces must give a list of Piece, gave 'text'",
+        r"prompt 'broken' \(zz-broken .*pieces must give a list of Piece\(text\), gave one with 'text'",
     ),
     "a prompt that puts images nowhere": (
         "prompt",
@@ -144,6 +144,55 @@ BROKEN: dict[str, tuple[str, str, str, str, str]] = {
         PROMPT,
         "model.prompt",
         r"no piece with the assistant's text is supervised, so nothing is learned",
+    ),
+    "an encoder whose grid is no Grid": (
+        "encoder",
+        "class broken(Patches):\n    grid = (1, 3, 3)",
+        ENCODER,
+        "model.encoders.fine",
+        r"encoder 'broken' .*: grid must be a Grid\(maps, rows, columns\) .*, is \(1, 3, 3\)",
+    ),
+    "an encoder without a name of weights": (
+        "encoder",
+        "class broken(Patches):\n    weights = None",
+        ENCODER,
+        "model.encoders.fine",
+        r"weights must be text, is None",
+    ),
+    "a connector whose number of tokens fails": (
+        "connector",
+        "class broken(MlpConnector):\n    def num_tokens(self, grid):\n        return {}['tokens']",
+        CONNECTOR,
+        "model.connector",
+        r"connector 'broken' .*: num_tokens fails: KeyError: 'tokens' \(.*zz_broken\.py, line \d+\)",
+    ),
+    "a connector that exits": (
+        "connector",
+        "class broken(MlpConnector):\n    def forward(self, *given):\n        raise SystemExit(0)",
+        CONNECTOR,
+        "model.connector",
+        r"forward fails: SystemExit: 0",
+    ),
+    "a mixer whose state is a dictionary": (
+        "mixer",
+        "class broken(Small):\n    def new_state(self, rows, device=None, dtype=None):\n        return {}",
+        LANGUAGE,
+        "model.language.mixer",
+        r"mixer 'broken' .*: new_state must give a named tuple of tensors of \d rows, gave \{\}",
+    ),
+    "a dataset that exits": (
+        "dataset",
+        "def broken(split):\n    raise SystemExit(0)",
+        DATA,
+        "stages.align.data",
+        r"fails for the split 'train': SystemExit: 0",
+    ),
+    "a dataset smaller than a batch": (
+        "dataset",
+        "def broken(split):\n    return shards(split, [dict(id='a', type='', conversation=[], images=[])])",
+        DATA,
+        "stages.align.data",
+        r"stages\.align\.batch: the data hold 1 samples, fewer than a batch of 64",
     ),
     "a module that cannot be imported": (
         "connector",
@@ -225,18 +274,18 @@ def test_parts_behind_one_that_reads_values_are_checked(plugin: Callable[[str, s
     plugin(
         "connector",
         "class Reads(Patches):\n    def forward(self, pixels):\n        float(pixels.sum())\n\n"
-        "class broken(MlpConnector):\n    def forward(self, *given):\n        return super().forward(*given)[..., 1:]\n",
+        "class broken(MlpConnector):\n    def forward(self, *given):\n        return super().forward(*given)[..., 1:]",
     )
     import zz_broken
 
     from ssmvl.registry import Entry
 
     components().add([Entry("encoder", "reads", zz_broken.Reads, "zz-broken")])
-    with pytest.raises(RecipeError, match=r"model\.connector: .*forward must give \(2, 9, 128\), gave"):
+    with pytest.raises(RecipeError, match=r"connector: .*must give \(2, 9, 128\), gave"):
         check("quickstart", "model.fusion.order=null", CONNECTOR, "model.encoders.fine=reads")
 
 
-@pytest.mark.parametrize("what", [name for name in BROKEN if BROKEN[name][0] == "dataset"])
+@pytest.mark.parametrize("what", [n for n in BROKEN if BROKEN[n][0] == "dataset" and "batch" not in n])
 def test_check_dataset_finds_the_same(what: str, plugin: Callable[[str, str], None]) -> None:
     kind, code, _, _, why = BROKEN[what]
     plugin(kind, code)

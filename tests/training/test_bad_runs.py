@@ -224,7 +224,7 @@ def test_a_checkpoint_of_another_recipe(tiny: Path, number: int, option: str, me
         ),
         ("stages.finetune.batch=7", "7 samples cannot be shared by 2 ranks; choose a multiple of 2"),
         ("stages.finetune.data={name: shards, folder: nowhere}", "nowhere"),
-        ("stages.finetune.data.train_size=6", "3 samples for this rank are less than its batch of 4"),
+        ("stages.finetune.data.train_size=6", "the data hold 6 samples, fewer than a batch of 8"),
     ],
 )
 def test_what_a_recipe_asks_for_in_vain(tiny: Path, option: str, message: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ssmvl
 from ssmvl.checkpoints import read_tensors
-from ssmvl.errors import RecipeError, RunError
+from ssmvl.errors import DataError, RecipeError
 from ssmvl.interfaces import Grid
 from ssmvl.layers import paths
 from ssmvl.model import blueprint
@@ -147,13 +147,30 @@ def test_a_run_that_is_finished_is_asked_in_the_prompt_that_it_was_trained_with(
     assert [type(one.processor.prompt).__name__ for one in asked] == ["MambaPrompt"]
 
 
-def test_a_metric_that_the_evaluation_does_not_have_ends_the_run_with_one_sentence(tiny: Path) -> None:
+def test_a_metric_that_the_evaluation_does_not_have_is_found_before_the_first_stage(tiny: Path) -> None:
     evaluation = "stages.finetune.evaluation={data: {name: digit_scenes, test_size: 4}, interval: 1ba}"
-    stopper = "{EarlyStopper: {monitor: evaluation/accuracy/cats, dataloader_label: evaluation}}"
+    for monitor in ("accuracy/cats", "blind/readin"):
+        stopper = f"{{EarlyStopper: {{monitor: evaluation/{monitor}, dataloader_label: evaluation}}}}"
+        with pytest.raises(RecipeError, match=f"monitors 'evaluation/{monitor}', but the types of question are "):
+            ssmvl.train(tiny, evaluation, f"stages.finetune.callbacks={stopper}")
+    assert not Path("runs/tiny/align/model").exists()
+
+
+def test_early_stopping_sees_the_accuracy_of_all_questions(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    evaluation = "stages.finetune.evaluation={data: {name: digit_scenes, test_size: 4}, interval: 1ba}"
+    options = "monitor: evaluation/accuracy/all, dataloader_label: evaluation, threshold: -1"
+    ssmvl.train(tiny, *ONE_STAGE, evaluation, f"stages.finetune.callbacks={{ThresholdStopper: {{{options}}}}}")
+    said = capfd.readouterr()
+    assert "evaluation after step 1:" in said.out + said.err
+    assert "evaluation after step 2:" not in said.out + said.err
+
+
+def test_too_few_samples_for_a_batch_are_found_before_the_first_stage(tiny: Path) -> None:
     with pytest.raises(
-        RunError, match="monitors an unknown metric 'evaluation/accuracy/cats'; available: evaluation/loss, "
+        DataError, match=r"stages\.finetune\.batch: the data hold 64 samples, fewer than a batch of 128"
     ):
-        ssmvl.train(tiny, *ONE_STAGE, evaluation, f"stages.finetune.callbacks={stopper}")
+        ssmvl.train(tiny, "stages.finetune.batch=128")
+    assert not Path("runs/tiny/align/model").exists()
 
 
 def test_a_stage_that_trains_its_encoders_resumes(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:

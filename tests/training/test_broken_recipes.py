@@ -49,7 +49,7 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["stages.align.optimizer.lr=.nan"], "stages.align.optimizer.lr", "must be from 0 to 10"),
     (["stages.align.loader.workers=100000"], "stages.align.loader.workers", "must be from 0 to 256"),
     (["stages.align.max_text_tokens=100000000000"], "stages.align.max_text_tokens", r"must be from 1 to 10\^9"),
-    (["model.language.num_layers=100000"], "model.language.num_layers", "must be from 1 to 1,000"),
+    (["model.language.num_layers=100000"], "model.language.num_layers", "must be from 1 to 256"),
     (["seed=-1"], "seed", r"from 0 to 2\^32 - 1"),
     # Files
     (["model.language.weights=/nowhere"], "model.language.weights", "/nowhere: no such file or folder"),

@@ -139,7 +139,7 @@ def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
 
 
 def test_fewer_samples_than_a_batch_are_refused(tiny: Path) -> None:
-    with pytest.raises(DataError, match="7 samples for this rank are less than its batch of 8"):
+    with pytest.raises(DataError, match="the data hold 7 samples, fewer than a batch of 8"):
         ssmvl.train(tiny, "stages.align.data.train_size=7")
 
 

@@ -144,7 +144,6 @@ def test_mistakes_only_composer_knows_are_reported_with_the_others() -> None:
         ("stages.align.train=[]", "stages.align.train"),
         ("stages.align.optimizer.betas=[0.9]", "stages.align.optimizer.betas"),
         ("stages.align.data=digit", "stages.align.data"),
-        ("stages.align=null", "stages.order"),
         ("stages.order=[align, align]", "stages.order"),
         ("stages.order=[align, finetune, third]", "stages.order"),
         ("stages.order=align", "stages.order"),

@@ -25,7 +25,7 @@ from ssmvl.generation.assistant import Assistant
 from ssmvl.processing.batch import collate, pad
 from ssmvl.processing.processor import Processor
 from ssmvl.recipes.merge import Recipe
-from ssmvl.training.composer_classes import LABEL
+from ssmvl.training.composer_classes import LABEL, SHARES
 from ssmvl.training.composer_model import ComposerVLM
 from ssmvl.training.schema import StageEvaluation
 
@@ -33,7 +33,8 @@ ENTRIES = ("encode", "prefill", "step")  # methods other than forward by which s
 
 
 class StageEvaluator(Callback):
-    """Logs `evaluation/loss`, and what `ssmvl.evaluation.results.results` finds, `evaluation/<key>/<type>`.
+    """Logs `evaluation/loss`, and what `ssmvl.evaluation.results.results` finds, `evaluation/<key>/<type>`; type `all`
+    stands for all questions.
 
     The loss is the mean over the supervised tokens of all records, cut as in training. Generation uses the stage's
     prompt, sharded parameters where they lie, and the precision of training.
@@ -105,13 +106,18 @@ class StageEvaluator(Callback):
             assistant = _RankedAssistant(model.model, self._processor, self._recipe)
             answered = ask(assistant, self._questions, _mine(len(self._questions)), self._options)
         total, count = map(sum, zip(*_in_order(losses, len(self._records)), strict=True))
-        found = results(_in_order(answered, len(self._questions)))
+        every = _in_order(answered, len(self._questions))
+        found = results(every)
         if dist.get_global_rank() == 0:
             right = ", ".join(f"{type_ or 'all'} {row['accuracy']:.1%}" for type_, row in found.items())
             tqdm.write(f"evaluation after step {self._asked_at}: loss {total / count:.4f}, right: {right}")
         metrics = {"evaluation/loss": total / count}
         for type_, row in found.items():
-            metrics |= {f"evaluation/{key}/{type_ or 'all'}": row[key] for key in ("accuracy", "blind", "swapped")}
+            shares = dict(zip(SHARES, (row["accuracy"], row["blind"], row["swapped"]), strict=True))
+            metrics |= {f"evaluation/{key}/{type_ or 'all'}": share for key, share in shares.items()}
+        for key, answer in zip(SHARES, ("seen", "blind", "swapped"), strict=True):
+            right = sum(getattr(one, answer) == one.truth for one in every)
+            metrics[f"evaluation/{key}/all"] = right / len(every)
         logger.log_metrics(metrics)
         self._tell_stoppers(metrics, state, logger)
 
