@@ -149,7 +149,7 @@ def foreign(error: BaseException) -> str:
 
 
 def wants_traceback() -> bool:
-    """Whether the user asked for tracebacks (`--traceback` or `SSMVL_TRACEBACK=1`)."""
+    """True if the user asked for tracebacks (`--traceback` or `SSMVL_TRACEBACK=1`)."""
     return os.environ.get("SSMVL_TRACEBACK", "") not in ("", "0")
 
 

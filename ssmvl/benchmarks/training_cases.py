@@ -102,7 +102,7 @@ def _overhead(case: str, recipe: Recipe, size: TrainingSize) -> Row:
 
 
 def _counts(recipe: Recipe) -> Iterator[Row]:
-    """How often a stage binds its recipe and builds its model before its first step."""
+    """Number of times that a stage binds its recipe and builds its model before its first step."""
     from ssmvl.model import blueprint
     from ssmvl.recipes.binding import bind
     from ssmvl.training.checked import check

@@ -1,4 +1,4 @@
-"""What the tensors of a model do not show, and the one comparison of it: module kinds and the values that they keep."""
+"""Settings of a model that its tensors do not show, and their comparison: module types and the values they keep."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def _stating_weights(encoder: Any) -> Any:
 
 
 def lacks_nothing(built: Any, part: object, contract: type[Any]) -> Any:
-    """What was built, if it has every attribute of its contract.
+    """Check that an object has every attribute of its contract, and return it.
 
     Raises:
         ContractError: names the attributes that are missing.

@@ -49,7 +49,7 @@ class Weights:
 
     @property
     def fills_model(self) -> bool:
-        """Whether a whole model has no tensor that the file may lack."""
+        """True if the file holds every tensor of a whole model."""
         return self.layout.part == "model" and not self.layout.absent
 
     def check(self, module: nn.Module) -> None:
@@ -215,6 +215,6 @@ def _recognized(found: Foreign) -> Layout:
 
 
 def _advice(found: Foreign) -> str:
-    """What to do if all names of a file begin with the prefix of a wrapper."""
+    """Advice for a file whose names all begin with the prefix of a wrapper; empty for others."""
     prefix = wrapper_of(found.tensors)
     return f"\nEach name begins with {prefix!r}, which a wrapper adds; {UNWRAP}PATH strips it" if prefix else ""

@@ -160,7 +160,7 @@ class _Trial:
     def _call(
         self, path: str, part: object, method: str, shape: tuple[int, ...], call: Callable[..., object], *given: Any
     ) -> Tensor:
-        """What a part gives, or a tensor of the shape that it should have."""
+        """The output of a part, or a tensor of the shape that it should have."""
         try:
             output = call(*given)
         except _UnknownShapesError:  # reported by a part inside of this one

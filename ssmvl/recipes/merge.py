@@ -232,7 +232,7 @@ def _empty_in_vain(data: Any, over: Any, path: tuple[str, ...] = ()) -> list[Pro
 
 
 def _at(data: Any, path: Sequence[str]) -> Any:
-    """What a dotted path leads to; None if it leads nowhere."""
+    """The value at a dotted path; None if there is none."""
     for part in path:
         data = data.get(part) if isinstance(data, dict) else None
     return data

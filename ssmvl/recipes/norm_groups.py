@@ -9,7 +9,7 @@ SAVED_BESIDE = ("ssmvl.json", ".lock", "*/checkpoints", "model/ssmvl.json")  # o
 
 
 def is_saved(path: Path) -> bool:
-    """Whether a recipe file was written by the library, with a model or in a run folder."""
+    """True if the library wrote a recipe file, with a model or in a run folder."""
     return path.name == "recipe.yaml" and any(any(path.parent.glob(name)) for name in SAVED_BESIDE)
 
 

@@ -18,15 +18,14 @@ METRIC = re.compile(rf"evaluation/(loss|({'|'.join(SHARES)})/(?P<type>.+))")
 PATIENCE = re.compile(r"\d+(ep|ba)?")
 COMPARISONS = ("less", "lt", "greater", "gt")
 STOPPERS = ("EarlyStopper", "ThresholdStopper")
-EVAL_LOOP = "acts in Composer's evaluation loop, which a stage does not have"
 REFUSED = {
     "CheckpointSaver": "a stage has one; set its keys checkpoint and keep, and the recipe's checkpoints",
-    "ActivationMonitor": "it cannot read a connector, one of whose inputs is a Grid",
+    "ActivationMonitor": "it cannot handle connectors, one of whose inputs is a Grid",
     "ExportForInferenceCallback": "it cannot trace a model that reads ragged batches; see ssmvl export",
-    "Generate": "it needs a model of transformers; see the stage's key evaluation",
+    "Generate": "it needs a transformers model; see the stage's key evaluation",
     "ImageVisualizer": "it cannot read a ragged batch; see ssmvl data inspect --png",
     "LoadCheckpoint": "it would overwrite what a resumed stage has learned; see the stage's key init_from",
-    "MLPerfCallback": EVAL_LOOP,
+    "MLPerfCallback": "it acts in Composer's evaluation loop, which a stage does not have",
     "Logger": "it is not a destination of logs; name one, such as FileLogger",
     "LoggerDestination": "it is the base of all loggers and logs nothing; name one, such as FileLogger",
     "InMemoryLogger": "what it keeps is lost when training ends; name another, such as FileLogger",
@@ -35,7 +34,7 @@ REFUSED = {
 
 
 def unknown_types(callbacks: Mapping[str, Any], types: Collection[str]) -> list[str]:
-    """Metrics that early stopping monitors of types of question that an evaluation set does not have.
+    """Monitored metrics of question types that an evaluation set does not have.
 
     Args:
         callbacks: of a stage, by class name, with their options.

@@ -63,7 +63,7 @@ def _repository(name: str) -> str:
 
 
 def _is_in_hub(name: str) -> bool:
-    """Whether a name is an id in the hub, and no path on this machine."""
+    """True if a name is an id in the hub and not a path on this machine."""
     name = name.removeprefix(UNWRAP)
     if name.startswith(HUB_FILE) or not ID.fullmatch(name):
         return name.startswith(HUB_FILE)

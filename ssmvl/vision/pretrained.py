@@ -90,7 +90,7 @@ def settled_tag(source: Source, tag: str, model: str, stem: str, trained: Mappin
 
 
 def weights_place(source: Source, hub: Callable[[], tuple[str, str]], file: str) -> str:
-    """What an encoder states as its `weights`; nothing is looked for.
+    """The `weights` attribute of an encoder; nothing is opened.
 
     Args:
         source: what the option says.

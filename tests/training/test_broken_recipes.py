@@ -58,7 +58,7 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (["model.tokenizer=/nowhere"], "model.tokenizer", "/nowhere: no such file or folder"),
     # Composer's classes
     (["stages.align.callbacks={EarlyStoper: {}}"], "stages.align.callbacks.EarlyStoper", "Did you mean 'EarlyStopper'"),
-    (["stages.align.callbacks={Generate: {}}"], "stages.align.callbacks.Generate", "needs a model of transformers"),
+    (["stages.align.callbacks={Generate: {}}"], "stages.align.callbacks.Generate", "needs a transformers model"),
     (["stages.align.loggers={MosaicMLLogger: {}}"], "stages.align.loggers.MosaicMLLogger", "MosaicML platform only"),
     (
         [EVALUATED, f"{STOPPER}{{monitor: evaluation/los, dataloader_label: evaluation}}"],

@@ -90,9 +90,11 @@ def measure(runs: Sequence[tuple[str, ...]]) -> None:
     libc.mallopt(M_MMAP_THRESHOLD, ONE_BLOCK)
     for overrides in (SMALL, *runs):
         recipe = ssmvl.load_recipe("quickstart", *STAGE, *overrides)
+        stage = check(recipe, weights=False).plan.stages["finetune"]
+        gc.collect()
         libc.malloc_trim(0)
         before = resident("VmRSS")
-        most = step(recipe, check(recipe).plan.stages["finetune"])
+        most = step(recipe, stage)
         gc.collect()
         print("bytes:", most - before)
 
