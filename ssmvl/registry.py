@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -116,7 +115,7 @@ class PluginFailure:
 
 @contextmanager
 def same_defaults(what: str) -> Iterator[None]:
-    """Import foreign code: the default dtype and the seeds belong to the process, not to a plugin. Imports no torch.
+    """Import foreign code: torch's default dtype and seed belong to the process, not to a plugin. Imports no torch.
 
     Raises:
         ContractError: the import changed one of them. All are restored, also where the import itself fails.
@@ -131,41 +130,29 @@ def same_defaults(what: str) -> Iterator[None]:
 
 
 def _defaults() -> dict[str, Any]:
-    """Torch's default dtype and seed, and the states of all random generators that are imported."""
-    torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
-    found: dict[str, Any] = {"random": random.getstate()}
-    if numpy is not None:
-        found["numpy"] = numpy.random.get_state()
-    if torch is not None:
-        found |= {"dtype": torch.get_default_dtype(), "seed": torch.initial_seed(), "torch": torch.get_rng_state()}
-    return found
+    """Torch's default dtype, seed and random state; empty if torch is not imported."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {}
+    return {"dtype": torch.get_default_dtype(), "seed": torch.initial_seed(), "state": torch.get_rng_state()}
 
 
 def _restored(before: Mapping[str, Any]) -> list[str]:
-    """Restore what changed; a generator from which numbers were drawn is restored without a word."""
+    """Restore what changed, and name it; random numbers that were merely drawn are not mentioned."""
     after, changed = _defaults(), []
-    # A seed replaces the words of a Mersenne twister; drawing advances its position, which stands last.
-    if after["random"][1][:-1] != before["random"][1][:-1]:
-        changed.append("the seed of random")
-    random.setstate(before["random"])
-    if "numpy" in before:
-        if (after["numpy"][1] != before["numpy"][1]).any():
-            changed.append("numpy's seed")
-        sys.modules["numpy"].random.set_state(before["numpy"])
-    if "dtype" not in after:
+    if not after:
         return changed
     torch = sys.modules["torch"]
     dtype = before.get("dtype", torch.float32)
     if after["dtype"] != dtype:
         torch.set_default_dtype(dtype)
         changed.append(f"torch's default dtype to {after['dtype']}")
-    if "seed" not in before and after["seed"] < MANUAL_SEED:
-        torch.seed()
+    if after["seed"] != before.get("seed", after["seed"]) or (not before and after["seed"] < MANUAL_SEED):
         changed.append(f"torch's seed to {after['seed']}")
-    elif "seed" in before:
-        if after["seed"] != before["seed"]:
-            changed.append(f"torch's seed to {after['seed']}")
-        torch.set_rng_state(before["torch"])
+    if before:
+        torch.set_rng_state(before["state"])
+    elif after["seed"] < MANUAL_SEED:
+        torch.seed()
     return changed
 
 
