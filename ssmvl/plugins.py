@@ -94,8 +94,9 @@ def discover(core: object) -> Registry:
             continue
         for point in points:
             plugin = Plugin(name, version, point.name, point.value)
-            known |= {point.name, point.module}
-            if disabled & {*map(_canonical, (name, point.name, point.module))}:
+            names = (name, point.name, point.value.partition(":")[0])
+            known |= {*names}
+            if disabled & {*map(_canonical, names)}:
                 registry.disabled.append(plugin)
                 continue
             try:

@@ -139,7 +139,7 @@ def _defaults() -> dict[str, Any]:
 
 def _restored(before: Mapping[str, Any]) -> list[str]:
     """Restore what changed, and name it; random numbers that were merely drawn are not mentioned."""
-    after, changed = _defaults(), []
+    after, changed = _defaults(), list[str]()
     if not after:
         return changed
     torch = sys.modules["torch"]
