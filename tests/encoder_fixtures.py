@@ -11,11 +11,11 @@ import open_clip
 import pytest
 import torch
 from ssmvl_open_clip.encoders import open_clip_encoder
+from standalone_weights import load_weights
 from torch import nn
 
 from ssmvl.checkpoints import write_tensors
 from ssmvl.errors import CheckpointError
-from ssmvl.model.loading import load_weights
 
 TEXT = {"context_length": 8, "vocab_size": 40, "width": 16, "heads": 2, "layers": 3}
 CLIP = {"image_size": 64, "layers": 4, "width": 32, "patch_size": 16, "head_width": 16}

@@ -69,7 +69,7 @@ def open_checkpoint(path: str | Path, *, verify: bool = True, unwrap: bool = Fal
 
 
 def wrapper_of(names: Collection[str]) -> str:
-    """The prefix of a wrapper that all names share; empty if there is none."""
+    """The wrapper prefix shared by all names, or an empty string."""
     return next((prefix for prefix in WRAPPERS if names and all(name.startswith(prefix) for name in names)), "")
 
 

@@ -90,7 +90,7 @@ def _unknown(path: str, kind: str, node: Any) -> Iterator[Problem]:
 
     node = {"name": node} if isinstance(node, str) else node
     if not isinstance(node, dict) or not isinstance(node.get("name"), str):
-        return  # what else is wrong with it is said when it is bound
+        return  # binding reports any other mistake
     try:
         entry = components().find(kind, node["name"])
     except SsmvlError as error:

@@ -1,4 +1,4 @@
-"""Datasets asked for a split: what they give, or one message about what is wrong with them."""
+"""Open the split of a dataset, and check what it returns."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def open_data(dataset: Callable[..., Data], split: str) -> Data:
         split: `train` or `test`.
 
     Raises:
-        DataError: there are no shards, or the dataset fails.
-        ContractError: it gives something else than shards.
+        DataError: the folder holds no shards, or the dataset fails.
+        ContractError: it returns something other than shards.
     """
     name = _name(dataset)
     try:

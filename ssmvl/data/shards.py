@@ -176,7 +176,7 @@ def _check_index(folder: Path, split: str, url: str = "") -> None:
         raw = {shard["raw_data"]["basename"]: shard["samples"] for shard in shards if not shard.get("zip_data")}
     except FileNotFoundError as error:
         wanted = f"`shards` takes a folder in which {split}/index.json lists the MDS shards of the split {split}"
-        raise DataError(f"{shown}: there is no such file; {wanted}") from error
+        raise DataError(f"{shown} does not exist; {wanted}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{shown} is no index of MDS shards ({type(error).__name__}: {error})") from error
     if lacking:

@@ -242,7 +242,7 @@ def first_record(data: Data) -> dict[str, Any]:
     """The first record, its images undecoded.
 
     Raises:
-        DataError: there is none, or see `read_records`.
+        DataError: the shards are empty or damaged; see `read_records`.
     """
     found = next((record for stream in _streams(data) for record in _read(stream.place)), None)
     if found is None:

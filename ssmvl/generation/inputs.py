@@ -24,7 +24,7 @@ def check_lists(prompts: object, images: object, max_new_tokens: object) -> None
             what = f"number {number} is a {type(prompt).__name__}: {prompt!r}"
             raise DataError(f"prompts must be a list of texts or of conversations; {what}")
         if isinstance(prompt, str) and prompt != prompt.encode(errors="replace").decode():
-            raise DataError(f"prompt {number} holds half a surrogate pair, which is no text: {prompt!r}")
+            raise DataError(f"prompt {number} holds half a surrogate pair, which is not valid text: {prompt!r}")
         if not isinstance(prompt, str) and len(prompt) % 2 == 0:
             raise DataError(f"prompt {number} must end with a message of the user; it has {len(prompt)} messages")
     if isinstance(images, str | bytes) or not (images is None or isinstance(images, Sequence)):

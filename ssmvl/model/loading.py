@@ -19,7 +19,7 @@ from ssmvl.model.vlm import VisionLanguageModel
 from ssmvl.plugins import components
 
 UNWRAP = "unwrap:"
-PARTS = {  # what a file of each part holds, and where a recipe names it
+PARTS = {  # contents of a file of each part, and the key of a recipe that names it
     "language": ("a language model", "model.language.weights"),
     "encoder": ("an encoder", "model.encoders.NAME.weights"),
     "model": ("a whole model", "init_from of a stage, or weights= of build_model"),
@@ -125,20 +125,6 @@ def open_part(model: VisionLanguageModel, part: str, *, verify: bool = True) -> 
     return opened
 
 
-def load_weights(module: Any) -> None:
-    """Load the weights that an encoder or a language model names into it.
-
-    Args:
-        module: an encoder or a language model, on its own.
-
-    Raises:
-        CheckpointError: they cannot be found or fetched, are damaged, or do not fit; nothing was copied.
-    """
-    if module.weights != "none":
-        part: Literal["language", "encoder"] = "language" if hasattr(module, "embed") else "encoder"
-        open_weights(module.weights, part, getattr(module, "weights_layout", None)).load(module)
-
-
 def open_weights(
     name: str | Path,
     part: Literal["language", "encoder", "model"],
@@ -168,7 +154,7 @@ def open_weights(
     layout = _recognized(found) if own is None else _own_layout(own, found)
     if layout.part != part:
         noun, where = PARTS[layout.part]
-        raise CheckpointError(f"{found.source}: it holds {noun}; name it as {where}")
+        raise CheckpointError(f"{found.source}: this file holds {noun}; load it with {where}")
     return Weights(found, layout)
 
 
@@ -205,9 +191,9 @@ def _recognized(found: Foreign) -> Layout:
         what = f"{' and '.join(layouts)} all recognize" if layouts else "no registered layout recognizes"
         first = short(", ".join(sorted(found.tensors)[:3]))
         kind = found.config.get("model_type")
-        said = f"; its config.json is of model_type {kind!r}" if kind and not layouts else ""
+        config = f"; its config.json has model_type {kind!r}" if kind and not layouts else ""
         raise CheckpointError(
-            f"{found.source}: {what} its names ({first}, …){said}. Layouts: {', '.join(registered)}{failures}"
+            f"{found.source}: {what} its names ({first}, …){config}. Layouts: {', '.join(registered)}{failures}"
             + _advice(found)
         )
     (layout,) = layouts.values()

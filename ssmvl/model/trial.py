@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
@@ -21,8 +22,8 @@ from ssmvl.recipes.binding import Bound
 IMAGES, TEXT = 2, 8  # images, and text positions behind each
 PLACEMENTS = ("before_all_text", "in_place")
 TALK = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
-# What torch says where code reads values, which tensors on `meta` do not have.
-NEEDS_VALUES = ("meta tensor", "meta device", "Meta tensor", "on meta", "'Meta' backend", "data-dependent")
+# Torch has no exception class for code that reads the values of a tensor on `meta`, only these messages.
+NEEDS_VALUES = re.compile(r"meta tensor|meta device|on meta|'meta' backend|data-dependent", re.IGNORECASE)
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def prompt_problems(path: str, prompt: Bound) -> list[Problem]:
 
 
 class _UnknownShapesError(Exception):
-    """A part does not say which shapes it takes and gives."""
+    """The shapes that follow cannot be known; the reason was reported."""
 
 
 class _Trial:
@@ -82,7 +83,9 @@ class _Trial:
         at = "model.fusion", parts.fusion
         fused = self._call(*at, "forward", (IMAGES, fusion.grid.length, fusion.width), fusion, features)
         language, at = cast(LanguageModel, model.language), ("model.connector", parts.connector)
-        tokens = self._count_of(*at, lambda: cast(Any, model.connector).num_tokens(model.grid))
+        tokens = self._value(*at, "num_tokens", lambda: model.tokens_per_image)
+        is_count = isinstance(tokens, int) and tokens > 0
+        self._require(*at, is_count, f"num_tokens must give a whole number from 1, gave {tokens!r}")
         shape = (IMAGES, tokens, language.width)
         visual = self._call(*at, "forward", shape, model.connector, fused, model.grid)
         self._read(language, visual)
@@ -109,17 +112,13 @@ class _Trial:
         hidden = self._call(*at, "backbone", (IMAGES, length, width), language.backbone, embeds)
         self._call(*at, "head", (IMAGES, rows), language.head, hidden[:, -1])
         lengths = torch.full((IMAGES,), length, device="meta")
-        try:
-            state = language.new_state(IMAGES, "meta")
-        except (Exception, SystemExit) as error:  # foreign code
-            self._report(*at, "new_state", error)
-            return
+        state = self._value(*at, "new_state", lambda: language.new_state(IMAGES, "meta"))
         self._call(*at, "prefill", (IMAGES, length, width), language.prefill, embeds, lengths, state)
         self._call(*at, "step", (IMAGES, width), language.step, embeds[:, 0], state)
 
     @contextmanager
     def watched_mixers(self) -> Iterator[None]:
-        """Compare what each mixer gives with what it was given."""
+        """Compare the output and the state of each mixer with its input."""
         with ExitStack() as stack:
             for bound, module in self.blueprint.made:
                 if bound.entry is not None and bound.entry.kind == "mixer" and isinstance(module, nn.Module):
@@ -135,11 +134,7 @@ class _Trial:
 
         @wraps(call)
         def watched(rows: int, *args: Any, **kwargs: Any) -> Any:
-            try:
-                state = call(rows, *args, **kwargs)
-            except (Exception, SystemExit) as error:  # foreign code
-                self._report(bound.path, bound, "new_state", error)
-                raise _UnknownShapesError from error
+            state = self._value(bound.path, bound, "new_state", lambda: call(rows, *args, **kwargs))
             tensors = state if isinstance(state, tuple) and hasattr(state, "_asdict") else [None]
             rows_first = all(isinstance(one, Tensor) and one.shape[:1] == (rows,) for one in tensors)
             what = f"new_state must give a named tuple of tensors of {rows} rows, gave {state!r}"
@@ -163,8 +158,6 @@ class _Trial:
         """The output of a part, or a tensor of the shape that it should have."""
         try:
             output = call(*given)
-        except _UnknownShapesError:  # reported by a part inside of this one
-            raise
         except (Exception, SystemExit) as error:  # a foreign part may raise anything
             self._report(path, part, method, error)
         else:
@@ -175,12 +168,11 @@ class _Trial:
         return torch.empty(shape, device="meta")
 
     def _report(self, path: str, part: object, method: str, error: BaseException) -> None:
-        if isinstance(error, _UnknownShapesError):
+        if isinstance(error, _UnknownShapesError):  # reported by a part inside of this one
             raise error
-        if isinstance(error, NotImplementedError | RuntimeError) and any(text in str(error) for text in NEEDS_VALUES):
-            self.notes[f"{path}: not checked, {method} of {part} reads values, which tensors on meta do not have"] = (
-                None
-            )
+        if isinstance(error, RuntimeError) and NEEDS_VALUES.search(str(error)):
+            note = f"{path}: not checked, {method} of {part} reads values, which tensors on meta do not have"
+            self.notes[note] = None
         else:
             self.problems[Problem(path, f"{part}: {method} fails: {foreign(error)}")] = None
 
@@ -189,12 +181,10 @@ class _Trial:
             self.problems[Problem(path, f"{part}: {message}")] = None
             raise _UnknownShapesError
 
-    def _count_of(self, path: str, part: object, count: Callable[[], object]) -> int:
+    def _value(self, path: str, part: object, method: str, call: Callable[[], Any]) -> Any:
+        """The result of a method that the rest of the trial depends on."""
         try:
-            tokens = count()
+            return call()
         except (Exception, SystemExit) as error:  # foreign code
-            self._report(path, part, "num_tokens", error)
+            self._report(path, part, method, error)
             raise _UnknownShapesError from error
-        is_count = isinstance(tokens, int) and tokens > 0
-        self._require(path, part, is_count, f"num_tokens must give a whole number from 1, gave {tokens!r}")
-        return cast(int, tokens)

@@ -25,7 +25,7 @@ class Bound:
     Attributes:
         label: "connector 'mlp' (ssmvl)", for messages.
         path: where the recipe has it.
-        node: as the recipe has it, `{name: …, options}`; empty if it is no registered component.
+        node: as the recipe has it, `{name: …, options}`; empty unless it is a registered component.
         entry: the registered component; None if it is not one.
     """
 
@@ -125,7 +125,7 @@ def bind(
 
 
 class Option(NamedTuple):
-    """One option of a component, as a user reads it; the default is empty if it must be given."""
+    """One option of a component, as a user reads it; `default` is empty for required options."""
 
     name: str
     type: str

@@ -172,7 +172,7 @@ def _read_with_bases(path: Path, children: tuple[Path, ...] = ()) -> dict[str, A
     children = (*children, path.resolve())
     if base.resolve() in children:
         chain = " -> ".join(map(str, (*children, base.resolve())))
-        raise RecipeError([Problem("base", f"recipes are based on each other: {chain}")], str(path))
+        raise RecipeError([Problem("base", f"circular bases: {chain}")], str(path))
     below = _read_with_bases(base, children)
     if problems := [*_removed_in_vain(below, data), *_empty_in_vain(below, data)]:
         raise RecipeError(problems, str(path))
@@ -195,7 +195,7 @@ def _overridden(data: dict[str, Any], overrides: Iterable[str], source: str) -> 
             if path[: len(group)] == group and len(path) > len(group) + 1 and isinstance(known, dict):
                 name = path[len(group)]
                 if name not in known and name != "order":
-                    what = f"no such {noun}.{nearest(name, set(known) - {'order'})} A new one is given whole"
+                    what = f"{_unknown(noun, name, known)} To add one, set it as a whole"
                     partial.setdefault(".".join((*group, name)), Problem(".".join(path), what))
         data = merge(data, over)
     for name, problem in partial.items():
@@ -214,11 +214,15 @@ def _removed_in_vain(data: dict[str, Any], over: dict[str, Any]) -> list[Problem
         known, wanted = _at(data, group), _at(over, group)
         if isinstance(known, dict) and isinstance(wanted, dict):
             problems += [
-                Problem(".".join((*group, str(name))), f"no such {noun}.{nearest(str(name), set(known) - {'order'})}")
+                Problem(".".join((*group, str(name))), _unknown(noun, str(name), known))
                 for name, value in wanted.items()
                 if value is None and name not in known and name != "order"
             ]
     return problems
+
+
+def _unknown(noun: str, name: str, known: Iterable[str]) -> str:
+    return f"unknown {noun} {name!r}.{nearest(name, set(known) - {'order'})}"
 
 
 def _empty_in_vain(data: Any, over: Any, path: tuple[str, ...] = ()) -> list[Problem]:
@@ -232,7 +236,7 @@ def _empty_in_vain(data: Any, over: Any, path: tuple[str, ...] = ()) -> list[Pro
 
 
 def _at(data: Any, path: Sequence[str]) -> Any:
-    """The value at a dotted path; None if there is none."""
+    """The value at a dotted path, or None."""
     for part in path:
         data = data.get(part) if isinstance(data, dict) else None
     return data

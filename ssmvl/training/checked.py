@@ -74,7 +74,7 @@ class Checked(Blueprint):
         """The processor that a stage trains with, the first one's if None, and what to call it.
 
         Raises:
-            RecipeError: there is no such stage.
+            RecipeError: the stage is unknown.
             CheckpointError: the tokenizer cannot be found.
         """
         name = stage or next(iter(self.plan.stages))
@@ -86,7 +86,7 @@ def stage_processor(recipe: str | Path | Recipe | Checked, stage: str | None) ->
     """The processor that a stage of a recipe trains with, and what to call it; of a recipe without stages, the model's.
 
     Raises:
-        RecipeError: there is no such stage, or the recipe has mistakes.
+        RecipeError: the stage is unknown, or the recipe has mistakes.
         CheckpointError: the tokenizer cannot be found.
     """
     if not isinstance(recipe, Checked):
@@ -102,7 +102,7 @@ def stage_processor(recipe: str | Path | Recipe | Checked, stage: str | None) ->
 def _require_stage(recipe: Recipe, name: str) -> None:
     stages = recipe.data.get("stages") or {}
     if name not in stages:
-        raise RecipeError([Problem("stages", f"there is no stage {name!r}.{nearest(name, stages)}")], recipe.source)
+        raise RecipeError([Problem("stages", f"unknown stage {name!r}.{nearest(name, stages)}")], recipe.source)
 
 
 def check(recipe: str | Path | Recipe | Checked, *overrides: str, weights: bool = True, data: bool = False) -> Checked:
@@ -159,7 +159,7 @@ def check(recipe: str | Path | Recipe | Checked, *overrides: str, weights: bool 
 
 
 def _composer_problems(recipe: Recipe, notes: list[str]) -> list[Problem]:
-    """Wrong names and options of Composer's classes, and stages in no order."""
+    """Mistakes in the names and options of Composer's classes, and in the order of stages."""
     stages = recipe.data.get("stages")
     if not isinstance(stages, dict):
         return []
@@ -220,7 +220,7 @@ def _tokenizer_problems(checked: Checked) -> list[Problem]:
     """Read the tokenizer, if it is on this machine; it must have the language model's number of ids."""
     name = checked.parts.tokenizer
     if tokenizer_here(name) is None:
-        what = f"not checked, {name} is not in the hub's cache; training fetches it"
+        what = f"not checked, {name} is not in the hub's cache; it is downloaded when training starts"
         checked.notes.append(f"model.tokenizer: {what}")
         return []
     try:

@@ -102,7 +102,7 @@ def _check_stopper(path: str, options: dict[str, Any], stage: dict[str, Any]) ->
     if not METRIC.fullmatch(str(options["monitor"])):
         shares = ", ".join(f"evaluation/{share}/TYPE" for share in SHARES)
         allowed = f"evaluation/loss, {shares}; TYPE is a type of question, or all"
-        problems.append(Problem(f"{path}.monitor", f"there is no metric {options['monitor']!r}; allowed is {allowed}"))
+        problems.append(Problem(f"{path}.monitor", f"unknown metric {options['monitor']!r}; allowed: {allowed}"))
     if not PATIENCE.fullmatch(str(options.get("patience", "1ep"))):
         what = f"received {options['patience']!r}, allowed are epochs or batches, e.g. 2ep or 500ba"
         problems.append(Problem(f"{path}.patience", what))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 from composer import Algorithm, Event, Logger, State
 from composer.models import ComposerModel
@@ -44,7 +44,7 @@ class ComposerVLM(ComposerModel):
         self.packed = packed and cast(LanguageModel, model.language).recurrent
         units = list(model.shard_units())
         # Composer asks the child of a ComposerModel which of its modules are sharded as one each.
-        model.fsdp_wrap_fn = lambda module: any(module is unit for unit in units)  # type: ignore[assignment]
+        cast(Any, model).fsdp_wrap_fn = lambda module: any(module is unit for unit in units)
         freeze_others(model, train)
         if checkpointing:
             checkpoint_activations(model)

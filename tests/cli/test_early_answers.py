@@ -1,4 +1,4 @@
-"""What a verb finds out before it imports torch, and what `list` says of one component."""
+"""Mistakes reported before torch is imported, and the description of a component."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_check_opens_the_data_if_asked(capsys: Capture, tmp_path: Path, monkeypa
     assert main([*command, "--data"]) == 2
     said = capsys.readouterr().err
     assert "1 problem" in said
-    assert "evaluation.data: gone/test/index.json: there is no such file" in said
+    assert "evaluation.data: gone/test/index.json does not exist" in said
     assert (tmp_path / "data").exists()
 
 

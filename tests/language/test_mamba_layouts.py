@@ -364,6 +364,6 @@ def test_what_transformers_has_no_layout_for() -> None:
 
 def test_a_language_model_is_not_a_whole_model(tmp_path: Path) -> None:
     hf_mamba1(True).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"it holds a language model; name it as model\.language"):
+    with pytest.raises(CheckpointError, match=r"this file holds a language model; load it with model\.language"):
         open_weights(tmp_path, "model")
     assert "lm_head.weight" not in open_checkpoint(tmp_path).tensors

@@ -123,7 +123,8 @@ def test_names_that_nobody_knows(tmp_path: Path) -> None:
 def test_a_whole_model_is_no_language_model(tmp_path: Path) -> None:
     write_tensors(tmp_path / "model.safetensors", ssmvl.build_model("quickstart").state_dict())
     with pytest.raises(
-        CheckpointError, match=r"it holds a whole model; name it as init_from of a stage, or weights= of build_model"
+        CheckpointError,
+        match=r"this file holds a whole model; load it with init_from of a stage, or weights= of build_model",
     ):
         open_weights(tmp_path, "language")
 

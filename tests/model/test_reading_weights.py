@@ -107,7 +107,9 @@ def test_an_encoder_of_a_plugin_is_read_in_a_registered_layout(install_plugin: I
     write_tensors(path, {"patches.weight": weight[1:], "patches.bias": bias})
     with pytest.raises(CheckpointError, match=r"conv\.weight .* is \(15, 3, 16, 16\), the model has \(16, 3, 16, 16\)"):
         ssmvl.build_model("quickstart", *PLAIN, override, weights="recipe")
-    with pytest.raises(CheckpointError, match=r"it holds an encoder; name it as model\.encoders\.NAME\.weights"):
+    with pytest.raises(
+        CheckpointError, match=r"this file holds an encoder; load it with model\.encoders\.NAME\.weights"
+    ):
         ssmvl.build_model("quickstart", weights=path)
 
 

@@ -21,7 +21,10 @@ from ssmvl.training.run import main as composer_main
 ROOT = Path(__file__).parents[2]
 CSM = "ablation:ml_mamba/table7/csm"
 ENTRY = "table: t1, row: a, recipe: quickstart, overrides: [seed=1], published: {VQAv2: 1}"
-NOT_CHECKED = "model.tokenizer: not checked, EleutherAI/gpt-neox-20b is not in the hub's cache; training fetches it"
+NOT_CHECKED = (
+    "model.tokenizer: not checked, EleutherAI/gpt-neox-20b is not in the hub's cache; "
+    "it is downloaded when training starts"
+)
 Capture = pytest.CaptureFixture[str]
 Write = Callable[[str], Path]
 

@@ -268,7 +268,7 @@ def test_bases_have_bases_of_any_number(write: Write) -> None:
 def test_bases_that_form_a_cycle_are_refused(write: Write) -> None:
     write("base: mine.yaml\n", "under.yaml")
     found = message(write("base: under.yaml\nmodel: {}\n"))
-    assert "base: recipes are based on each other: " in found
+    assert "base: circular bases: " in found
     assert found.endswith("mine.yaml")
 
 

@@ -81,7 +81,7 @@ def test_what_is_checked_is_taken_in_place_of_a_recipe(tiny: Path, counted: Coun
     assert counted["bound"] == 1
     assert (counted["built on meta"], counted["built on cpu"]) == (2, 2)
     assert {name: parameter.requires_grad for name, parameter in found.model.named_parameters()} == before
-    with pytest.raises(RecipeError, match="there is no stage 'nope'"):
+    with pytest.raises(RecipeError, match="unknown stage 'nope'"):
         checked.stage_processor(found, "nope")
 
 

@@ -17,11 +17,11 @@ EVALUATED = "stages.align.evaluation={data: digit_scenes}"
 STOPPER = "stages.align.callbacks.EarlyStopper="
 BROKEN: list[tuple[list[str], str, str]] = [
     # Names
-    (["stages.algin=null"], "stages.algin", r"no such stage\. Did you mean 'align'\?"),
-    (["model.encoders.fien=null"], "model.encoders.fien", r"no such encoder\. Did you mean 'fine'\?"),
+    (["stages.algin=null"], "stages.algin", r"unknown stage 'algin'\. Did you mean 'align'\?"),
+    (["model.encoders.fien=null"], "model.encoders.fien", r"unknown encoder 'fien'\. Did you mean 'fine'\?"),
     (["stages={}"], "stages", "an empty one changes nothing; to remove an entry, set it to null"),
     (["model.encoders={}"], "model.encoders", "an empty one changes nothing"),
-    (["stages.finetun.batch=4"], "stages.finetun.batch", r"no such stage\. Did you mean 'finetune'\?"),
+    (["stages.finetun.batch=4"], "stages.finetun.batch", r"unknown stage 'finetun'\. Did you mean 'finetune'\?"),
     (["model.encoders.corse.stem=fine"], "model.encoders.corse.stem", r"Did you mean 'coarse'\?"),
     (["stage=finetun"], "stage", r"'finetun' is not a stage of this recipe.* Did you mean 'finetune'\?"),
     (["stages.order=[align]"], "stages.order", "must name each stage once"),
@@ -63,7 +63,7 @@ BROKEN: list[tuple[list[str], str, str]] = [
     (
         [EVALUATED, f"{STOPPER}{{monitor: evaluation/los, dataloader_label: evaluation}}"],
         "stages.align.callbacks.EarlyStopper.monitor",
-        "there is no metric 'evaluation/los'; allowed is evaluation/loss",
+        "unknown metric 'evaluation/los'; allowed: evaluation/loss",
     ),
     (
         [EVALUATED, f"{STOPPER}{{monitor: evaluation/loss, dataloader_label: eval}}"],
@@ -85,10 +85,6 @@ def test_a_broken_recipe_is_refused_at_the_place(overrides: list[str], path: str
     (problem,) = error.value.problems
     assert problem.path == path
     assert re.search(why, problem.message), problem.message
-
-
-def test_there_are_at_least_forty() -> None:
-    assert len(BROKEN) >= 40
 
 
 def test_weights_that_do_not_fit_are_found_before_they_are_needed(tmp_path: Path) -> None:

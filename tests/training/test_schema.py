@@ -240,7 +240,7 @@ def test_a_tokenizer_of_the_hub_is_read_where_it_was_fetched_before(hub: Hub) ->
     folder, recipe = hub.model("owner/lm"), load_recipe("quickstart", "model.tokenizer=owner/lm")
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text("{}")
-    note = "model.tokenizer: not checked, owner/lm is not in the hub's cache; training fetches it"
+    note = "model.tokenizer: not checked, owner/lm is not in the hub's cache; it is downloaded when training starts"
     assert check(recipe).notes == [note]
     hf_hub_download("owner/lm", "tokenizer.json")  # without its config its end is not known
     assert check(recipe).notes == [note]

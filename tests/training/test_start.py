@@ -27,7 +27,7 @@ def no_data(part: str) -> str:
 @pytest.mark.parametrize("part", ["stages.align", "stages.finetune", "evaluation"])
 def test_data_that_is_nowhere_is_missed_before_weights_are_fetched(tiny: Path, hub: Hub, part: str) -> None:
     for seed in (0, 1):  # the run that failed keeps its name from nobody
-        with pytest.raises(DataError, match=rf"no_{part.rpartition('.')[2]}/\w+/index\.json: there is no such file"):
+        with pytest.raises(DataError, match=rf"no_{part.rpartition('.')[2]}/\w+/index\.json does not exist"):
             ssmvl.train(tiny, BIG, no_data(part), f"seed={seed}")
     assert hub.requests == []
 
@@ -56,7 +56,7 @@ def test_what_the_first_rank_misses_ends_both(tiny: Path) -> None:
             first_rank(Session(check(found)).prepare)
         print(f"{caught.type.__name__}: {caught.value}", flush=True)
 
-    missing = "no_align/train/index.json: there is no such file"
+    missing = "no_align/train/index.json does not exist"
     said = two_ranks(prepare, tiny.parent)
     assert f"DataError: {missing}" in said[0]
     assert f"RunError: {missing}" in said[1]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from standalone_weights import load_weights
 
 import ssmvl
 from ssmvl.checkpoints import write_tensors
 from ssmvl.data.scenes.digits import CELLS, digit_images, draw
-from ssmvl.model.loading import load_weights
 from ssmvl.vision.digit_vit import EMPTY, SHIPPED, VARIANTS, digit_vit
 from ssmvl.vision.encoders import VitEncoder
 

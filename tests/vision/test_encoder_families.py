@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from ssmvl_open_clip.encoders import open_clip_encoder
+from standalone_weights import load_weights
 
 from ssmvl.errors import ContractError, RecipeError
 from ssmvl.interfaces import Grid
 from ssmvl.model.build import build_model
-from ssmvl.model.loading import load_weights
 from ssmvl.vision.digit_vit import digit_vit
 from ssmvl.vision.encoders import NEVER_RUN, VitEncoder, timm_encoder
 

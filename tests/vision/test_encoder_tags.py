@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from standalone_weights import load_weights
 
 from ssmvl.checkpoints import write_tensors
 from ssmvl.errors import CheckpointError, ContractError
-from ssmvl.model.loading import load_weights
 from ssmvl.vision.encoders import timm_encoder
 
 

@@ -12,13 +12,13 @@ import timm
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
+from standalone_weights import load_weights
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from torch import nn
 
 from ssmvl.checkpoints import hub, write_tensors
 from ssmvl.errors import CheckpointError
-from ssmvl.model.loading import load_weights
 from ssmvl.vision.encoders import VitEncoder, timm_encoder
 
 Refused = Callable[[nn.Module, str], None]

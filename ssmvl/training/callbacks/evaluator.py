@@ -33,8 +33,7 @@ ENTRIES = ("encode", "prefill", "step")  # methods other than forward by which s
 
 
 class StageEvaluator(Callback):
-    """Logs `evaluation/loss`, and what `ssmvl.evaluation.results.results` finds, `evaluation/<key>/<type>`; type `all`
-    stands for all questions.
+    """Logs `evaluation/loss`, and `evaluation/<share>/<type>` for each type of question and for `all` questions.
 
     The loss is the mean over the supervised tokens of all records, cut as in training. Generation uses the stage's
     prompt, sharded parameters where they lie, and the precision of training.
@@ -59,7 +58,7 @@ class StageEvaluator(Callback):
         self._best: dict[str, list[float]] = {}  # of each that a checkpoint had: value, epoch and batch
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Tell FSDP2 by which methods its units are entered; before it has sharded them this does nothing."""
+        """Restore early stopping, and register with FSDP2 the methods by which its units are entered."""
         self._stoppers = [one for one in state.callbacks if isinstance(one, EarlyStopper | ThresholdStopper)]
         for stopper in self._stoppers:
             if isinstance(stopper, EarlyStopper) and type(stopper).__name__ in self._best:
@@ -82,7 +81,7 @@ class StageEvaluator(Callback):
         return {"stoppers": json.dumps({"best": best, "stopped": self._stopped})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it when the stage resumes."""
+        """Restore the state of early stopping when the stage resumes."""
         saved = json.loads(state.get("stoppers", "{}"))
         self._best, self._stopped = saved.get("best", {}), saved.get("stopped", False)
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from ssmvl_open_clip.encoders import ClipEncoder, open_clip_encoder
+from standalone_weights import load_weights
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ssmvl.checkpoints import write_tensors
 from ssmvl.errors import ContractError
 from ssmvl.interfaces import Grid, ImageSpec
-from ssmvl.model.loading import load_weights
 from ssmvl.recipes.binding import bind_part
 from ssmvl.testing import check_encoder
 from ssmvl.vision.encoders import VitEncoder, timm_encoder

@@ -15,13 +15,13 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from ssmvl_open_clip.encoders import open_clip_encoder
+from standalone_weights import load_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmvl.checkpoints import hub, write_tensors
 from ssmvl.errors import CheckpointError, ContractError
 from ssmvl.interfaces import Grid
-from ssmvl.model.loading import load_weights
 
 Refused = Callable[[nn.Module, str], None]
 Written = Callable[[str], Path]

@@ -1,0 +1,13 @@
+"""Weights of a part on its own, as tests of encoders load them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ssmvl.model.loading import open_weights
+
+
+def load_weights(encoder: Any) -> None:
+    """Load the file that an encoder names into it."""
+    if encoder.weights != "none":
+        open_weights(encoder.weights, "encoder", getattr(encoder, "weights_layout", None)).load(encoder)
