@@ -52,7 +52,7 @@ def recipe_path(name: str) -> Path:
     for root in (spec and spec.submodule_search_locations) or []:
         if (Path(root) / rest).is_file():
             return Path(root) / rest
-    raise RecipeError([Problem("", f"{entry} says it lies in {entry.target}, but there is no such file")], name)
+    raise RecipeError([Problem("", f"{entry} says it lies in {entry.target}, which does not exist")], name)
 
 
 def recipe_names() -> list[str]:
