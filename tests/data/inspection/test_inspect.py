@@ -182,7 +182,7 @@ def test_bad_requests_are_errors(folder: Path, said: Any, recipe: str, tmp_path:
         said(tmp_path, "no recipe, which is not looked for yet")
     with pytest.raises(DataError, match="-5 samples cannot be looked at; 0 looks at all"):
         said(folder, samples=-5)
-    with pytest.raises(RecipeError, match=r"no stage 'finetun'. Did you mean 'finetune'\? Allowed: align, finetune"):
+    with pytest.raises(RecipeError, match=r"unknown stage 'finetun'. Did you mean 'finetune'\? Allowed: align, finetune"):
         said(folder, recipe, "finetun")
     with pytest.raises(RecipeError, match="no recipe named 'quikstart'"):
         said(folder, "quikstart")
