@@ -22,9 +22,12 @@ MODULES = {  # with their submodules
     "ssmvl.vision.transforms": "ssmvl.processing.transforms",
     "ssmvl.vlm": "ssmvl.model.vlm",
 }
-NAMES = {  # that left a module which stays
+NAMES = {  # names that were renamed, or moved out of a module that still exists
+    "ssmvl.checkpoints.Foreign": "ssmvl.checkpoints.OpenedCheckpoint",
     "ssmvl.checkpoints.flush": "ssmvl.files.flush",
     "ssmvl.checkpoints.written_whole": "ssmvl.files.written_whole",
+    "ssmvl.processing.prompts.learned": "ssmvl.processing.prompts.supervised_pieces",
+    "ssmvl.vision.pretrained.settled_tag": "ssmvl.vision.pretrained.resolve_tag",
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ssmvl.interfaces import Message, Piece
-from ssmvl.processing.prompts import learned, stripped
+from ssmvl.processing.prompts import stripped, supervised_pieces
 
 
 class ZephyrPrompt:
@@ -28,6 +28,6 @@ class ZephyrPrompt:
         pieces, opening = [], "<|user|>\n"
         for question, answer in stripped(conversation):
             pieces += [Piece(opening, template=True), Piece(question)]
-            pieces += [Piece(f"{end}\n<|assistant|>\n", template=True), *learned(answer, end)]
+            pieces += [Piece(f"{end}\n<|assistant|>\n", template=True), *supervised_pieces(answer, end)]
             opening = "\n<|user|>\n"
         return pieces

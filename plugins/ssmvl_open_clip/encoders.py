@@ -18,7 +18,7 @@ from torch import Tensor
 from ssmvl.errors import CheckpointError, ContractError, nearest
 from ssmvl.interfaces import Grid, Pixels, Resize
 from ssmvl.vision.encoders import Encoder, VitEncoder
-from ssmvl.vision.pretrained import Trained, parse_weights, require_statistics, settled_tag, similar, weights_place
+from ssmvl.vision.pretrained import Trained, parse_weights, require_statistics, resolve_tag, similar, weights_place
 
 TOWER = "visual."  # of names in open_clip's files
 # Of a vision config: positions are resampled; how it was initialised; what is dropped in training.
@@ -85,7 +85,7 @@ def open_clip_encoder(
     config = open_clip.get_model_config(name)
     quick, trained = config.get("quick_gelu", False), _tags(name)
     source = parse_weights(weights, trained, name)
-    tag = settled_tag(source, tag, model, f"{name}:", trained, quick)
+    tag = resolve_tag(source, tag, model, f"{name}:", trained, quick)
     if tag and tag not in trained:
         raise ContractError(f"open_clip has no weights {tag!r} of {name!r}.{nearest(tag, trained)}")
     if tag and trained[tag].quick != quick:

@@ -126,7 +126,7 @@ def _load(folder: Path, pictures: list[Path], size: DataSize) -> Row:
     from ssmvl.data.mix import Loader
     from ssmvl.data.streams import train_loader
 
-    processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(size.side),), places=729)
+    processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(size.side),), tokens_per_image=729)
     shards, workers = folder / "shards" / "train", size.workers
     ours = train_loader(shards, processor, batch=size.batch, seed=0, loader=Loader(workers=workers))
     bare = DataLoader(

@@ -30,7 +30,7 @@ FIRST = (
 
 
 @dataclass(frozen=True)
-class Foreign:
+class OpenedCheckpoint:
     """An opened checkpoint.
 
     Attributes:
@@ -44,7 +44,7 @@ class Foreign:
     source: str
 
 
-def open_checkpoint(path: str | Path, *, verify: bool = True, unwrap: bool = False) -> Foreign:
+def open_checkpoint(path: str | Path, *, verify: bool = True, unwrap: bool = False) -> OpenedCheckpoint:
     """Open a checkpoint file, or a folder that holds one, in one file or in shards.
 
     Args:
@@ -65,7 +65,7 @@ def open_checkpoint(path: str | Path, *, verify: bool = True, unwrap: bool = Fal
     tensors = _tensors(path, verify, unwrap)
     while unwrap and (prefix := wrapper_of(tensors)):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return Foreign(tensors, read_json(config) if config.is_file() else {}, str(path))
+    return OpenedCheckpoint(tensors, read_json(config) if config.is_file() else {}, str(path))
 
 
 def wrapper_of(names: Collection[str]) -> str:

@@ -160,14 +160,14 @@ def copy_fitted(module: nn.Module, fitted: Fitted) -> None:
                 target.copy_(part)
 
 
-SAME = Layout(part="model", rules={"*": ["*"]})  # our own
+NATIVE_LAYOUT = Layout(part="model", rules={"*": ["*"]})  # our own
 
 
 def ssmvl_model(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
     """The layout of what `save_pretrained` writes: the model's own names."""
     parts = {name.partition(".")[0] for name in names}  # a part may have no tensor, but the language model has
     ours = {"encoders", "fusion", "connector", "language"}
-    return SAME if "language" in parts and (parts <= ours or {"encoders", "connector"} <= parts) else None
+    return NATIVE_LAYOUT if "language" in parts and (parts <= ours or {"encoders", "connector"} <= parts) else None
 
 
 def copy_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -181,7 +181,7 @@ def copy_into(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
     Raises:
         CheckpointError: names or shapes differ; nothing was copied. Lists every difference.
     """
-    SAME.load(module, tensors, source)
+    NATIVE_LAYOUT.load(module, tensors, source)
 
 
 def _adapted(

@@ -64,7 +64,7 @@ def require_answerable(records: Sequence[Mapping[str, Any]], processor: Processo
                 raise DataError(f"its type must be a text; it is {record['type']!r}")
             processor.encode(talk, record["images"], train=True)
             for single in one_question_each([record]):  # which are asked without their answers
-                processor.read(single["conversation"][:-1], len(single["images"]))
+                processor.read(single["conversation"][:-1], single["images"])
                 lengths.append(len(processor.answer_ids(single["conversation"])))
         except (ValueError, LookupError, TypeError) as error:  # a DataError is a ValueError
             name = record.get("id", "without an id")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,7 +91,7 @@ class Assistant:
         """Greedy answers to rows of ids that a caller made, padded on either side: only real positions are read.
 
         Args:
-            ids: (B, T), -1 at image places, as many for each image as the connector gives tokens.
+            ids: (B, T), -1 at image places; each image takes `Processor.tokens_of(image)` of them.
             mask: (B, T), true or 1 at real positions.
             images: in the order of their places.
             max_new_tokens: length of an answer at the most.
@@ -109,7 +110,7 @@ class Assistant:
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise DataError("mask must be true or 1 at real positions and false or 0 elsewhere; it has other values")
         rows = [row[real] for row, real in zip(ids.cpu(), mask.cpu().bool(), strict=True)]
-        limit, each = cast(int, self.model.language.num_tokens), self.processor.places
+        limit = cast(int, self.model.language.num_tokens)
         for number, row in enumerate(rows):
             if not len(row):
                 raise DataError(f"row {number} has no real position; give it at least one id")
@@ -119,9 +120,12 @@ class Assistant:
                     f"row {number} has the id {int(wrong[0])}; ids are 0…{limit - 1}, or -1 at image places"
                 )
         counts = [int((row == IMAGE_PLACE).sum()) for row in rows]
-        if any(count % each for count in counts) or sum(counts) != each * len(images):
-            raise DataError(f"{len(images)} images of {each} places each, but the rows have {counts} image places")
-        pixels = {spec: t.split([c // each for c in counts]) for spec, t in self.processor.pixels(images).items()}
+        tokens = [self.processor.tokens_of(image) for image in images]
+        ends, row_ends = list(accumulate(tokens, initial=0)), list(accumulate(counts, initial=0))
+        if ends[-1] != row_ends[-1] or not set(row_ends) <= set(ends):
+            raise DataError(f"the images need {tokens} image places, but the rows have {counts}")
+        owned = [ends.index(end) - ends.index(start) for start, end in pairwise(row_ends)]  # images of each row
+        pixels = {spec: t.split(owned) for spec, t in self.processor.pixels(images).items()}
         samples = [
             {"ids": row, "labels": torch.full_like(row, IGNORED), "images": {s: t[number] for s, t in pixels.items()}}
             for number, row in enumerate(rows)

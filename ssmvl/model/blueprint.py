@@ -157,7 +157,7 @@ def assemble(parts: ModelParts, source: str) -> VisionLanguageModel:
         require(_is_count(language.width), parts.language, "width", "a whole number from 1", language.width)
         require(isinstance(language.weights, str), parts.language, "weights", "text", language.weights)
     with _at("model.prompt", parts.prompt, source):
-        lacks_nothing(parts.prompt(), parts.prompt, interfaces.Prompt)
+        require_contract(parts.prompt(), parts.prompt, interfaces.Prompt)
     with _at("model.connector", parts.connector, source):
         made = parts.connector(in_width=fusion.width, out_width=language.width, grid=fusion.grid)
         connector = checked(made, parts.connector, interfaces.Connector)
@@ -172,7 +172,7 @@ def checked(built: Any, part: object, contract: type[Any]) -> Any:
     """
     if not isinstance(built, nn.Module):
         raise ContractError(f"{part} is a {type(built).__name__}, not a torch.nn.Module")
-    return lacks_nothing(built, part, contract)
+    return require_contract(built, part, contract)
 
 
 def require_sizes(built: Any, part: object) -> None:
@@ -206,7 +206,7 @@ def _stating_weights(encoder: Any) -> Any:
     return encoder
 
 
-def lacks_nothing(built: Any, part: object, contract: type[Any]) -> Any:
+def require_contract(built: Any, part: object, contract: type[Any]) -> Any:
     """Check that an object has every attribute of its contract, and return it.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ssmvl.checkpoints.layouts import SAME
+from ssmvl.checkpoints.layouts import NATIVE_LAYOUT
 from ssmvl.checkpoints.modules import module_settings, require_same
 from ssmvl.errors import CheckpointError, RecipeError
 from ssmvl.layers.paths import PathTables
@@ -99,7 +99,7 @@ def opened_weights(blueprint: Blueprint, name: str | Path, *, verify: bool = Tru
     """
     opened = starting_weights(blueprint.model, name, verify=verify)
     for one in opened:
-        if one.layout is SAME:  # written by us
+        if one.layout is NATIVE_LAYOUT:  # written by us
             require_same_model(Path(one.source).with_name("recipe.yaml"), blueprint)
         one.check(blueprint.model.get_submodule(one.part))
     return opened

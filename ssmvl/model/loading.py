@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ssmvl.checkpoints import Foreign, Layout, open_checkpoint
+from ssmvl.checkpoints import Layout, OpenedCheckpoint, open_checkpoint
 from ssmvl.checkpoints.files import DIGESTS_FILE
 from ssmvl.checkpoints.foreign import wrapper_of
 from ssmvl.checkpoints.hub import local
@@ -37,7 +37,7 @@ class Weights:
         fitted: the tensors for that part, once they were compared with it.
     """
 
-    found: Foreign
+    found: OpenedCheckpoint
     layout: Layout
     part: str = ""
     fitted: Fitted = field(default_factory=dict)
@@ -158,7 +158,7 @@ def open_weights(
     return Weights(found, layout)
 
 
-def _own_layout(own: Callable[[Collection[str], Mapping[str, Any]], Layout], found: Foreign) -> Layout:
+def _own_layout(own: Callable[[Collection[str], Mapping[str, Any]], Layout], found: OpenedCheckpoint) -> Layout:
     try:
         return own(found.tensors.keys(), found.config)
     except CheckpointError as error:
@@ -168,7 +168,7 @@ def _own_layout(own: Callable[[Collection[str], Mapping[str, Any]], Layout], fou
         raise CheckpointError(f"{found.source}: {what}") from error
 
 
-def _recognized(found: Foreign) -> Layout:
+def _recognized(found: OpenedCheckpoint) -> Layout:
     """The one registered layout that recognizes a checkpoint."""
     layouts, failures, refused = {}, "", []
     registered = components().names("checkpoint")
@@ -200,7 +200,7 @@ def _recognized(found: Foreign) -> Layout:
     return layout
 
 
-def _advice(found: Foreign) -> str:
+def _advice(found: OpenedCheckpoint) -> str:
     """Advice for a file whose names all begin with the prefix of a wrapper; empty for others."""
     prefix = wrapper_of(found.tensors)
     return f"\nEach name begins with {prefix!r}, which a wrapper adds; {UNWRAP}PATH strips it" if prefix else ""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssmvl import __version__
 from ssmvl.checkpoints.files import BYTES, DIGESTS_FILE, write_folder
 from ssmvl.checkpoints.hub import local
-from ssmvl.checkpoints.layouts import SAME
+from ssmvl.checkpoints.layouts import NATIVE_LAYOUT
 from ssmvl.errors import CheckpointError, short
 from ssmvl.files import ABOUT_FILE
 from ssmvl.interfaces import Prompt
@@ -128,7 +128,7 @@ def require_loadable(
         )
     described = blueprint.model
     try:
-        SAME.check(described, tensors, f"{what}: what should be saved")
+        NATIVE_LAYOUT.check(described, tensors, f"{what}: what should be saved")
         if model is not None:
             require_same_settings(model, described)
     except CheckpointError as error:
@@ -151,7 +151,7 @@ def require_loadable(
         raise CheckpointError(f"{what}: the processor's prompt is {names}; name it as model.prompt of the recipe")
     own: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name in SAME.sources(described):
+    for name in NATIVE_LAYOUT.sources(described):
         place = tensors[name].untyped_storage().data_ptr()
         own[name] = tensors[name].clone() if place in seen else tensors[name]
         seen.add(place)

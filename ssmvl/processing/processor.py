@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, compress, groupby, takewhile
@@ -45,7 +45,7 @@ class Processor:
         tokenizer: text <-> ids.
         prompt: how a conversation is written.
         image_specs: one for each different input the encoders take.
-        places: visual tokens of one image, the connector's `num_tokens(grid)`.
+        tokens_per_image: the model's visual tokens M per image; see `tokens_of`.
         end: the tokenizer's token that ends an answer, as `load_tokenizer` gives it.
         max_text_tokens: what lies beyond is cut off where a sample is made to train on; image places are not counted,
             and all of them stay.
@@ -54,7 +54,7 @@ class Processor:
     tokenizer: Tokenizer
     prompt: Prompt
     image_specs: tuple[ImageSpec, ...]
-    places: int
+    tokens_per_image: int
     end: str = END
     max_text_tokens: int | None = None
 
@@ -62,6 +62,10 @@ class Processor:
     def end_id(self) -> int:
         """The id that ends an answer."""
         return int(self.tokenizer.token_to_id(self.end))
+
+    def tokens_of(self, image: ImageLike) -> int:
+        """The number of visual tokens, and so of image places, of an image. Constant: every image is one grid."""
+        return self.tokens_per_image
 
     def encode(
         self, conversation: Sequence[Message], images: Sequence[ImageLike] = (), *, train: bool = False
@@ -82,29 +86,34 @@ class Processor:
             DataError: marks and images differ in number, an image cannot be decoded, there is neither text nor an
                 image to read, or nothing is supervised, or nothing within `max_text_tokens`.
         """
-        ids, labels = self.read(conversation, len(images), train=train)
+        ids, labels = self.read(conversation, images, train=train)
         return Sample(ids=ids, labels=labels, images=self.pixels(images))
 
-    def read(self, conversation: Sequence[Message], images: int, *, train: bool = False) -> tuple[Tensor, Tensor]:
-        """The ids and labels of a conversation with this number of images, which need not be there; see `encode`."""
+    def read(
+        self, conversation: Sequence[Message], images: Sequence[ImageLike], *, train: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The ids and labels of a conversation, without decoding its images; see `encode`."""
         pieces = self.prompt.pieces(conversation, self.end)  # refuses what is no conversation
         marks = sum(message["content"].count(IMAGE) for message in conversation if message["role"] == "user")
-        if marks not in (0, images):
-            raise DataError(f"{marks} {IMAGE} marks in the text, but {images} images; they must match in number")
+        if marks not in (0, len(images)):
+            raise DataError(f"{marks} {IMAGE} marks in the text, but {len(images)} images; they must match in number")
         in_place = self.prompt.image_placement == "in_place"
         if in_place and images and not marks:
             first, *rest = conversation
-            marked: Message = {**first, "content": f"{IMAGE}\n" * images + first["content"]}
+            marked: Message = {**first, "content": f"{IMAGE}\n" * len(images) + first["content"]}
             pieces = self.prompt.pieces([marked, *rest], self.end)
         elif marks and not in_place:
             pieces = self.prompt.pieces([_without_marks(message) for message in conversation], self.end)
         pieces, begin = self._beginning(pieces)
-        ids = array("q", [IMAGE_PLACE]) * (0 if in_place else self.places * images)
+        image_tokens = [self.tokens_of(image) for image in images]
+        ids = array("q", [IMAGE_PLACE]) * (0 if in_place else sum(image_tokens))
         labels = array("q", [IGNORED]) * len(ids)
         for supervised, together in groupby(pieces, key=attrgetter("supervised")):
-            tokens = self._tokenise(together, marks=in_place and not supervised)
+            tokens = self._tokenise(together, image_tokens if in_place and not supervised else None)
             ids.extend(tokens)
             labels.extend(tokens if supervised else [IGNORED] * len(tokens))
+        if in_place and image_tokens:
+            raise DataError(f"the prompt dropped {len(image_tokens)} of {len(images)} {IMAGE} marks")
         if not ids:
             raise DataError(f"nothing to read in this sample: neither text nor image from {_plain(conversation)}")
         ids, labels = array("q", begin) + ids, array("q", [IGNORED]) * len(begin) + labels
@@ -137,7 +146,7 @@ class Processor:
         """The supervised ids of the conversation's last answer, without the end; see `taught`."""
         pieces = self.prompt.pieces([_without_marks(message) for message in conversation], self.end)
         answer = list(takewhile(attrgetter("supervised"), reversed(pieces)))[::-1]
-        ids = self._tokenise(answer, marks=False)
+        ids = self._tokenise(answer)
         ends = [at for at, id_ in enumerate(ids) if id_ == self.end_id] or [len(ids)]
         return ids[ends[-2] + 1 if len(ends) > 1 else 0 : ends[-1]]
 
@@ -153,18 +162,23 @@ class Processor:
             begin = begin or self._special[BEGIN]
         return pieces, begin
 
-    def _tokenise(self, pieces: Iterable[Piece], marks: bool) -> list[int]:
-        """Ids of pieces that are read as one text, with places for the `<image>` marks of a user.
+    def _tokenise(self, pieces: Iterable[Piece], image_tokens: list[int] | None = None) -> list[int]:
+        """The ids of pieces that are read as one text.
 
         Special tokens are found in template text only: a user's `<|endoftext|>` stays text.
+
+        Args:
+            pieces: consecutive pieces.
+            image_tokens: the visual tokens of the images still to be placed. Each `<image>` mark in a user's text takes
+                the first. Marks stay text if None.
         """
-        image = {IMAGE: [IMAGE_PLACE] * self.places} if marks else {}
-        ids, text = [], ""
+        ids, text = list[int](), ""
         for piece in pieces:
-            known = self._special if piece.template else image
+            known: Collection[str] = self._special if piece.template else () if image_tokens is None else (IMAGE,)
             for stretch in re.split(f"({'|'.join(map(re.escape, known))})", piece.text) if known else [piece.text]:
                 if stretch in known:
-                    ids += self._ids(text) + known[stretch]
+                    ids += self._ids(text)
+                    ids += self._special[stretch] if piece.template else _places(image_tokens)
                     text = ""
                 else:
                     text += stretch
@@ -184,6 +198,12 @@ class Processor:
     def _ids(self, text: str) -> list[int]:
         self.tokenizer.encode_special_tokens = True  # none is found
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids) if text else []
+
+
+def _places(image_tokens: list[int] | None) -> list[int]:
+    if not image_tokens:
+        raise DataError(f"the prompt wrote more {IMAGE} marks than there are images")
+    return [IMAGE_PLACE] * image_tokens.pop(0)
 
 
 def _cut(ids: array[int], labels: array[int], limit: int) -> tuple[array[int], array[int]]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from ssmvl._moved import moved_name
 from ssmvl.errors import DataError
 from ssmvl.interfaces import Message, Piece
 from ssmvl.processing.processor import IMAGE
 
-__all__ = ["turns", "stripped", "learned", "PlainPrompt", "MambaPrompt", "VicunaPrompt"]
+__all__ = ["turns", "stripped", "supervised_pieces", "PlainPrompt", "MambaPrompt", "VicunaPrompt"]
+
+if not TYPE_CHECKING:
+    __getattr__ = partial(moved_name, __name__)
 
 MEDIA = {"image", "images", "image_url", "video", "videos", "audio", "audios"}
 VICUNA_SYSTEM = (
@@ -46,7 +51,7 @@ def stripped(conversation: Sequence[Message]) -> list[tuple[str, str | None]]:
     return [(asked.strip(), None if said is None else said.strip() or " ") for asked, said in turns(conversation)]
 
 
-def learned(answer: str | None, end: str) -> list[Piece]:
+def supervised_pieces(answer: str | None, end: str) -> list[Piece]:
     """The supervised pieces of a turn, its answer and the end; none while the answer is still to come."""
     return [] if answer is None else [Piece(answer, supervised=True), Piece(end, supervised=True, template=True)]
 
@@ -70,7 +75,7 @@ class PlainPrompt:
             DataError: see `turns`.
         """
         captions = [None if caption is None else caption.strip() for _, caption in turns(conversation)]
-        return [piece for caption in captions for piece in learned(caption, end)]
+        return [piece for caption in captions for piece in supervised_pieces(caption, end)]
 
 
 class MambaPrompt:
@@ -92,7 +97,7 @@ class MambaPrompt:
         pieces, opening = [], "In: "
         for question, answer in stripped(conversation):
             pieces += [Piece(opening, template=True), Piece(question), Piece("\nOut: ", template=True)]
-            pieces += learned(answer, end)
+            pieces += supervised_pieces(answer, end)
             opening = "\nIn: "
         return pieces
 
@@ -121,6 +126,6 @@ class VicunaPrompt:
                 marks = f"{IMAGE}\n" * question.count(IMAGE)
                 question = (marks + question.replace(IMAGE, "").strip()).strip()
             pieces += [Piece(opening, template=True), Piece(question), Piece(" ASSISTANT:", template=True)]
-            pieces += learned(answer, end)
+            pieces += supervised_pieces(answer, end)
             opening = "USER: "
         return pieces

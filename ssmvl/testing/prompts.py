@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ssmvl.interfaces import Message, Piece, Prompt
-from ssmvl.model.blueprint import lacks_nothing
+from ssmvl.model.blueprint import require_contract
 from ssmvl.testing.common import name_of, require
 
 END = "<|end of answer|>"  # no tokenizer's: a prompt must write the one that it is given
@@ -32,7 +32,7 @@ def check_prompt(prompt: Callable[[], Prompt]) -> None:
         ContractError: it does not; names the claim and the piece.
     """
     name = name_of(prompt)
-    built: Prompt = lacks_nothing(prompt(), name, Prompt)
+    built: Prompt = require_contract(prompt(), name, Prompt)
     placement = built.image_placement
     require(placement in PLACEMENTS, f"{name}.image_placement must be one of {PLACEMENTS}, is {placement!r}")
     written = [built.pieces(TALK[:messages], END) for messages in range(1, len(TALK) + 1)]

@@ -99,7 +99,7 @@ def _read(what: str, place: Path | Shards) -> list[dict[str, Any]]:
 
 
 def _check_records(what: str, records: Sequence[dict[str, Any]]) -> None:
-    processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), places=1)
+    processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), tokens_per_image=1)
     seen: set[str] = set()
     for record in records:
         require(record["id"] not in seen, f"{what}: two records have the id {record['id']!r}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssmvl.interfaces import State
-from ssmvl.model.blueprint import lacks_nothing
+from ssmvl.model.blueprint import require_contract
 from ssmvl.testing.common import require, require_apart, require_equal, require_tensor
 
 ROWS, LENGTH = 3, 12
@@ -37,7 +37,7 @@ def check_reader(reader: Reader) -> None:
     Raises:
         ContractError: it does not.
     """
-    lacks_nothing(reader.new_state(ROWS), f"the state of {reader.name}", State)
+    require_contract(reader.new_state(ROWS), f"the state of {reader.name}", State)
     x = torch.randn(ROWS, LENGTH, reader.width)
     y = reader.forward(x, None)
     require_tensor(reader.name, y, ROWS, LENGTH, reader.width)

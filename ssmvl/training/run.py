@@ -60,17 +60,17 @@ def train(recipe: str | Path | Recipe | Checked, *overrides: str) -> Path:
     except BaseException as error:  # torch's CheckpointException is no Exception
         if why := _gone(session.folder, error):
             raise RunError(f"{why} is gone: somebody removed or moved it while the run was at work") from error
-        if why := outside(error):
+        if why := external_cause(error):
             raise RunError(f"{why}. {SAVED}") from error
         raise
     finally:
         session.folder.release()
 
 
-def outside(error: BaseException) -> str | None:
+def external_cause(error: BaseException) -> str | None:
     """What ended a run, if that is no mistake in its code: a disk, or another rank; None if it may be one."""
     if isinstance(error, CheckpointException):
-        return next(filter(None, (outside(found) for found, _ in error.failures.values())), None)
+        return next(filter(None, (external_cause(found) for found, _ in error.failures.values())), None)
     text = short(str(error).partition("\n")[0])
     if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in DISK):
         return f"a file cannot be written or read: {text}"
@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     _end_with_launcher()
     warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch, of what itself does to save shards
     # TensorBoard writes in a thread, which prints what its next call raises.
-    threading.excepthook = lambda said: None if said.exc_value and outside(said.exc_value) else _print(said)
+    threading.excepthook = lambda said: None if said.exc_value and external_cause(said.exc_value) else _print(said)
     try:
         if not argv:
             raise SsmvlError("which recipe? composer recipes/quickstart.yaml")

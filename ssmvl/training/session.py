@@ -16,7 +16,7 @@ from composer import Trainer
 from composer.utils import dist, get_device
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ssmvl.checkpoints.layouts import SAME
+from ssmvl.checkpoints.layouts import NATIVE_LAYOUT
 from ssmvl.data.opening import open_data, require_batch
 from ssmvl.data.shared_memory import clean_stale_segments
 from ssmvl.data.streams import read_records
@@ -166,7 +166,7 @@ class Session:
             vlm.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
         if self.rank == 0:
-            tensors = {key: tensors[key] for key in SAME.sources(vlm.model)}  # FSDP2 gives tied ones twice
+            tensors = {key: tensors[key] for key in NATIVE_LAYOUT.sources(vlm.model)}  # FSDP2 gives tied ones twice
             after = self.checked.after(name)
             processor = replace(trainer.state.train_dataloader.dataset.processor, prompt=after.parts.prompt())
             save_folder(self.folder.model(name), tensors, after, processor)

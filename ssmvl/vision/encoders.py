@@ -24,7 +24,7 @@ from ssmvl.vision.pretrained import (
     Trained,
     parse_weights,
     require_statistics,
-    settled_tag,
+    resolve_tag,
     similar,
     weights_place,
 )
@@ -230,7 +230,7 @@ def timm_encoder(
         raise ContractError(f"timm has no model {name!r}; similar names there: {similar(name, timm.list_models())}")
     trained, quick = _tags(name), _quick(name)
     source = parse_weights(weights, trained, name)
-    tag = settled_tag(source, tag, model, f"{name}.", trained, name == quick)
+    tag = resolve_tag(source, tag, model, f"{name}.", trained, name == quick)
     if tag in trained and trained[tag].quick and name != quick:
         raise ContractError(
             f"the weights {tag!r} were trained with QuickGELU, which {name!r} lacks: answers would be silently wrong; "

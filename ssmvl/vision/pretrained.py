@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ssmvl._moved import moved_name
 from ssmvl.checkpoints.hub import HUB_FILE
 from ssmvl.errors import CheckpointError, ContractError, nearest
 
-__all__ = ["Trained", "parse_weights", "settled_tag", "weights_place", "require_statistics", "similar"]
+__all__ = ["Trained", "parse_weights", "resolve_tag", "weights_place", "require_statistics", "similar"]
+
+if not TYPE_CHECKING:
+    __getattr__ = partial(moved_name, __name__)
 
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)  # of other people's code
 LOCAL_DIR, SUFFIX = "local-dir:", ".safetensors"
@@ -61,7 +66,7 @@ def parse_weights(weights: str, tags: Collection[str], model: str) -> Source:
     return Source("tag", weights)
 
 
-def settled_tag(source: Source, tag: str, model: str, stem: str, trained: Mapping[str, Trained], quick: bool) -> str:
+def resolve_tag(source: Source, tag: str, model: str, stem: str, trained: Mapping[str, Trained], quick: bool) -> str:
     """The tag that decides mean, std and activation; empty for the library's default.
 
     Args:

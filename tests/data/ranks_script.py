@@ -31,7 +31,7 @@ def run(rank: int) -> None:
     store = torch.distributed.FileStore(str(out / "store"), world)
     limit = timedelta(seconds=120)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
-    processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), places=2)
+    processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), tokens_per_image=2)
     loader = train_loader(folder, processor, batch=spec["batch"], seed=5, loader=Loader(workers=spec["workers"]))
     epochs = []
     for _ in range(2):

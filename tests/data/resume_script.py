@@ -19,7 +19,7 @@ from ssmvl.processing.tokenizers import byte_tokenizer
 BATCH = 4
 root, spec = Path(sys.argv[1]), json.loads(sys.argv[2])
 streams = [Stream(root / name, **weight) for name, weight in spec["weights"].items()]
-processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), places=2)
+processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), tokens_per_image=2)
 
 
 def new() -> TrainLoader:

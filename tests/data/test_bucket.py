@@ -22,7 +22,7 @@ from ssmvl.processing.processor import Processor
 from ssmvl.processing.prompts import MambaPrompt
 from ssmvl.processing.tokenizers import byte_tokenizer
 
-PROCESSOR = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), places=2)
+PROCESSOR = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), tokens_per_image=2)
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
 Objects = Callable[[], dict[str, bytes]]
 

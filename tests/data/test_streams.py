@@ -26,7 +26,7 @@ from ssmvl.processing.prompts import MambaPrompt, PlainPrompt
 from ssmvl.processing.tokenizers import byte_tokenizer
 
 SPEC, SIZE, POSITIONS = ImageSpec(8), 14, ("label_positions", "image_positions")
-PROCESSOR = Processor(byte_tokenizer(), MambaPrompt(), (SPEC,), places=2)
+PROCESSOR = Processor(byte_tokenizer(), MambaPrompt(), (SPEC,), tokens_per_image=2)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from ssmvl.processing.tokenizers import byte_tokenizer
 class BrightnessReader:
     """Answers with the image's brightness, "-" without one; remembers what it was asked."""
 
-    processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(4),), places=1)
+    processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(4),), tokens_per_image=1)
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[Any], list[Any], int]] = []
@@ -144,7 +144,7 @@ def test_the_other_image_is_of_another_record_however_many_questions_it_has() ->
 @pytest.mark.parametrize("prompt", [MambaPrompt, PlainPrompt, VicunaPrompt, ZephyrPrompt])
 @pytest.mark.parametrize("answer", ["7", " 7", "7\n", "two\nlines ", "", "the <|endoftext|>", " "])
 def test_a_model_that_learned_every_answer_is_always_right(prompt: type[Prompt], answer: str) -> None:
-    processor = Processor(byte_tokenizer(), prompt(), (ImageSpec(4),), places=1)
+    processor = Processor(byte_tokenizer(), prompt(), (ImageSpec(4),), tokens_per_image=1)
     asked = {**record("row", 7, ""), "conversation": talk("Why? <image>", "so ", "And?", answer)}
     labels = processor.encode(asked["conversation"], asked["images"], train=True)["labels"].tolist()
     ids = [id_ for id_ in labels if id_ >= 0]

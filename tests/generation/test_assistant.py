@@ -100,7 +100,7 @@ def test_rows_that_a_caller_padded_on_either_side_give_the_same_text(
         ([[1, 2], [3, 4]], [[1, 1], [0, 0]], "row 1 has no real position"),
         ([[1, 9999]], [[1, 1]], "row 0 has the id 9999; ids are 0…"),
         ([[1, -7]], [[1, 1]], "row 0 has the id -7"),
-        ([[1, -1]], [[1, 1]], r"0 images of 9 places each, but the rows have \[1\] image places"),
+        ([[1, -1]], [[1, 1]], r"the images need \[\] image places, but the rows have \[1\]"),
     ],
 )
 def test_ids_that_cannot_be_read_are_refused(

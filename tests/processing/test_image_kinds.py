@@ -258,7 +258,7 @@ def test_plain_images_are_what_pillow_decodes_and_resizes() -> None:
 def test_a_large_jpeg_has_the_pixels_of_the_papers_code(size: tuple[int, int]) -> None:
     raw = encoded(smooth(*size), "JPEG", quality=90)
     whole = Image.open(io.BytesIO(raw)).convert("RGB")
-    processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(84),), places=1)
+    processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(84),), tokens_per_image=1)
     expected = np.asarray(whole.resize((84, 84), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert torch.equal(processor.pixels([raw])[ImageSpec(84)][0], torch.from_numpy(expected.copy()))
 

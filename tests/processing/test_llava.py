@@ -62,7 +62,7 @@ def llava(tokenizer: Tokenizer, texts: list[str], places: int) -> list[int]:
 
 @pytest.mark.parametrize("texts", TALKS)
 def test_ids_are_llavas(tokenizer: Tokenizer, texts: list[str]) -> None:
-    processor = Processor(tokenizer, VicunaPrompt(), (ImageSpec(8),), places=3, end="</s>")
+    processor = Processor(tokenizer, VicunaPrompt(), (ImageSpec(8),), tokens_per_image=3, end="</s>")
     talk = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     sample = processor.encode(talk, [IMAGE] * "".join(texts).count("<image>"))
     assert sample["ids"].tolist() == llava(tokenizer, texts, 3)
@@ -72,6 +72,6 @@ def test_ids_are_llavas(tokenizer: Tokenizer, texts: list[str]) -> None:
 
 
 def test_an_image_without_a_mark_stands_where_llava_puts_it(tokenizer: Tokenizer) -> None:
-    processor = Processor(tokenizer, VicunaPrompt(), (ImageSpec(8),), places=3, end="</s>")
+    processor = Processor(tokenizer, VicunaPrompt(), (ImageSpec(8),), tokens_per_image=3, end="</s>")
     ids = processor.encode([{"role": "user", "content": "What is this?"}], [IMAGE])["ids"].tolist()
     assert ids == llava(tokenizer, TALKS[0][:1], 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ssmvl.errors import DataError
-from ssmvl.interfaces import ImageSpec, Prompt
+from ssmvl.interfaces import IMAGE_PLACE, ImageSpec, Piece, Prompt
 from ssmvl.processing.processor import Processor, Sample
 from ssmvl.processing.prompts import MambaPrompt, PlainPrompt
 from ssmvl.processing.tokenizers import END, byte_tokenizer
+from ssmvl.processing.transforms import ImageLike
 
 SMALL, LARGE = ImageSpec(4), ImageSpec(6)
 IN, OUT, END_ID, NONE = [40, 77, 25, 220], [198, 46, 84, 83, 25, 220], 256, -100
@@ -27,7 +29,7 @@ class InPlacePrompt(MambaPrompt):
 
 
 def processor(prompt: Prompt | None = None, tokenizer: Tokenizer | None = None) -> Processor:
-    return Processor(tokenizer or byte_tokenizer(), prompt or MambaPrompt(), (SMALL, LARGE), places=2)
+    return Processor(tokenizer or byte_tokenizer(), prompt or MambaPrompt(), (SMALL, LARGE), tokens_per_image=2)
 
 
 def merging_tokenizer() -> Tokenizer:
@@ -192,10 +194,36 @@ def test_pickled_processor_makes_equal_samples() -> None:
 def test_the_end_is_the_tokenizers() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens(["</s>"])
-    made = Processor(tokenizer, MambaPrompt(), (SMALL,), places=2, end="</s>")
+    made = Processor(tokenizer, MambaPrompt(), (SMALL,), tokens_per_image=2, end="</s>")
     assert made.end_id == 257
     assert made.encode(talk("a", "b"))["ids"].tolist() == [*IN, 64, *OUT, 65, 257]
 
 
 def test_decode_leaves_special_tokens_out() -> None:
     assert processor().decode([64, END_ID, 65]) == "ab"
+
+
+class Tiled(Processor):
+    """Images of different sizes need different numbers of visual tokens."""
+
+    def tokens_of(self, image: ImageLike) -> int:
+        return 1 if image is RED else 3
+
+
+@pytest.mark.parametrize(("prompt", "gap"), [(MambaPrompt(), False), (InPlacePrompt(), True)])
+def test_each_image_takes_its_own_number_of_places(prompt: Any, gap: bool) -> None:
+    tiled = Tiled(byte_tokenizer(), prompt, (SMALL,), tokens_per_image=2)
+    ids = tiled.encode(talk("<image>a<image>", "b"), [RED, BLUE])["ids"].tolist()
+    runs = [len(list(run)) for id_, run in groupby(ids) if id_ == IMAGE_PLACE]
+    assert runs == ([1, 3] if gap else [4])
+
+
+class Forgetful(InPlacePrompt):
+    def pieces(self, conversation: Any, end: str) -> list[Piece]:
+        return [p._replace(text=p.text.replace("<image>", "", 1)) for p in super().pieces(conversation, end)]
+
+
+def test_a_prompt_that_drops_an_image_mark_is_refused() -> None:
+    careless = Processor(byte_tokenizer(), Forgetful(), (SMALL,), tokens_per_image=2)
+    with pytest.raises(DataError, match="the prompt dropped 1 of 1 <image> marks"):
+        careless.encode(talk("<image>a", "b"), [RED])

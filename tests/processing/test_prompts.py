@@ -117,7 +117,7 @@ def test_ids_are_those_of_a_turn_read_at_once(
             turn = ("\n" if number else "") + opening + text.strip() + middle
         neox.encode_special_tokens = False
         expected += neox.encode(turn).ids
-    processor = Processor(neox, prompt(), (ImageSpec(8),), places=2, end="<end>")
+    processor = Processor(neox, prompt(), (ImageSpec(8),), tokens_per_image=2, end="<end>")
     talk = [(user, assistant)[number % 2](text) for number, text in enumerate(texts)]
     assert processor.encode(talk)["ids"].tolist() == expected
 
@@ -165,7 +165,7 @@ def test_bad_message_is_named(prompt: type[Prompt], conversation: list[dict[str,
 def test_special_tokens_of_a_user_are_never_parsed(prompt: type[Prompt]) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens(SPECIAL)
-    processor = Processor(tokenizer, prompt(), (ImageSpec(8),), places=2, end="</s>")
+    processor = Processor(tokenizer, prompt(), (ImageSpec(8),), tokens_per_image=2, end="</s>")
     special = {tokenizer.token_to_id(token) for token in SPECIAL}
 
     def read(text: str) -> tuple[list[int], str]:

@@ -151,7 +151,7 @@ def test_truncation_padding_and_dropout_of_a_file_are_dropped_and_reported(tmp_p
         loaded, end = load_tokenizer(str(tmp_path))
     for _ in range(10):
         assert loaded.encode("ab" * 9).ids == [2] * 9
-    processor = Processor(loaded, MambaPrompt(), (ImageSpec(8),), places=1, end=end)
+    processor = Processor(loaded, MambaPrompt(), (ImageSpec(8),), tokens_per_image=1, end=end)
     write_files(tmp_path / "saved", {"weight": torch.zeros(1)}, tokenizer_files(processor))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -170,7 +170,7 @@ def llamas(folder: Path, *, special: bool, template: bool, config: dict[str, Any
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", **(config or {})}))
     loaded, end = load_tokenizer(str(folder))
-    return Processor(loaded, MambaPrompt(), (ImageSpec(8),), places=2, end=end)
+    return Processor(loaded, MambaPrompt(), (ImageSpec(8),), tokens_per_image=2, end=end)
 
 
 ASKED = [{"role": "user", "content": "Why?"}]
@@ -196,7 +196,7 @@ def test_a_begin_token_of_the_post_processor_is_kept_before_images(
 def test_vicunas_begin_is_one_token_wherever_there_is_one(tmp_path: Path, special: bool) -> None:
     processor = replace(llamas(tmp_path, special=special, template=False), prompt=VicunaPrompt())
     assert processor.encode(ASKED)["ids"].tolist()[:2] == [1, processor.tokenizer.token_to_id("A")]
-    bytes_alone = Processor(byte_tokenizer(), VicunaPrompt(), (ImageSpec(8),), places=1)
+    bytes_alone = Processor(byte_tokenizer(), VicunaPrompt(), (ImageSpec(8),), tokens_per_image=1)
     assert bytes_alone.decode(bytes_alone.encode(ASKED)["ids"].tolist()).startswith("A chat between")
 
 
@@ -263,7 +263,7 @@ def test_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
 
 def test_a_saved_folder_reads_back_the_same_here_and_in_transformers(tmp_path: Path) -> None:
     tokenizer, end = load_tokenizer(str(write(tmp_path, {"eos_token": "</s>"}, "</s>")))
-    processor = Processor(tokenizer, MambaPrompt(), (ImageSpec(8),), places=1, end=end)
+    processor = Processor(tokenizer, MambaPrompt(), (ImageSpec(8),), tokens_per_image=1, end=end)
     write_files(tmp_path / "saved", {"weight": torch.zeros(1)}, tokenizer_files(processor))
     again, same = load_tokenizer(str(tmp_path / "saved"))
     assert same == "</s>"

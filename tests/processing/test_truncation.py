@@ -29,7 +29,7 @@ PROMPTS = {"first": MambaPrompt(), "in place": InPlacePrompt(), "plain": PlainPr
 
 
 def processor(prompt: str = "first") -> Processor:
-    return Processor(byte_tokenizer(), PROMPTS[prompt], (ImageSpec(4),), places=PLACES)
+    return Processor(byte_tokenizer(), PROMPTS[prompt], (ImageSpec(4),), tokens_per_image=PLACES)
 
 
 def talk(*texts: str) -> list[dict[str, str]]:

@@ -249,9 +249,9 @@ def test_a_port_in_use(tiny: Path, composer: Callable[..., subprocess.Popen[str]
 
 def test_what_ends_a_run_from_outside_is_told_apart() -> None:
     gone = ClientError({"Error": {"Code": "ExpiredToken", "Message": "expired"}}, "PutObject")
-    assert "the GPU's memory is full" in (run.outside(torch.OutOfMemoryError("CUDA out of memory")) or "")
-    assert "could not be sent to its bucket (An error occurred (ExpiredToken)" in (run.outside(gone) or "")
-    assert run.outside(RuntimeError("a mistake")) is None
+    assert "the GPU's memory is full" in (run.external_cause(torch.OutOfMemoryError("CUDA out of memory")) or "")
+    assert "could not be sent to its bucket (An error occurred (ExpiredToken)" in (run.external_cause(gone) or "")
+    assert run.external_cause(RuntimeError("a mistake")) is None
     with pytest.raises(torch.OutOfMemoryError), resuming("runs/x/ep0-ba1"):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

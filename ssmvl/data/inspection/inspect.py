@@ -96,7 +96,7 @@ def inspect(folder: str, reader: Reader | None, samples: int, png: Path | None) 
     console.print(f"From {spread}{of}:\n")
     _print_figures(console, figures)
     if processor:
-        console.print(f"\nAs {how} reads them, {processor.places:,} tokens for an image:\n", markup=False)
+        console.print(f"\nAs {how} reads them, {processor.tokens_per_image:,} tokens for an image:\n", markup=False)
         _print_tokens(console, tokens, processor)
     if png:
         if not cards:

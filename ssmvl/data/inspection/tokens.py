@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -12,6 +13,7 @@ from ssmvl.drawing.sample_cards import LINES, Card, Kind, Run, wrapped
 from ssmvl.errors import DataError
 from ssmvl.interfaces import IGNORED, IMAGE_PLACE
 from ssmvl.processing.processor import Processor, Sample
+from ssmvl.processing.transforms import ImageLike
 
 
 @dataclass
@@ -51,16 +53,16 @@ def _learned(sample: Sample) -> list[bool]:
 def sample_card(record: dict[str, Any], sample: Sample, processor: Processor) -> Card:
     """A sample to draw, its text cut in the middle as far as it must be."""
     keep = len(sample["ids"])
-    runs = read_runs(sample, processor, keep)
+    runs = read_runs(sample, record["images"], processor, keep)
     while len(wrapped(runs)) > LINES and keep > 8:
         keep = min(keep, LINES * 100) * 4 // 5
-        runs = read_runs(sample, processor, keep)
+        runs = read_runs(sample, record["images"], processor, keep)
     spec = max(sample["images"], key=lambda spec: spec.size)
     images = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in sample["images"][spec]]
     return Card(record["id"], f"{len(sample['ids']):,} tokens, {sum(_learned(sample)):,} learned", images, runs)
 
 
-def read_runs(sample: Sample, processor: Processor, keep: int) -> list[Run]:
+def read_runs(sample: Sample, images: Sequence[ImageLike], processor: Processor, keep: int) -> list[Run]:
     """The text of a sample's own ids, special tokens too, in runs; the middle is cut beyond `keep` text tokens."""
     ids = sample["ids"].tolist()
     kinds: list[Kind] = ["learned" if learned else "read" for learned in _learned(sample)]
@@ -69,12 +71,16 @@ def read_runs(sample: Sample, processor: Processor, keep: int) -> list[Run]:
         kinds[at] = "cut"
     kinds = ["image" if id_ == IMAGE_PLACE else kind for id_, kind in zip(ids, kinds, strict=True)]
     runs: list[Run] = []
+    image_tokens = map(processor.tokens_of, images)
     for plain, stretch in groupby(
         range(len(ids)), key=lambda at: "" if kinds[at] in ("learned", "read") else kinds[at]
     ):
         places = list(stretch)
         if plain == "image":
-            runs += [Run(f"⟨image × {processor.places:,}⟩", "image")] * (len(places) // processor.places)
+            left = len(places)
+            while left > 0:
+                runs.append(Run(f"⟨image × {(count := next(image_tokens)):,}⟩", "image"))
+                left -= count
         elif plain == "cut":
             runs.append(Run(f" … {len(places):,} tokens … ", "cut"))
         else:  # each run with what stands before it: some tokenizers leave out a blank at the beginning of a text

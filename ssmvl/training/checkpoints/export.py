@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ssmvl.checkpoints.hub import user_path
-from ssmvl.checkpoints.layouts import SAME
+from ssmvl.checkpoints.layouts import NATIVE_LAYOUT
 from ssmvl.data.remote import is_remote
 from ssmvl.errors import CheckpointError, RecipeError, short
 from ssmvl.files import ABOUT_FILE
@@ -131,8 +131,8 @@ def _tensors(path: Path, made: Blueprint, trust_pickle: bool) -> dict[str, Tenso
     if why := corruption(path):
         raise CheckpointError(f"{path} {why}")
     tensors = model_tensors(path, trust_pickle)
-    SAME.check(made.model, tensors, f"{path}, with the recipe {made.recipe.source},")
-    return {name: tensors[name] for name in SAME.sources(made.model)}
+    NATIVE_LAYOUT.check(made.model, tensors, f"{path}, with the recipe {made.recipe.source},")
+    return {name: tensors[name] for name in NATIVE_LAYOUT.sources(made.model)}
 
 
 @contextmanager

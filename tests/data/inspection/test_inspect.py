@@ -182,7 +182,9 @@ def test_bad_requests_are_errors(folder: Path, said: Any, recipe: str, tmp_path:
         said(tmp_path, "no recipe, which is not looked for yet")
     with pytest.raises(DataError, match="-5 samples cannot be looked at; 0 looks at all"):
         said(folder, samples=-5)
-    with pytest.raises(RecipeError, match=r"unknown stage 'finetun'. Did you mean 'finetune'\? Allowed: align, finetune"):
+    with pytest.raises(
+        RecipeError, match=r"unknown stage 'finetun'. Did you mean 'finetune'\? Allowed: align, finetune"
+    ):
         said(folder, recipe, "finetun")
     with pytest.raises(RecipeError, match="no recipe named 'quikstart'"):
         said(folder, "quikstart")
@@ -250,10 +252,10 @@ def words_tokenizer() -> Tokenizer:
 
 @pytest.mark.parametrize("prompt", [MambaPrompt(), PlainPrompt(), VicunaPrompt()])
 def test_runs_are_the_text_of_ids_and_labels(prompt: Any) -> None:
-    processor = Processor(byte_tokenizer(), prompt, (ImageSpec(8),), places=3)
+    processor = Processor(byte_tokenizer(), prompt, (ImageSpec(8),), tokens_per_image=3)
     two = RECORDS[2]
     sample = processor.encode(two["conversation"], two["images"], train=True)
-    runs = read_runs(sample, processor, 10_000)
+    runs = read_runs(sample, two["images"], processor, 10_000)
     ids = sample["ids"][sample["ids"] != IMAGE_PLACE].tolist()
     text = "".join(run.text for run in runs if run.kind != "image")
     assert text == processor.tokenizer.decode(ids, skip_special_tokens=False)
@@ -265,25 +267,25 @@ def test_runs_are_the_text_of_ids_and_labels(prompt: Any) -> None:
 
 
 def test_the_first_token_of_a_sample_is_not_learned() -> None:
-    processor = Processor(byte_tokenizer(), PlainPrompt(), (ImageSpec(8),), places=3)
+    processor = Processor(byte_tokenizer(), PlainPrompt(), (ImageSpec(8),), tokens_per_image=3)
     sample = processor.encode(RECORDS[0]["conversation"], train=True)
-    assert read_runs(sample, processor, 100) == [Run("B", "read"), Run(f"ecause.{END}", "learned")]
+    assert read_runs(sample, [], processor, 100) == [Run("B", "read"), Run(f"ecause.{END}", "learned")]
 
 
 def test_labels_decide_what_is_learned_and_no_blank_is_lost() -> None:
-    processor = Processor(words_tokenizer(), MambaPrompt(), (ImageSpec(8),), places=3)
+    processor = Processor(words_tokenizer(), MambaPrompt(), (ImageSpec(8),), tokens_per_image=3)
     sample = processor.encode(RECORDS[1]["conversation"], RECORDS[1]["images"], train=True)
-    assert read_runs(sample, processor, 100)[-1].text == f" A dog.{END}"
+    assert read_runs(sample, RECORDS[1]["images"], processor, 100)[-1].text == f" A dog.{END}"
     sample["labels"][-1] = IGNORED
-    assert read_runs(sample, processor, 100)[-2:] == [Run(" A dog.", "learned"), Run(END, "read")]
+    assert read_runs(sample, RECORDS[1]["images"], processor, 100)[-2:] == [Run(" A dog.", "learned"), Run(END, "read")]
 
 
 def test_long_texts_are_cut_in_the_middle_and_the_tokens_counted() -> None:
-    processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), places=3)
+    processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), tokens_per_image=3)
     sample = processor.encode(
         [{"role": "user", "content": "q" * 500}, {"role": "assistant", "content": "a" * 700}], train=True
     )
-    runs = read_runs(sample, processor, 90)
+    runs = read_runs(sample, [], processor, 90)
     assert [run.kind for run in runs] == ["read", "cut", "learned"]
     hidden = len(sample["ids"]) - 90
     assert runs[1].text == f" … {hidden:,} tokens … "
@@ -296,7 +298,7 @@ def test_long_texts_are_cut_in_the_middle_and_the_tokens_counted() -> None:
 
 def test_a_card_has_the_pixels_of_the_model() -> None:
     specs = (ImageSpec(4), ImageSpec(8, "letterbox"))
-    processor = replace(Processor(byte_tokenizer(), MambaPrompt(), specs, places=3))
+    processor = replace(Processor(byte_tokenizer(), MambaPrompt(), specs, tokens_per_image=3))
     one = record("x", "?", "!", images=(encoded(20, 10), encoded()))
     sample = processor.encode(one["conversation"], one["images"], train=True)
     images = sample_card(one, sample, processor).images
