@@ -27,6 +27,7 @@ NAMES = {  # names that were renamed, or moved out of a module that still exists
     "ssmvl.checkpoints.flush": "ssmvl.files.flush",
     "ssmvl.checkpoints.written_whole": "ssmvl.files.written_whole",
     "ssmvl.processing.prompts.learned": "ssmvl.processing.prompts.supervised_pieces",
+    "ssmvl.vision.pretrained.weights_place": "ssmvl.vision.pretrained.weights_path",
     "ssmvl.vision.pretrained.settled_tag": "ssmvl.vision.pretrained.resolve_tag",
 }
 

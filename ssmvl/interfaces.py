@@ -85,14 +85,14 @@ class Stream(NamedTuple):
     """One of several sets of shards that are trained on together; at most one of the weights is set.
 
     Attributes:
-        place: where its shards lie.
+        source: the directory of its shards, on this machine or in a bucket.
         proportion: its share of an epoch, relative to the others'.
         repeat: how often an epoch brings each of its samples.
         choose: how many of its samples an epoch brings.
         prompt: how its conversations are written; as the stage does if None.
     """
 
-    place: Path | Shards
+    source: Path | Shards
     proportion: float | None = None
     repeat: float | None = None
     choose: int | None = None

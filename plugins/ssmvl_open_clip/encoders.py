@@ -18,7 +18,7 @@ from torch import Tensor
 from ssmvl.errors import CheckpointError, ContractError, nearest
 from ssmvl.interfaces import Grid, Pixels, Resize
 from ssmvl.vision.encoders import Encoder, VitEncoder
-from ssmvl.vision.pretrained import Trained, parse_weights, require_statistics, resolve_tag, similar, weights_place
+from ssmvl.vision.pretrained import Trained, parse_weights, require_statistics, resolve_tag, similar, weights_path
 
 TOWER = "visual."  # of names in open_clip's files
 # Of a vision config: positions are resampled; how it was initialised; what is dropped in training.
@@ -96,7 +96,7 @@ def open_clip_encoder(
         )
     default = PreprocessCfg()
     mean, std, _ = trained[tag or next(iter(trained))] if trained else (default.mean, default.std, quick)
-    place = weights_place(source, partial(_hub, name, tag), HF_SAFE_WEIGHTS_NAME)
+    place = weights_path(source, partial(_hub, name, tag), HF_SAFE_WEIGHTS_NAME)
     agrees = partial(_agrees, name, mean, std) if source.kind == "folder" else None
     size = image_size or config["vision_cfg"]["image_size"]
     tower = _tower(config, size)

@@ -66,11 +66,11 @@ def mix(split: str, *, streams: Streams) -> list[Stream]:
     """
     found = []
     for name, share in streams.items():
-        place = share.data(split=split)
-        if isinstance(place, list):
+        source = share.data(split=split)
+        if isinstance(source, list):
             raise DataError(f"stream {name!r} is a mix itself; list its streams beside the others")
         prompt = share.prompt() if share.prompt else None
-        found.append(Stream(place, share.proportion, share.repeat, share.choose, prompt))
+        found.append(Stream(source, share.proportion, share.repeat, share.choose, prompt))
     return found
 
 

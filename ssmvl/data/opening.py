@@ -30,12 +30,12 @@ def open_data(dataset: Callable[..., Data], split: str) -> Data:
     except (Exception, SystemExit) as error:  # foreign code may raise anything
         raise DataError(f"{name} fails for the split {split!r}: {foreign(error)}") from error
     streams = data if isinstance(data, list) and data and all(isinstance(one, Stream) for one in data) else []
-    places: list[Any] = [stream.place for stream in streams] or [data]
-    for place in places:
-        if not isinstance(place, Path | Shards):
+    sources: list[Any] = [stream.source for stream in streams] or [data]
+    for source in sources:
+        if not isinstance(source, Path | Shards):
             what = "must give a Path, Shards or a list of Stream"
             raise ContractError(f"{name} {what} for the split {split!r}, gave {data!r}")
-        folder = place.local if isinstance(place, Shards) else place
+        folder = source.local if isinstance(source, Shards) else source
         if not (folder / "index.json").is_file():
             raise DataError(f"{name} gives {folder} for the split {split!r}, which holds no shards (no index.json)")
     return data
@@ -50,7 +50,7 @@ def require_batch(data: Data, batch: int, where: str) -> None:
     streams = data if isinstance(data, list) else [Stream(data)]
     if any((stream.proportion, stream.repeat, stream.choose) != (None, None, None) for stream in streams):
         return
-    folders = [one.place.local if isinstance(one.place, Shards) else one.place for one in streams]
+    folders = [one.source.local if isinstance(one.source, Shards) else one.source for one in streams]
     indices = [json.loads((folder / "index.json").read_text()) for folder in folders]
     count = sum(shard["samples"] for index in indices for shard in index["shards"])
     if count < batch:

@@ -205,7 +205,7 @@ def train_loader(
         DataError: there is not one whole batch for each rank, or a cache has a limit that it cannot keep.
     """
     loader = loader or Loader()
-    if loader.cache_limit and not all(isinstance(stream.place, Shards) for stream in _streams(data)):
+    if loader.cache_limit and not all(isinstance(stream.source, Shards) for stream in _streams(data)):
         raise DataError(f"{describe(data)}: cache_limit would delete shards that are not in a bucket; leave it out")
     stream = SampleStream(
         data,
@@ -235,7 +235,7 @@ def read_records(data: Data) -> list[dict[str, Any]]:
         DataError: a shard is missing or compressed, or its bytes cannot be taken apart; hashes are not looked at,
             but for what is fetched.
     """
-    return [record for stream in _streams(data) for record in _read(stream.place)]
+    return [record for stream in _streams(data) for record in _read(stream.source)]
 
 
 def first_record(data: Data) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def first_record(data: Data) -> dict[str, Any]:
     Raises:
         DataError: the shards are empty or damaged; see `read_records`.
     """
-    found = next((record for stream in _streams(data) for record in _read(stream.place)), None)
+    found = next((record for stream in _streams(data) for record in _read(stream.source)), None)
     if found is None:
         raise DataError(f"the shards in {describe(data)} hold no records")
     return found
@@ -252,17 +252,17 @@ def first_record(data: Data) -> dict[str, Any]:
 
 def describe(data: Data) -> str:
     """Where data lie, for messages."""
-    places = (stream.place for stream in _streams(data))
-    return ", ".join(place.remote if isinstance(place, Shards) else str(place) for place in places)
+    sources = (stream.source for stream in _streams(data))
+    return ", ".join(source.remote if isinstance(source, Shards) else str(source) for source in sources)
 
 
-def _read(place: Path | Shards) -> Iterator[dict[str, Any]]:
-    folder = place.local if isinstance(place, Shards) else place
+def _read(source: Path | Shards) -> Iterator[dict[str, Any]]:
+    folder = source.local if isinstance(source, Shards) else source
     shards = json.loads((folder / "index.json").read_text())["shards"]
-    if isinstance(place, Shards):
+    if isinstance(source, Shards):
         for shard in shards:
             if not (folder / shard["raw_data"]["basename"]).is_file():
-                fetch_shard(place.remote, folder, shard["raw_data"])
+                fetch_shard(source.remote, folder, shard["raw_data"])
     # as streaming's LocalDataset does, which leaves the index file open
     readers = [reader_from_json(str(folder), None, shard) for shard in shards]
     try:
@@ -277,9 +277,9 @@ def _streams(data: Data) -> list[Stream]:
 
 def _checked(stream: Stream) -> _Checked:
     weight = {"proportion": stream.proportion, "repeat": stream.repeat, "choose": stream.choose}
-    if isinstance(stream.place, Shards):
-        return _Checked(remote=stream.place.remote, local=str(stream.place.local), **weight)
-    return _Checked(local=str(stream.place), **weight)
+    if isinstance(stream.source, Shards):
+        return _Checked(remote=stream.source.remote, local=str(stream.source.local), **weight)
+    return _Checked(local=str(stream.source), **weight)
 
 
 def _collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _opened(dataset: Callable[..., Data], split: str) -> Data:
 
 def _folders(data: Data) -> dict[Path, Path | Shards]:
     """The folders on this machine, each with the place that it belongs to."""
-    places = [stream.place for stream in data] if isinstance(data, list) else [data]
+    places = [stream.source for stream in data] if isinstance(data, list) else [data]
     return {place.local if isinstance(place, Shards) else place: place for place in places}
 
 

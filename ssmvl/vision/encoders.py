@@ -26,7 +26,7 @@ from ssmvl.vision.pretrained import (
     require_statistics,
     resolve_tag,
     similar,
-    weights_place,
+    weights_path,
 )
 
 __all__ = ["Encoder", "VitEncoder", "timm_encoder"]
@@ -254,7 +254,7 @@ def timm_encoder(
         return config["hf_hub_id"], config.get("hf_hub_filename") or WEIGHTS_FILE
 
     agrees = partial(_agrees, name, create, mean, std) if source.kind == "folder" else None
-    place = weights_place(source, hub, WEIGHTS_FILE)
+    place = weights_path(source, hub, WEIGHTS_FILE)
     size = image_size or config["input_size"][-1]
     return VitEncoder(vit, size=size, mean=mean, std=std, resize=resize, weights=place, agrees=agrees)
 

@@ -11,7 +11,7 @@ from ssmvl._moved import moved_name
 from ssmvl.checkpoints.hub import HUB_FILE
 from ssmvl.errors import CheckpointError, ContractError, nearest
 
-__all__ = ["Trained", "parse_weights", "resolve_tag", "weights_place", "require_statistics", "similar"]
+__all__ = ["Trained", "parse_weights", "resolve_tag", "weights_path", "require_statistics", "similar"]
 
 if not TYPE_CHECKING:
     __getattr__ = partial(moved_name, __name__)
@@ -94,7 +94,7 @@ def resolve_tag(source: Source, tag: str, model: str, stem: str, trained: Mappin
     return tag
 
 
-def weights_place(source: Source, hub: Callable[[], tuple[str, str]], file: str) -> str:
+def weights_path(source: Source, hub: Callable[[], tuple[str, str]], file: str) -> str:
     """The `weights` attribute of an encoder; nothing is opened.
 
     Args:
