@@ -20,7 +20,7 @@
 #SBATCH --output=slurm-%j.txt
 set -euo pipefail
 
-[ $# -ge 1 ] || { echo "error: which recipe? sbatch docs/slurm.sh recipes/ml_mamba.yaml [overrides]" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "error: no recipe given; usage: sbatch docs/slurm.sh recipes/ml_mamba.yaml [overrides]" >&2; exit 2; }
 
 names=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR="${names%%$'\n'*}"                              # the node whose SLURM_NODEID is 0

@@ -1,4 +1,4 @@
-"""`add_outcomes.py OUTCOMES.xml BENCH.json`: what pytest found, by test, beside what the benchmark measured."""
+"""Add pytest's outcomes to the results of a benchmark: `add_outcomes.py OUTCOMES.xml BENCH.json`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from xml.etree import ElementTree
 
 
 def outcomes(report: Path) -> dict[str, str]:
-    """Of pytest's --junitxml: "passed", or "skipped", "failure" or "error" with its first line."""
-    found = {}
+    """Read a --junitxml report: test -> "passed", or "skipped", "failure" or "error" with its first line."""
+    results = {}
     for case in ElementTree.parse(report).iter("testcase"):
-        why = next((part for part in case if part.tag in ("skipped", "failure", "error")), None)
-        said = "passed" if why is None else f"{why.tag}: {(why.get('message') or '').partition(chr(10))[0]}"
-        found[f"{case.get('classname')}.{case.get('name')}"] = said
-    return found
+        problem = next((part for part in case if part.tag in ("skipped", "failure", "error")), None)
+        result = "passed"
+        if problem is not None:
+            result = f"{problem.tag}: {(problem.get('message') or '').partition(chr(10))[0]}"
+        results[f"{case.get('classname')}.{case.get('name')}"] = result
+    return results
 
 
 if __name__ == "__main__":
     bench = Path(sys.argv[2])
-    measured = json.loads(bench.read_text()) if bench.is_file() else {}
-    bench.write_text(json.dumps({**measured, "tests": outcomes(Path(sys.argv[1]))}, indent=2) + "\n")
+    results = json.loads(bench.read_text()) if bench.is_file() else {}
+    bench.write_text(json.dumps({**results, "tests": outcomes(Path(sys.argv[1]))}, indent=2) + "\n")

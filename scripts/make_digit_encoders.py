@@ -1,8 +1,8 @@
-"""Teach the quickstart's two ViTs to name the digit in each cell, and write the weights that ship with the package.
+"""Train the quickstart's two ViTs to classify the digit in each cell, and write the weights shipped with the package.
 
     python scripts/make_digit_encoders.py
 
-Training digits only; prints the share of unseen digits named. About a minute on two CPU cores.
+Uses training digits only and prints the accuracy on unseen digits. Takes about a minute on two CPU cores.
 """
 
 import numpy as np
@@ -17,14 +17,14 @@ STEPS, BATCH = 800, 128
 
 
 def batch(images: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures uint8 (B, 3, 48, 48) with a digit in about half of the cells, and the class of each cell (B, 9)."""
-    pictures, classes = [], []
+    """Draw images uint8 (B, 3, 48, 48) with a digit in about half of the cells, and the class of each cell (B, 9)."""
+    scenes, classes = [], []
     for _ in range(BATCH):
         chosen = np.where(rng.random(CELLS * CELLS) < 0.5, rng.integers(len(labels), size=CELLS * CELLS), -1)
-        cells = {divmod(cell, CELLS): images[which] for cell, which in enumerate(chosen) if which >= 0}
-        pictures.append(np.asarray(draw(cells)).transpose(2, 0, 1))
+        cells = {divmod(cell, CELLS): images[digit] for cell, digit in enumerate(chosen) if digit >= 0}
+        scenes.append(np.asarray(draw(cells)).transpose(2, 0, 1))
         classes.append(np.where(chosen >= 0, labels[chosen], EMPTY))
-    return torch.from_numpy(np.stack(pictures)), torch.from_numpy(np.stack(classes))
+    return torch.from_numpy(np.stack(scenes)), torch.from_numpy(np.stack(classes))
 
 
 def main() -> None:
@@ -47,8 +47,8 @@ def main() -> None:
         encoder.eval()
         with torch.no_grad():
             pixels, classes = batch(*digit_images("test"), np.random.default_rng(9))
-            right = encoder.vit(encoder.normalise(pixels)).argmax(-1) == classes
-        print(f"{stem}: names {right[classes != EMPTY].float().mean():.1%} of unseen digits")
+            correct = encoder.vit(encoder.normalise(pixels)).argmax(-1) == classes
+        print(f"{stem}: accuracy {correct[classes != EMPTY].float().mean():.1%} on unseen digits")
         SHIPPED.mkdir(exist_ok=True)
         write_tensors(SHIPPED / f"digit_vit_{stem}.safetensors", encoder.vit.state_dict())
 

@@ -1,8 +1,8 @@
-"""Archive run folders made by this version for tests/training/test_earlier_runs.py.
+"""Archive run folders of this version for tests/training/test_earlier_runs.py.
 
     PYTHONPATH=tests/training python scripts/make_earlier_runs.py tests/training/earlier_runs/vX.Y.Z.tar.xz
 
-Run it once for a release that changes what a run folder holds. Archives of earlier versions stay as they are.
+Run it once for a release that changes the contents of a run folder. Never change archives of earlier versions.
 """
 
 import io
@@ -26,18 +26,18 @@ from ssmvl.training.callbacks.loss_guard import LossGuard
 from ssmvl.training.checkpoints.export import export
 
 RECIPE = Path(__file__).parents[1] / "tests/training/earlier_runs/recipe.yaml"
-KILLED_AT = 85  # of 100 steps of the second stage; its checkpoint is of step 80
-LEFT_OUT = ("tensorboard", ".lock", "align/checkpoints", "finished1/finetune", "finished2/finetune")
-MARGIN = 0.05  # of each token's logit above the next: answers that another CPU's rounding does not change
+KILLED_AT = 85  # step of the second stage, which has 100; the latest checkpoint is of step 80
+EXCLUDED = ("tensorboard", ".lock", "align/checkpoints", "finished1/finetune", "finished2/finetune")
+MARGIN = 0.05  # minimum distance of the two highest logits, so that rounding on another CPU gives the same answer
 SCENES = 30
 
 
 def launch(name: str, number: int, death: int | None) -> list[Any]:
-    """Train on this many ranks; the steps of the second stage: number, sample ids of each rank, loss.
+    """Train on `number` ranks and return the second stage's steps: [step, sample ids of each rank, loss].
 
-    Recorded without a callback of its own, whose state would be in the checkpoints.
+    Steps are recorded by patching a callback, because the state of a new one would be saved in the checkpoints.
     """
-    folder = Path(f"said-{name}")
+    folder = Path(f"steps-{name}")
     folder.mkdir(exist_ok=True)
     batch_end = LossGuard.batch_end
 
@@ -62,28 +62,28 @@ def launch(name: str, number: int, death: int | None) -> list[Any]:
 
 
 def answers(folder: str, records: list[Any]) -> list[Any]:
-    """Scene, question and answer, where each token of the answer is clearly the likeliest."""
+    """Generate answers, and return [scene, question, answer] if each token is the likeliest by at least `MARGIN`."""
     assistant = ssmvl.load(folder)
     model, gaps = assistant.model, []
 
-    def seen(call: Any) -> Any:
-        def wrapped(*given: Any) -> Any:
-            logits = call(*given)
+    def recording_gaps(call: Any) -> Any:
+        def wrapped(*arguments: Any) -> Any:
+            logits = call(*arguments)
             top = logits[:, : model.language.num_tokens].topk(2).values
             gaps.append(float(top[0, 0] - top[0, 1]))
             return logits
 
         return wrapped
 
-    model.prefill, assistant._step = seen(model.prefill), seen(assistant._step)
-    found = []
+    model.prefill, assistant._step = recording_gaps(model.prefill), recording_gaps(assistant._step)
+    clear = []
     for number, record in enumerate(records):
         question = record["conversation"][0]["content"]
         gaps.clear()
         (answer,) = assistant.generate([question], [record["images"][0]], max_new_tokens=8)
         if min(gaps) > MARGIN:
-            found.append([f"scene{number}.png", question, answer])
-    return found
+            clear.append([f"scene{number}.png", question, answer])
+    return clear
 
 
 def main() -> None:
@@ -104,7 +104,7 @@ def main() -> None:
         files = {"expected.json": json.dumps(expected, indent=1).encode()}
         files |= {f"scene{number}.png": record["images"][0] for number, record in enumerate(records)}
         for path in sorted(Path("runs").rglob("*")):
-            if path.is_file() and not any(part in f"{path}" for part in LEFT_OUT):
+            if path.is_file() and not any(part in f"{path}" for part in EXCLUDED):
                 files[str(path)] = path.read_bytes()
         with tarfile.open(out, "w:xz", preset=9) as tar:
             for name, content in files.items():

@@ -1,9 +1,9 @@
-"""Write the tokenizer `words`: bytes, with the words of the quickstart's questions as tokens of their own.
+"""Train the tokenizer `words`: byte-level BPE in which the words of the quickstart's questions are single tokens.
 
     python scripts/make_words.py
 
-A digit or a word takes the space before it along, a mark the space after it. The merges come from training questions;
-run it again when the questions change.
+A digit or word includes the space before it, punctuation the space after it. The merges are learned from the training
+questions; run the script again when the questions change.
 """
 
 import tempfile

@@ -1,6 +1,6 @@
-"""Vision-language models on state-space models, out of composable blocks and plugins.
+"""Vision-language models based on state-space models, built from composable blocks and plugins.
 
-Public names are resolved when first used: `import ssmvl` imports neither torch nor any other heavy package.
+Public names are imported on first use: `import ssmvl` imports neither torch nor any other heavy package.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _HOME = {
 
 
 def list_components(kind: str | None = None) -> list[Entry]:
-    """Every registered component, or those of one kind, sorted by kind and name."""
+    """List all registered components, or those of one kind, sorted by kind and name."""
     from ssmvl.plugins import components
 
     return [entry for entry in components().entries() if kind in (None, entry.kind)]

@@ -1,4 +1,4 @@
-"""Old import paths: each still works, with a DeprecationWarning that names the new path. See CONTRIBUTING.md."""
+"""Deprecated import paths, which still work with a DeprecationWarning. See CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODULES = {  # with their submodules
     "ssmvl.vision.transforms": "ssmvl.processing.transforms",
     "ssmvl.vlm": "ssmvl.model.vlm",
 }
-NAMES = {  # names that were renamed, or moved out of a module that still exists
+NAMES = {  # renamed, or moved out of a module that still exists
     "ssmvl.checkpoints.Foreign": "ssmvl.checkpoints.OpenedCheckpoint",
     "ssmvl.checkpoints.flush": "ssmvl.files.flush",
     "ssmvl.checkpoints.written_whole": "ssmvl.files.written_whole",
@@ -33,25 +33,25 @@ NAMES = {  # names that were renamed, or moved out of a module that still exists
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Imports a moved module under its old name."""
+    """Import hook for moved modules under their old names."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """A spec for an old name, nothing else."""
+        """Return a spec for the old name of a moved module, None for any other name."""
         if new := _moved(name):
             _warn(name, new)
             return ModuleSpec(name, self)
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Register the moved module itself under the old name, so that its classes stay the same objects."""
+        """Register the moved module under its old name too, so that both names give the same classes."""
         sys.modules[module.__name__] = importlib.import_module(_moved(module.__name__))
 
 
 def moved_name(module: str, name: str) -> Any:
-    """The attribute that a module used to have.
+    """Return an attribute that a module had under an earlier name or location.
 
     Raises:
-        AttributeError: it never had one of that name.
+        AttributeError: the module never had an attribute of that name.
     """
     new = NAMES.get(f"{module}.{name}")
     if new is None:
@@ -62,7 +62,7 @@ def moved_name(module: str, name: str) -> Any:
 
 
 def _moved(name: str) -> str:
-    """The new name of a module; empty if it has not moved."""
+    """Return the new name of a module, or an empty string if it has not moved."""
     old = next((old for old in MODULES if f"{name}.".startswith(f"{old}.")), None)
     return "" if old is None else MODULES[old] + name.removeprefix(old)
 
@@ -72,4 +72,5 @@ def _warn(old: str, new: str) -> None:
     warnings.warn(text, DeprecationWarning, stacklevel=3)
 
 
-sys.meta_path.insert(0, MovedModules())  # else `ssmvl.text.prompts` would load processing/prompts.py a second time
+# First in line; otherwise `ssmvl.text.prompts` would load processing/prompts.py a second time.
+sys.meta_path.insert(0, MovedModules())

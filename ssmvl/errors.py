@@ -1,21 +1,21 @@
-"""Every exception the library raises on purpose.
+"""Exceptions that the library raises on purpose.
 
     SsmvlError
-    ├── RecipeError               (ValueError)   a recipe, or its options, cannot be used; lists every problem
-    ├── UnknownComponentError     (LookupError)  no component of that kind and name
-    ├── DuplicateComponentError   (LookupError)  two plugins offer the same kind and name
-    ├── ContractError             (ValueError)   a component does not keep the contract of its kind
-    ├── ShapeError                (ValueError)   inputs do not fit together
-    ├── DataError                 (ValueError)   a sample, image or shard cannot be used
-    ├── CheckpointError           (ValueError)   weights or a saved folder cannot be used
-    ├── RunError                  (RuntimeError) a run folder cannot be used for this run
-    ├── BackendError              (RuntimeError) the backend asked for cannot do this call
+    ├── RecipeError               (ValueError)   a recipe is invalid; lists every problem
+    ├── UnknownComponentError     (LookupError)  no component of this kind has this name
+    ├── DuplicateComponentError   (LookupError)  two plugins register the same kind and name
+    ├── ContractError             (ValueError)   a component violates the contract of its kind
+    ├── ShapeError                (ValueError)   shapes, dtypes or sizes do not match
+    ├── DataError                 (ValueError)   a sample, image or shard is unusable
+    ├── CheckpointError           (ValueError)   weights or a saved model are unusable
+    ├── RunError                  (RuntimeError) a run cannot start, continue or resume
+    ├── BackendError              (RuntimeError) the requested backend does not support this call
     └── MissingDependencyError    (ImportError)  an optional package is not installed
 
-    PluginWarning                 (UserWarning)  a plugin could not be loaded; everything else works
+    PluginWarning                 (UserWarning)  a plugin failed to load; everything else still works
 
-A message says what was wrong, where, what was received, what is allowed and what to do. Each error is also a
-builtin, so code that knows nothing of this library can catch it.
+A message states what is wrong, where, what was received, what is allowed and how to fix it. Each error is also a
+builtin exception, so code that does not know this library can catch it.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ __all__ = [
 
 
 OURS = f"{Path(__file__).parent}{os.sep}"
-ELSEWHERE = ("<", contextlib.__file__, str(Path(importlib.__file__).parent))  # they pass errors on
+PASS_THROUGH = ("<", contextlib.__file__, str(Path(importlib.__file__).parent))  # Python's own frames, never the cause
 
 
 class SsmvlError(Exception):
-    """Base of every error raised on purpose; the CLI prints it without a traceback and exits with 2."""
+    """Base of all errors raised on purpose. The CLI prints them without a traceback and exits with code 2."""
 
 
 class Problem(NamedTuple):
-    """One mistake in a recipe: its YAML path and what is wrong there."""
+    """One mistake in a recipe: its YAML path and a message."""
 
     path: str
     message: str
@@ -68,11 +68,11 @@ class Problem(NamedTuple):
 
 
 class RecipeError(SsmvlError, ValueError):
-    """All problems found in one recipe.
+    """A recipe is invalid. The message lists every problem.
 
     Args:
-        problems: every mistake, in the order of the recipe.
-        source: the recipe's file or name, for the first line of the message.
+        problems: all mistakes, in the recipe's order.
+        source: the recipe's file or name, shown in the first line of the message.
     """
 
     def __init__(self, problems: Sequence[Problem], source: str = "recipe") -> None:
@@ -86,43 +86,43 @@ class UnknownComponentError(SsmvlError, LookupError):
 
 
 class DuplicateComponentError(SsmvlError, LookupError):
-    """Two plugins offer the same kind and name."""
+    """Two plugins register the same kind and name."""
 
 
 class ContractError(SsmvlError, ValueError):
-    """A component does not keep the contract of its kind."""
+    """A component violates the contract of its kind; see `ssmvl.interfaces`."""
 
 
 class ShapeError(SsmvlError, ValueError):
-    """Inputs do not fit together."""
+    """Shapes, dtypes or sizes of inputs and options do not match."""
 
 
 class DataError(SsmvlError, ValueError):
-    """A sample, an image or a shard cannot be used."""
+    """A sample, image or shard is unusable."""
 
 
 class CheckpointError(SsmvlError, ValueError):
-    """Weights or a saved folder cannot be used."""
+    """Weights or a saved model are unusable."""
 
 
 class RunError(SsmvlError, RuntimeError):
-    """A run folder cannot be used for this run."""
+    """A run cannot start, continue or resume."""
 
 
 class BackendError(SsmvlError, RuntimeError):
-    """The backend asked for does not exist, is not installed, or cannot do this call."""
+    """The requested backend is unknown, is not installed, or does not support this call."""
 
 
 class MissingDependencyError(SsmvlError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed. The message names the extra that installs it."""
 
 
 class PluginWarning(UserWarning):
-    """A plugin could not be loaded; everything else works."""
+    """A plugin failed to load; everything else still works."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """The text " Did you mean 'x'? Allowed: …" for an unknown `name`, shared by every such message."""
+    """Return " Did you mean 'x'? Allowed: …", the ending of every message about an unknown `name`."""
     allowed = sorted(allowed)
     close = difflib.get_close_matches(name, allowed, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -130,9 +130,10 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def foreign(error: BaseException) -> str:
-    """The text "KeyError: 'x' (FILE, line N)" for an exception of foreign code, shared by every such message.
+    """Describe an exception of third-party code as "KeyError: 'x' (FILE, line N)".
 
-    The line is the last one that is not ours, torch's or Python's. `SSMVL_TRACEBACK=1` prints the traceback too.
+    The line is that of the innermost frame outside ssmvl, torch, importlib and contextlib. With `SSMVL_TRACEBACK=1`
+    the full traceback is printed too.
     """
     if wants_traceback():
         traceback.print_exception(error)
@@ -142,17 +143,17 @@ def foreign(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({error.filename}, line {error.lineno})"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        passes_on = frame.filename.startswith((OURS, *ELSEWHERE)) or f"{os.sep}torch{os.sep}" in frame.filename
-        if not passes_on:
+        skipped = frame.filename.startswith((OURS, *PASS_THROUGH)) or f"{os.sep}torch{os.sep}" in frame.filename
+        if not skipped:
             return f"{text} ({frame.filename}, line {frame.lineno})"
     return text
 
 
 def wants_traceback() -> bool:
-    """True if the user asked for tracebacks (`--traceback` or `SSMVL_TRACEBACK=1`)."""
+    """Return True if the user wants tracebacks (`--traceback` or `SSMVL_TRACEBACK=1`)."""
     return os.environ.get("SSMVL_TRACEBACK", "") not in ("", "0")
 
 
 def short(text: str) -> str:
-    """A text for a message: of one beyond 300 letters, its beginning and its end."""
+    """Shorten a text of more than 300 characters to its beginning and end, for use in a message."""
     return text if len(text) <= 300 else f"{text[:180]} … {text[-100:]}"

@@ -1,4 +1,4 @@
-"""Files written whole or not at all: a temporary name, fsync, rename."""
+"""Atomic file writes: write under a temporary name, fsync, rename."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 __all__ = ["written_whole", "flush"]
 
-ABOUT_FILE = "ssmvl.json"  # of a folder that holds a saved model
+ABOUT_FILE = "ssmvl.json"  # marks the directory of a saved model
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name to write under; renamed to `path` at the end, so a reader sees the old file or the new one."""
+    """Yield a temporary path and rename it to `path` at the end, so that readers see either the old or the new file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -27,7 +27,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Fsync a file or a folder, so that a rename after it survives a power cut."""
+    """Fsync a file or directory, so that a later rename survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

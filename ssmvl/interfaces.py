@@ -1,12 +1,13 @@
-"""Every contract and every shape on one page.
+"""Contracts of all component kinds, with every tensor shape.
 
-Letters: B samples, I images, N = rows*columns patches of one map, L scanned length, K scan paths, M visual tokens of
-one image, T positions, D width, E inner width, H heads, P head width, S state size, G groups, V vocabulary rows.
+Letters: B rows of a batch, I images, N = rows * columns patches of one map, L scanned length, K scan paths, M visual
+tokens per image, T positions, D width, E inner width, H heads, P head width, S state size (or side of an image),
+G groups, V vocabulary rows.
 
-    Grid         (maps, rows, columns); maps > 1 only for a visual long sequence
-    segments     (B, L) int32: 0, 1, 2, … in each row, -1 = padding. Only in `forward`: state never meets segments.
-    lengths      (B,) real positions of each row; rows are right-padded
-    paths        a scan order's K paths over a grid, and the way back; see `Paths`
+    Grid         (maps, rows, columns); maps > 1 only if fusion concatenates several maps into one long sequence
+    segments     (B, L) int32: number of the packed sample (0, 1, 2, …), -1 = padding; never combined with a state
+    lengths      (B,) real positions per row, right-padded; 0 if a row ended before this chunk of a long prompt
+    paths        a scan order's K paths over a grid and their inverses; see `Paths`
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ __all__ = [
     "Prompt",
 ]
 
-IMAGE_PLACE, IGNORED = -1, -100  # the id at image places; the label of what is not supervised
-Message = Mapping[str, str]  # {"role": "user" | "assistant", "content": text}; `<image>` in a content is one image
+IMAGE_PLACE, IGNORED = -1, -100  # the id at image places; the label of unsupervised positions
+Message = Mapping[str, str]  # {"role": "user" | "assistant", "content": text}; the user's text may have `<image>` marks
 
-# A parameter annotated with one of these takes a component of that kind, bound to its options.
+# A parameter annotated with one of these takes a component of that kind, with its options bound.
 MixerPart = Annotated[Callable[..., nn.Module], Part("mixer")]
 EncoderPart = Annotated[Callable[..., nn.Module], Part("encoder")]
 FusionPart = Annotated[Callable[..., nn.Module], Part("fusion")]
@@ -70,11 +71,11 @@ PromptPart = Annotated[Callable[..., Any], Part("prompt")]
 
 
 class Shards(NamedTuple):
-    """A folder of shards in a bucket, and the folder on this machine that keeps what was fetched of it.
+    """Shards in a bucket, with the local directory that caches them.
 
     Attributes:
-        local: holds its `index.json`.
-        remote: URL of the folder.
+        local: the cache directory; it already holds the shards' `index.json`.
+        remote: URL of the shards' directory.
     """
 
     local: Path
@@ -82,14 +83,14 @@ class Shards(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """One of several sets of shards that are trained on together; at most one of the weights is set.
+    """One of several sets of shards in a training mix. At most one of `proportion`, `repeat` and `choose` is set.
 
     Attributes:
-        source: the directory of its shards, on this machine or in a bucket.
-        proportion: its share of an epoch, relative to the others'.
-        repeat: how often an epoch brings each of its samples.
-        choose: how many of its samples an epoch brings.
-        prompt: how its conversations are written; as the stage does if None.
+        source: directory of the shards, local or in a bucket.
+        proportion: share of an epoch, relative to the other streams.
+        repeat: number of times that an epoch contains each sample.
+        choose: number of samples per epoch.
+        prompt: prompt format of the conversations; None means the stage's.
     """
 
     source: Path | Shards
@@ -99,12 +100,12 @@ class Stream(NamedTuple):
     prompt: Any = None
 
 
-Data = Path | Shards | list[Stream]  # what a dataset gives: shards in a folder, in a bucket, or several of them
+Data = Path | Shards | list[Stream]  # what a dataset returns: a directory of shards, shards in a bucket, or a mix
 DatasetPart = Annotated[Callable[..., Data], Part("dataset")]
 
 
 class Grid(NamedTuple):
-    """How visual tokens lie: maps, rows, columns."""
+    """Grid of visual features: number of maps, and rows and columns of each map."""
 
     maps: int
     rows: int
@@ -112,7 +113,7 @@ class Grid(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Scanned length L."""
+        """Scanned length L = maps * rows * columns."""
         return self.maps * self.rows * self.columns
 
 
@@ -120,15 +121,15 @@ Resize = Literal["resize-naive", "resize-crop", "letterbox"]
 
 
 class ImageSpec(NamedTuple):
-    """What the loader makes of an image: RGB, `size` x `size` pixels, bicubic.
+    """Image format that an encoder expects: RGB, S x S pixels, bicubic resizing.
 
-    Encoders with equal specs share one uint8 tensor; each normalises with its own mean and std.
+    Encoders with equal specs share one uint8 tensor; each normalizes it with its own mean and std.
 
     Attributes:
         size: S.
-        resize: `resize-naive`: both sides to S; `resize-crop`: the shorter side to S, the middle of the longer;
-            `letterbox`: the longer side to S, in the middle of a square of the colour `fill`.
-        fill: red, green and blue, 0…255; black where nothing is filled, so that equal images have equal specs.
+        resize: `resize-naive` scales both sides to S; `resize-crop` scales the shorter side to S and crops the center;
+            `letterbox` scales the longer side to S and centers the image on a square of color `fill`.
+        fill: red, green and blue, 0…255; black unless `resize` is `letterbox`, so that equal images have equal specs.
     """
 
     size: int
@@ -137,65 +138,65 @@ class ImageSpec(NamedTuple):
 
 
 ScanOrder = Callable[..., Tensor]
-"""(grid) -> (K, L) int64, each row a permutation of range(L), always on the CPU; K does not depend on the grid."""
+"""(grid) -> (K, L) int64 on the CPU, each row a permutation of range(L). K is the same for every grid."""
 
 ScanOrderPart = Annotated[ScanOrder, Part("scan_order")]
 
 
 class Paths(NamedTuple):
-    """The paths of a scan order over one grid, on the device of the input; both (K, L) int64."""
+    """Paths of a scan order over one grid and their inverses, both (K, L) int64, on the input's device."""
 
-    order: Tensor  # path k reads raster position order[k, i] at its step i
-    inverse: Tensor  # raster position j is step inverse[k, j] of path k
+    order: Tensor  # path k reads raster position order[k, i] at step i
+    inverse: Tensor  # path k reads raster position j at step inverse[k, j]
 
     @classmethod
     def of(cls, order: Tensor) -> Self:
-        """The paths (K, L), with their inverse."""
+        """Complete the paths `order` (K, L) with their inverses."""
         return cls(order, torch.argsort(order, dim=-1))
 
 
 @runtime_checkable
 class State(Protocol):
-    """What a recurrent part remembers of each row: fixed shape, updated in place by `step` and `prefill`."""
+    """Recurrent state of each row of a batch. Its shapes are fixed; `step` and `prefill` update it in place."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors in bytes."""
 
     def rows(self, index: Tensor | Sequence[int]) -> Self:
-        """A copy of these rows, in this order."""
+        """Copy the rows `index`, in that order."""
 
     def write(self, index: Tensor | Sequence[int], other: Self) -> None:
-        """Overwrite these rows with the rows of `other`."""
+        """Overwrite the rows `index` with the rows of `other`."""
 
     def clone(self) -> Self:
-        """A copy."""
+        """Copy all rows."""
 
 
 @runtime_checkable
 class Mixer(Protocol):
-    """Mixes positions. Built with `width` and `num_paths`."""
+    """Layer that mixes positions. Built with `width` and `num_paths`."""
 
     def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
-        """X (B, L, D), K paths of L, segments (B, L) -> (B, L, D); training and connectors, no state."""
+        """X (B, L, D), K paths over L, segments (B, L) -> (B, L, D). For training and connectors; uses no state."""
 
     def prefill(self, x: Tensor, lengths: Tensor, state: Any) -> Tensor:
-        """X (B, L, D) right-padded, lengths (B,) -> (B, L, D); causal; advances `state`; no gradients."""
+        """X (B, L, D) right-padded, lengths (B,) -> (B, L, D). Causal; no gradients; updates `state` in place."""
 
     def step(self, x: Tensor, state: Any) -> Tensor:
-        """X (B, D) -> (B, D); advances `state` in place; no gradients."""
+        """X (B, D) -> (B, D). No gradients; updates `state` in place."""
 
     def new_state(self, rows: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
-        """A state of `rows` rows that has seen nothing: a named tuple of tensors, rows first."""
+        """Create the initial state for `rows` rows: a named tuple of tensors whose first axis is the rows."""
 
 
 @runtime_checkable
 class VisionEncoder(Protocol):
-    """uint8 pixels -> patch features. Normalises itself.
+    """uint8 pixels -> patch features, normalization included.
 
-    `weights` names its file: `none`, a file or folder, the id of a model in the hub, or `hf-hub:owner/model/FILE`. It
-    is read in a layout registered as a `checkpoint`, or in the one that the encoder's method
-    `weights_layout(names, config)` returns, if it has that. `build_model` reads it; no encoder does so itself.
+    `weights` names the pretrained weights: `none`, a file or directory, the id of a model on the Hub, or
+    `hf-hub:owner/model/FILE`. `build_model` reads them; the encoder never does. Their layout is the one returned by the
+    encoder's method `weights_layout(names, config)` if it has one, otherwise a registered `checkpoint`.
     """
 
     width: int
@@ -204,15 +205,15 @@ class VisionEncoder(Protocol):
     weights: str
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels uint8 (I, 3, S, S) -> (I, N, D); I = 0 is allowed."""
+        """Pixels uint8 (I, 3, S, S) -> (I, N, D). I = 0 is allowed."""
 
     def shard_units(self) -> Sequence[nn.Module]:
-        """Modules that are sharded as one each."""
+        """Return the submodules that FSDP shards as units."""
 
 
 @runtime_checkable
 class Fusion(Protocol):
-    """Features of several encoders -> one sequence. Built with `widths` and `grids` by encoder."""
+    """Features of several encoders -> one sequence. Built with `widths` and `grids`, both by encoder name."""
 
     width: int
     grid: Grid
@@ -223,24 +224,25 @@ class Fusion(Protocol):
 
 @runtime_checkable
 class Connector(Protocol):
-    """Fused features -> visual tokens. Built with `in_width`, `out_width`, `grid`."""
+    """Fused features -> visual tokens. Built with `in_width`, `out_width` and `grid`."""
 
     def num_tokens(self, grid: Grid) -> int:
-        """M, the visual tokens of one image."""
+        """Return M, the number of visual tokens per image."""
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """X (I, L, in_width) -> (I, M, out_width)."""
 
     def shard_units(self) -> Sequence[nn.Module]:
-        """Modules that are sharded as one each."""
+        """Return the submodules that FSDP shards as units."""
 
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """Token ids -> logits, in parts. `num_tokens` ids exist; the `vocab_rows - num_tokens` others are never sampled.
+    """Token ids -> logits, in parts. Ids from `num_tokens` up to `vocab_rows` are padding and never sampled.
 
-    `weights` is what its option of that name says: `none`, a file or folder of a layout that is registered as a
-    `checkpoint`, or the id of a model in the hub. `build_model(weights="recipe")` reads it; no model does so itself.
+    `recurrent`: samples may be packed into one row. `weights` names the pretrained weights: `none`, a file or directory
+    in a layout registered as a `checkpoint`, or the id of a model on the Hub. `build_model(weights="recipe")` reads
+    them; the language model never does.
     """
 
     width: int
@@ -253,31 +255,29 @@ class LanguageModel(Protocol):
         """Ids (B, T) -> (B, T, D)."""
 
     def backbone(self, embeds: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Embeds (B, T, D) -> hidden (B, T, D)."""
+        """Embeds (B, T, D), segments (B, T) -> hidden (B, T, D). For training; uses no state."""
 
     def prefill(self, embeds: Tensor, lengths: Tensor, state: Any) -> Tensor:
-        """Embeds (B, T, D) -> hidden (B, T, D); advances `state`. Long prompts come in chunks, of which a row that has
-        ended has length 0.
-        """
+        """Embeds (B, T, D) right-padded, lengths (B,) -> hidden (B, T, D). Updates `state` in place."""
 
     def step(self, embeds: Tensor, state: Any) -> Tensor:
-        """Embeds (B, D) -> hidden (B, D); advances `state` in place."""
+        """Embeds (B, D) -> hidden (B, D). Updates `state` in place."""
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden (*, D) -> logits (*, V)."""
 
     def new_state(self, rows: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
-        """A state of `rows` rows that has seen nothing."""
+        """Create the initial state for `rows` rows."""
 
     def shard_units(self) -> Sequence[nn.Module]:
-        """Modules that are sharded as one each."""
+        """Return the submodules that FSDP shards as units."""
 
 
 class Piece(NamedTuple):
-    """A stretch of a prompt.
+    """Part of a formatted conversation.
 
-    What stands between two answers is tokenised as one text, an answer with its end as another. `template` text may
-    hold special tokens; any other text came from a user and is never parsed for them.
+    Everything between two answers is tokenized as one text, and so is an answer with its end token. Special tokens are
+    recognized only in `template` text; any other text comes from users and is never parsed for them.
     """
 
     text: str
@@ -287,13 +287,13 @@ class Piece(NamedTuple):
 
 @runtime_checkable
 class Prompt(Protocol):
-    """How a conversation is written.
+    """Prompt format: conversation -> pieces of text.
 
-    Images come before all text, or `in_place`, where the user's text has `<image>` marks; without marks in place means
-    before the first question, each on a line of its own.
+    `image_placement` is `before_all_text`, or `in_place`: images replace the `<image>` marks in the user's text. If a
+    conversation has no marks, `in_place` puts the images before the first question, each on its own line.
     """
 
     image_placement: Literal["before_all_text", "in_place"]
 
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
-        """The text to read; it ends where the assistant's answer begins if the last message is the user's."""
+        """Format a conversation. If its last message is the user's, the text ends where the answer begins."""

@@ -1,6 +1,6 @@
-"""The table of all components: the core's, and those of installed plugins, which are loaded one by one.
+"""Table of all components: those of the core and of installed plugins, which are loaded one by one.
 
-A component's module is imported when it is first used.
+A component's module is imported on first use.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ COMPONENTS = {
 
 
 class Hooks:
-    """What a plugin may implement."""
+    """Hooks that a plugin implements."""
 
     @hookspec
     def ssmvl_register(self, register: Register) -> None:
@@ -55,42 +55,42 @@ class Hooks:
 
 
 class CorePlugin:
-    """The core's own components, entering through the same hook as anybody's."""
+    """Core components, registered through the same hook as those of plugins."""
 
     @hookimpl
     def ssmvl_register(self, register: Register) -> None:
-        """Register the core's components."""
+        """Register the components of the core."""
         for (kind, name), target in COMPONENTS.items():
             register(kind, name, target)
 
 
 @functools.cache
 def components() -> Registry:
-    """All components of the core and of every installed plugin; found once per process."""
+    """Return the registry of all components of the core and of installed plugins. Cached per process."""
     return discover(CorePlugin())
 
 
 def discover(core: object) -> Registry:
     """Load `core`, then every installed plugin, sorted by distribution and name.
 
-    A plugin that fails is warned of once, kept in `Registry.failures` and breaks nothing else.
-    `SSMVL_DISABLE_PLUGINS=a,b` names entry points or distributions that are not even imported; a name that nothing
-    installed has is warned of.
+    A plugin that fails gives one warning and an entry in `Registry.failures`; everything else still works.
+    `SSMVL_DISABLE_PLUGINS=a,b` lists entry points or distributions that are not imported at all. A name in it that
+    matches no installed plugin gives a warning.
     """
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(Hooks)
     registry = Registry()
     _register(manager, registry, core, registry.core)
-    given = [name.strip() for name in os.environ.get("SSMVL_DISABLE_PLUGINS", "").split(",") if name.strip()]
-    disabled = {_canonical(name) for name in given}
+    listed = [name.strip() for name in os.environ.get("SSMVL_DISABLE_PLUGINS", "").split(",") if name.strip()]
+    disabled = {_canonical(name) for name in listed}
     known: set[str] = set()
-    for name, version, distribution in sorted(_installed(), key=lambda found: found[:2]):
+    for name, version, distribution in sorted(_installed(), key=lambda installed: installed[:2]):
         known.add(name)
         try:
             points = sorted(distribution.entry_points.select(group=GROUP), key=lambda point: point.name)
-        except Exception as error:  # one malformed line, and no entry point of that distribution can be read
+        except Exception as error:  # a single malformed line makes all entry points of the distribution unreadable
             if _canonical(name) not in disabled:
-                _keep(registry, f"{name} {version}", error)
+                _record_failure(registry, f"{name} {version}", error)
             continue
         for point in points:
             plugin = Plugin(name, version, point.name, point.value)
@@ -103,32 +103,32 @@ def discover(core: object) -> Registry:
                 with same_defaults(str(plugin)):
                     module = point.load()
                 _register(manager, registry, module, str(plugin), plugin)
-            # Foreign code may raise anything, SystemExit included; a broken plugin must not take the others with it.
+            # Third-party code may raise anything, SystemExit included, and must not break other plugins.
             except (Exception, SystemExit) as error:
-                _keep(registry, str(plugin), error)
-    for name in (name for name in given if _canonical(name) not in map(_canonical, known)):
-        registry.unknown.append(f"SSMVL_DISABLE_PLUGINS: no plugin is called {name!r}.{nearest(name, known)}")
+                _record_failure(registry, str(plugin), error)
+    for name in (name for name in listed if _canonical(name) not in map(_canonical, known)):
+        registry.unknown.append(f"SSMVL_DISABLE_PLUGINS: unknown plugin {name!r}.{nearest(name, known)}")
         warnings.warn(registry.unknown[-1], PluginWarning, stacklevel=3)
     return registry
 
 
 def _canonical(name: str) -> str:
-    """A name as package indices compare it: `My_Plugin` is `my-plugin`."""
+    """Normalize a distribution's name as package indices do: `My_Plugin` -> `my-plugin`."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _installed() -> list[tuple[str, str, Distribution]]:
-    """Name, version and distribution, of each that has entry points of the group `ssmvl`; they are not parsed yet."""
-    found: dict[str, tuple[str, str, Distribution]] = {}
-    for each in distributions():
-        if f"[{GROUP}]" in (each.read_text("entry_points.txt") or ""):
-            metadata = each.metadata  # of a half-removed distribution: None, or without a name
+    """Find distributions with `ssmvl` entry points, which are not parsed yet: (name, version, distribution)."""
+    installed: dict[str, tuple[str, str, Distribution]] = {}
+    for distribution in distributions():
+        if f"[{GROUP}]" in (distribution.read_text("entry_points.txt") or ""):
+            metadata = distribution.metadata  # None, or without a name, if the distribution is partly removed
             name, version = (metadata["Name"] or "?", metadata["Version"] or "?") if metadata else ("?", "?")
-            found.setdefault(name, (name, version, each))  # the first on the path counts, as for importing
-    return list(found.values())
+            installed.setdefault(name, (name, version, distribution))  # the first on sys.path wins, as in imports
+    return list(installed.values())
 
 
-def _keep(registry: Registry, source: str, error: BaseException) -> None:
+def _record_failure(registry: Registry, source: str, error: BaseException) -> None:
     failure = PluginFailure(source, foreign(error))
     registry.failures.append(failure)
     warnings.warn(str(failure), PluginWarning, stacklevel=4)
@@ -140,14 +140,14 @@ def _register(
     entries: list[Entry] = []
     manager.register(module, name=source)
     try:
-        manager.check_pending()  # pluggy accepts a misspelt hook name silently until asked
+        manager.check_pending()  # rejects misspelled hook names, which pluggy otherwise accepts silently
         others = [p for p in manager.get_plugins() if p is not module]
         hook = manager.subset_hook_caller("ssmvl_register", remove_plugins=others)
         if not hook.get_hookimpls():
-            raise ValueError("it has no function ssmvl_register marked with @ssmvl.hookimpl")
+            raise ValueError("the module has no function ssmvl_register marked with @ssmvl.hookimpl")
         hook(register=lambda kind, name, target: entries.append(Entry(kind, name, target, source, plugin)))
         if not entries:
-            raise ValueError("its function ssmvl_register registers nothing")
+            raise ValueError("the module's function ssmvl_register registers nothing")
         registry.add(entries)
     except BaseException:
         manager.unregister(module)

@@ -1,4 +1,4 @@
-"""(kind, name) -> factory: the one table in which components are found, and the marker for nested components."""
+"""Registry of components, (kind, name) -> factory, and annotations for the parameters of components."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Register", "Part", "Check", "Count", "Depth", "Pixels", "Seed", "Ent
 MANUAL_SEED = 2**32  # torch seeds itself with 64 random bits; a smaller seed was set by hand
 
 Register = Callable[[str, str, "str | Callable[..., Any]"], None]
-"""What a plugin's hook receives: `register(kind, name, target)`, target a factory or "module:attribute"."""
+"""Function passed to a plugin's hook: `register(kind, name, target)`, target a factory or "module:attribute"."""
 
-# What the library passes to a component of each kind when it is built or called. These names are never options:
-# writing one in a recipe is an error. A kind exists because it stands here.
+# All component kinds, each with the arguments that the library passes when it builds or calls a component. These names
+# are never options: writing one in a recipe is an error.
 INJECTED: dict[str, tuple[str, ...]] = {
     "scan_order": ("grid",),
     "mixer": ("width", "num_paths"),
@@ -36,10 +36,11 @@ INJECTED: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """Marks a parameter that takes a component of `kind`: `mixer: Annotated[Callable[..., Module], Part("mixer")]`.
+    """Annotation of a parameter that takes a component: `mixer: Annotated[Callable[..., Module], Part("mixer")]`.
 
-    In a recipe such a parameter takes a name or `{name: …, options}`; the code receives a callable that awaits the
-    kind's injected arguments. `ssmvl.interfaces` has an alias for each kind (`MixerPart`, `ScanOrderPart`, …).
+    In a recipe such a parameter is written as a name or as `{name: …, options}`. The code receives a callable to which
+    only the injected arguments of the kind are missing. `ssmvl.interfaces` has an alias for each kind (`MixerPart`,
+    `ScanOrderPart`, …).
     """
 
     kind: str
@@ -47,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Check:
-    """Marks a parameter whose values are limited: `Annotated[int, Check("at least 1", lambda n: n >= 1)]`."""
+    """Annotation that limits a parameter's values: `Annotated[int, Check("at least 1", lambda n: n >= 1)]`."""
 
     allowed: str
     holds: Callable[[Any], object]
@@ -60,7 +61,7 @@ Seed = Annotated[int, Check("from 0 to 2^32 - 1", lambda number: 0 <= number < 2
 
 
 class Plugin(NamedTuple):
-    """An installed plugin: one entry point of a distribution."""
+    """Installed plugin: one entry point of a distribution."""
 
     distribution: str
     version: str
@@ -73,9 +74,11 @@ class Plugin(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered component: a factory, or the "module:attribute" where it is found when first used.
+    """Registered component.
 
     Attributes:
+        target: the factory, or its "module:attribute", which is imported on first use.
+        source: the core, or the plugin, for messages.
         plugin: the plugin that registered it; None for the core's own components.
     """
 
@@ -86,10 +89,10 @@ class Entry:
     plugin: Plugin | None = None
 
     def load(self) -> Callable[..., Any]:
-        """Import the factory. Raises whatever its module raises.
+        """Import the factory. Exceptions that its module raises are passed on.
 
         Raises:
-            ContractError: importing it changes torch's default dtype or seed, which are restored.
+            ContractError: the import changes torch's default dtype or seed; both are restored.
         """
         if not isinstance(self.target, str):
             return self.target
@@ -104,7 +107,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class PluginFailure:
-    """A plugin that could not be loaded: where it came from and why."""
+    """Plugin that could not be loaded, with the cause."""
 
     source: str
     cause: str
@@ -115,30 +118,33 @@ class PluginFailure:
 
 @contextmanager
 def same_defaults(what: str) -> Iterator[None]:
-    """Import foreign code: torch's default dtype and seed belong to the process, not to a plugin. Imports no torch.
+    """Guard an import of third-party code, which must not change torch's default dtype or seed. Imports no torch.
+
+    Args:
+        what: the imported component or plugin, for the message.
 
     Raises:
-        ContractError: the import changed one of them. All are restored, also where the import itself fails.
+        ContractError: the import changed one of them. They are restored in any case, even if the import fails.
     """
     before = _defaults()
     try:
         yield
     finally:
-        changed = _restored(before)
+        changed = _restore(before)
     if changed:
         raise ContractError(f"{what} changes {' and '.join(changed)} on import; do that in the code that needs it")
 
 
 def _defaults() -> dict[str, Any]:
-    """Torch's default dtype, seed and random state; empty if torch is not imported."""
+    """Return torch's default dtype, seed and random state; an empty dict if torch is not imported."""
     torch = sys.modules.get("torch")
     if torch is None:
         return {}
     return {"dtype": torch.get_default_dtype(), "seed": torch.initial_seed(), "state": torch.get_rng_state()}
 
 
-def _restored(before: Mapping[str, Any]) -> list[str]:
-    """Restore what changed, and name it; random numbers that were merely drawn are not mentioned."""
+def _restore(before: Mapping[str, Any]) -> list[str]:
+    """Restore the defaults and describe those that changed. Drawing random numbers does not count as a change."""
     after, changed = _defaults(), list[str]()
     if not after:
         return changed
@@ -158,12 +164,12 @@ def _restored(before: Mapping[str, Any]) -> list[str]:
 
 @dataclass
 class Registry:
-    """All components, found by kind and name.
+    """All components by kind and name.
 
     Attributes:
         failures: plugins that could not be loaded; shown whenever a lookup fails.
-        disabled: plugins that `SSMVL_DISABLE_PLUGINS` names; shown whenever a lookup fails.
-        unknown: names in `SSMVL_DISABLE_PLUGINS` that no installed plugin has.
+        disabled: plugins listed in `SSMVL_DISABLE_PLUGINS`; shown whenever a lookup fails.
+        unknown: messages about names in `SSMVL_DISABLE_PLUGINS` that match no installed plugin.
     """
 
     core: str = "ssmvl"
@@ -173,23 +179,24 @@ class Registry:
     _entries: dict[tuple[str, str], list[Entry]] = field(default_factory=dict)
 
     def add(self, entries: Iterable[Entry]) -> None:
-        """Add the entries of one plugin: all of them, or none.
+        """Add all entries of one plugin, or none if one is invalid.
 
         Raises:
-            ValueError: an unknown kind, a name that is not a non-empty printable string, a target that is neither
-                callable nor "module:attribute", or a name that belongs to the core.
+            ValueError: a kind is unknown, a name is not a non-empty printable string or belongs to the core, or a
+                target is neither callable nor "module:attribute".
         """
         entries = list(entries)
         for entry in entries:
             if not isinstance(entry.kind, str) or entry.kind not in INJECTED:
-                raise ValueError(f"no kind {entry.kind!r} for {entry.name!r}.{nearest(entry.kind, INJECTED)}")
+                raise ValueError(f"unknown kind {entry.kind!r} for {entry.name!r}.{nearest(entry.kind, INJECTED)}")
             name: object = entry.name
             if type(name) is not str or not name or not name.isprintable() or name != name.strip():
                 raise ValueError(f"the name of a {entry.kind} must be a non-empty printable string, received {name!r}")
             separator = "/" if entry.kind == "recipe" else ":"
             if not callable(entry.target) and separator not in str(entry.target):
                 form = "package/path.yaml" if entry.kind == "recipe" else "module:attribute"
-                raise ValueError(f"{entry.kind} {entry.name!r}: write {form!r}, not {entry.target!r}")
+                target = f"{entry.kind} {entry.name!r}: the target must have the form {form!r}"
+                raise ValueError(f"{target}, received {entry.target!r}")
             first = self._entries.get((entry.kind, entry.name), [entry])[0]
             if first.source == self.core and entry.source != self.core:
                 raise ValueError(f"{entry.kind} {entry.name!r} belongs to {self.core}; choose another name")
@@ -197,36 +204,37 @@ class Registry:
             self._entries.setdefault((entry.kind, entry.name), []).append(entry)
 
     def find(self, kind: str, name: str) -> Entry:
-        """The entry of that kind and name.
+        """Look up a component by kind and name.
 
         Raises:
-            UnknownComponentError: there is none; names the nearest, all others, and the plugins that failed.
-            DuplicateComponentError: two plugins offer it.
+            UnknownComponentError: no such component. The message lists the nearest name, all names, and broken or
+                disabled plugins.
+            DuplicateComponentError: two plugins register it.
         """
-        found = self._entries.get((kind, name), [])
-        if not found:
-            lines = [f"no {kind} named {name!r}.{nearest(name, self.names(kind))}", *self.remarks()]
+        entries = self._entries.get((kind, name), [])
+        if not entries:
+            lines = [f"unknown {kind} {name!r}.{nearest(name, self.names(kind))}", *self.remarks()]
             raise UnknownComponentError("\n".join(lines))
-        if len(found) > 1:
-            sources = " and ".join(entry.source for entry in found)
+        if len(entries) > 1:
+            sources = " and ".join(entry.source for entry in entries)
             raise DuplicateComponentError(
-                f"{kind} {name!r} is offered by both {sources}; disable one with SSMVL_DISABLE_PLUGINS=<plugin>"
+                f"{kind} {name!r} is registered by both {sources}; disable one with SSMVL_DISABLE_PLUGINS=<plugin>"
             )
-        return found[0]
+        return entries[0]
 
     def remarks(self) -> list[str]:
-        """One line for each plugin that is broken or disabled, and for each unknown name of a disabled one."""
+        """Return one line per broken plugin, disabled plugin and unknown name in `SSMVL_DISABLE_PLUGINS`."""
         disabled = [f"Plugin {plugin} is disabled (SSMVL_DISABLE_PLUGINS)." for plugin in self.disabled]
         return [*map(str, self.failures), *disabled, *self.unknown]
 
     def names(self, kind: str) -> list[str]:
-        """Names registered for `kind`, sorted."""
+        """List the names registered for `kind`, sorted."""
         return sorted(name for k, name in self._entries if k == kind)
 
     def entries(self) -> list[Entry]:
-        """Every entry, duplicates included, sorted by kind and name."""
+        """List all entries, duplicates included, sorted by kind and name."""
         return [entry for key in sorted(self._entries) for entry in self._entries[key]]
 
     def conflicts(self) -> list[tuple[Entry, ...]]:
-        """Entries that share kind and name, one tuple for each such name."""
-        return [tuple(found) for _, found in sorted(self._entries.items()) if len(found) > 1]
+        """List entries that share kind and name, one tuple for each such name."""
+        return [tuple(entries) for _, entries in sorted(self._entries.items()) if len(entries) > 1]

@@ -16,13 +16,13 @@ def raster(grid: Grid) -> Tensor:
 
 
 def bsm(grid: Grid) -> Tensor:
-    """Bidirectional scan: row by row, and the same backward. (2, L). Source: ML-Mamba §3.3."""
+    """Bidirectional scan: row by row, forward and backward. (2, L). Source: ML-Mamba §3.3."""
     forward = torch.arange(grid.length)
     return torch.stack([forward, forward.flip(0)])
 
 
 def csm(grid: Grid) -> Tensor:
-    """Cross scan: by rows forward and backward, by columns forward and backward. (4, L). Source: ML-Mamba §3.3."""
+    """Cross scan: row by row and column by column, each forward and backward. (4, L). Source: ML-Mamba §3.3."""
     rows = torch.arange(grid.length)
     columns = rows.reshape(grid).transpose(1, 2).reshape(-1)
     return torch.stack([rows, rows.flip(0), columns, columns.flip(0)])

@@ -1,4 +1,4 @@
-"""Fixtures that every test may use."""
+"""Fixtures shared by all tests."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ssmvl.plugins import components
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread for each of several workers, and for what they start: more would wait for each other."""
+    """Use one thread per pytest worker and its subprocesses, so that they do not compete for cores."""
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Trainings first: the worker that is done may take of the short tests that are left."""
+    """Run training tests first, so that workers that finish early can take over short tests."""
     items.sort(key=lambda item: not item.nodeid.startswith(("tests/test_docs.py", "tests/training/")))
 
 
@@ -38,7 +38,7 @@ def seeded() -> None:
 
 @pytest.fixture
 def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """`install_plugin("name", code)`: a distribution `name` 1.0 whose entry point `name` is a module of that code."""
+    """`install_plugin("name", code)` creates a distribution `name` 1.0 whose entry point is a module with that code."""
     monkeypatch.syspath_prepend(str(tmp_path))
     modules: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Small models of open_clip's, their files, and what the tests of encoders share."""
+"""Small open_clip models, their files, and fixtures for tests of encoders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_cfg": {**TRUNK, "timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none"},
         "custom_text": True,
     },
-    "small-trunk": {  # with a head of open_clip's own
+    "small-trunk": {  # with open_clip's own head
         "vision_cfg": {**TRUNK, "timm_model_name": "test_vit2", "timm_pool": "avg", "timm_proj": "linear"},
         "custom_text": True,
     },
@@ -36,7 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Small models in open_clip's table."""
+    """Add the small models to open_clip's table."""
     folder = tmp_path_factory.mktemp("configs")
     for name, config in CONFIGS.items():
         (folder / f"{name}.json").write_text(json.dumps({"embed_dim": 24, "text_cfg": TEXT, **config}))
@@ -47,13 +47,13 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     open_clip.factory._MODEL_CONFIGS = before
 
 
-def _whole(name: str) -> Any:
+def _build(name: str) -> Any:
     config = open_clip.get_model_config(name)
     kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-    return _moved(kind(**config))
+    return _randomize(kind(**config))
 
 
-def _moved(model: Any) -> Any:
+def _randomize(model: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.2 * torch.randn_like(parameter))
@@ -62,22 +62,22 @@ def _moved(model: Any) -> Any:
 
 @pytest.fixture
 def moved() -> Callable[[Any], Any]:
-    """`moved(model)`: the model with every parameter random; some of timm's start as zeros."""
-    return _moved
+    """`moved(model)` sets every parameter to random values; some of timm's are zero-initialized."""
+    return _randomize
 
 
 @pytest.fixture
 def whole(small_models: None) -> Callable[[str], Any]:
-    """`whole("small-clip")`: both towers, as open_clip builds them, every parameter random."""
-    return _whole
+    """`whole("small-clip")` builds both towers with open_clip, with random values in every parameter."""
+    return _build
 
 
 @pytest.fixture
 def written(small_models: None, tmp_path: Path) -> Callable[[str], Path]:
-    """`written("small-clip")`: a file of open_clip's layout, text tower included."""
+    """`written("small-clip")` writes a file in open_clip's layout, text tower included."""
 
     def write(name: str) -> Path:
-        write_tensors(tmp_path / f"{name}.safetensors", _whole(name).state_dict())
+        write_tensors(tmp_path / f"{name}.safetensors", _build(name).state_dict())
         return tmp_path / f"{name}.safetensors"
 
     return write
@@ -85,7 +85,7 @@ def written(small_models: None, tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def loaded(small_models: None) -> Callable[..., Any]:
-    """`loaded("small-clip", path)`: the encoder with the weights of that file."""
+    """`loaded("small-clip", path)` builds the encoder with the weights of that file."""
 
     def load(name: str, path: Path, **options: Any) -> Any:
         encoder = open_clip_encoder(name, weights=str(path), **options)
@@ -96,8 +96,8 @@ def loaded(small_models: None) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def assert_refused() -> Callable[[nn.Module, str], None]:
-    """`assert_refused(encoder, match)`: loading its weights is an error that says so, and changes nothing."""
+def assert_rejected() -> Callable[[nn.Module, str], None]:
+    """`assert_rejected(encoder, match)`: loading its weights raises an error that matches, and changes nothing."""
 
     def check(encoder: Any, match: str) -> None:
         before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}

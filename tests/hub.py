@@ -1,4 +1,4 @@
-"""A small hub on this machine, in the layout of the real one, for code that fetches and pushes."""
+"""A small local Hub with the API of the real one, for code that downloads and pushes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from huggingface_hub.utils import reset_sessions
 
 
 class Hub:
-    """Serves the models that lie in `folder`, by owner and name, and takes those that are pushed.
+    """Server for models in a directory, which also accepts pushed models.
 
     Attributes:
-        folder: what is served: `folder / "owner/name" / file`. A model exists once its folder does.
-        url: its address, known to huggingface_hub in this process and, as HF_ENDPOINT, in those it starts.
+        folder: root of the served files, `ROOT/owner/name/FILE`. A model exists once its directory exists.
+        url: the server's address, known to huggingface_hub in this process and, as HF_ENDPOINT, in child processes.
         requests: method and path of each request so far, e.g. `HEAD /owner/name/resolve/COMMIT/config.json`.
     """
 
@@ -35,29 +35,29 @@ class Hub:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def model(self, name: str) -> Path:
-        """The folder of the model `owner/name`, made if it is not there: write its files into it."""
+        """Return the directory of the model `owner/name`, created on first use; tests write files into it."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def files(self, name: str) -> dict[str, bytes]:
-        """The files of a model by path."""
+        """Read the files of a model, by path."""
         folder = self.folder / name
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
     def commit(self, name: str) -> str:
-        """The commit that `main` is: another one when a file changes."""
+        """Return the commit of `main`, which changes with the files."""
         return hashlib.sha1(repr(self.files(name)).encode()).hexdigest()
 
     def close(self) -> None:
-        """Stop: from now on the hub cannot be reached."""
+        """Stop the server, so that the Hub cannot be reached."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. HTTP/1.0, so that no connection stays open."""
+    """Handler of one request. HTTP/1.0, so that no connection stays open."""
 
     def __init__(self, hub: Hub, *args: Any) -> None:
         self.hub = hub
@@ -80,14 +80,14 @@ class Handler(BaseHTTPRequestHandler):
         elif path[2:3] == ["resolve"]:
             self._file("/".join(path[:2]), path[3], "/".join(path[4:]))
         else:
-            self._json(501, {"error": f"this hub knows no GET {self.path}"})
+            self._json(501, {"error": f"this hub does not support GET {self.path}"})
 
     def do_POST(self) -> None:
         path, body = self._path(), self.rfile.read(int(self.headers["Content-Length"]))
         name = "/".join(path[2:4])
         if path == ["api", "repos", "create"]:
-            asked = json.loads(body)
-            name = f"{asked['organization'] or 'me'}/{asked['name']}"
+            request = json.loads(body)
+            name = f"{request['organization'] or 'me'}/{request['name']}"
             status = 409 if (self.hub.folder / name).exists() else 200
             self.hub.model(name)
             self._json(status, {"url": f"{self.hub.url}/{name}"})
@@ -107,17 +107,17 @@ class Handler(BaseHTTPRequestHandler):
             commit = self.hub.commit(name)
             self._json(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{commit}", "commitOid": commit})
         elif path[4:5] not in (["preupload"], ["commit"]):
-            self._json(501, {"error": f"this hub knows no POST {self.path}"})
+            self._json(501, {"error": f"this hub does not support POST {self.path}"})
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
+        """Log nothing."""
 
     def _path(self) -> list[str]:
         self.hub.requests.append(f"{self.command} {self.path}")
         return unquote(urlsplit(self.path).path).strip("/").split("/")
 
     def _exists(self, name: str, revision: str) -> bool:
-        """Whether the model has this revision; if not, the request is answered."""
+        """Return True if the model has this revision; otherwise answer the request with an error."""
         if not (self.hub.folder / name).is_dir():
             self._json(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         elif revision not in ("main", self.hub.commit(name)):
@@ -150,10 +150,10 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub without models, with a cache of its own; huggingface_hub sends nothing anywhere else, and no token."""
+    """A Hub without models, with its own cache. huggingface_hub sends no requests elsewhere, and no token."""
     hub, cache = Hub(tmp_path / "hub"), str(tmp_path / "hub_cache")
     files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    # The environment is read when huggingface_hub is imported.
+    # huggingface_hub reads the environment on import, so its constants are patched too.
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)

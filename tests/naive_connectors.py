@@ -1,4 +1,4 @@
-"""Connectors' blocks written out position by position; no code of the ops or the layers is used."""
+"""Connector blocks written out position by position, without code of the ops or layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Path = Sequence[int]
 
 @torch.no_grad()
 def trained(connector: nn.Module) -> nn.Module:
-    """The connector with every parameter moved, so that paths differ and no bias is zero."""
+    """The connector with every parameter perturbed, so that paths differ and no bias is zero."""
     for parameter in connector.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.2)
     return connector
@@ -25,23 +25,23 @@ def trained(connector: nn.Module) -> nn.Module:
 def assert_same(
     connector: nn.Module, written_out: Callable[[Parameters, Tensor], Tensor], x: Tensor, grid: Grid, tolerance: float
 ) -> None:
-    """Values, and gradients of the input and of every parameter, equal those of the rewrite in fp64.
+    """Check that values and gradients of the input and all parameters equal those of the rewrite in fp64.
 
-    `tolerance` is a share of the largest value expected.
+    `tolerance` is relative to the largest expected value.
     """
     x.requires_grad_()
     names, parameters = zip(*connector.named_parameters(), strict=True)
-    found = connector(x, grid)
+    actual = connector(x, grid)
     expected = written_out({name: p.double() for name, p in connector.named_parameters()}, x.double())
     weight = torch.randn_like(expected)
-    both = [[y, *torch.autograd.grad((y * weight.to(y.dtype)).sum(), [x, *parameters])] for y in (found, expected)]
+    both = [[y, *torch.autograd.grad((y * weight.to(y.dtype)).sum(), [x, *parameters])] for y in (actual, expected)]
     for name, one, other in zip(("the output", "the input", *names), *both, strict=True):
         error = float((one.double() - other).abs().max() / other.double().abs().max())
         assert error <= tolerance, f"{name}: {error:.1e}"
 
 
 def under(parameters: Parameters, prefix: str) -> Parameters:
-    """The parameters whose names start so, without the prefix."""
+    """The parameters whose names start with the prefix, without it."""
     return {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}
 
 
@@ -63,8 +63,8 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def layer_norm(p: Parameters, name: str, x: Tensor) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    centered = x - x.mean(-1, keepdim=True)
+    scaled = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     return scaled * p[f"{name}.weight"] + p[f"{name}.bias"]
 
 
@@ -73,8 +73,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     taps = weight.shape[-1]
     ys = []
     for t in range(x.shape[1]):
-        reached = [(tap, t + tap - taps + 1) for tap in range(taps)]
-        ys.append(bias + sum(weight[:, 0, tap] * x[:, at] for tap, at in reached if at >= 0))
+        inputs = [(tap, t + tap - taps + 1) for tap in range(taps)]
+        ys.append(bias + sum(weight[:, 0, tap] * x[:, position] for tap, position in inputs if position >= 0))
     return silu(torch.stack(ys, 1))
 
 
@@ -89,7 +89,7 @@ def recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
 
 
 def selective_scan(p: Parameters, x: Tensor) -> Tensor:
-    """Mamba-1's SSM of one path, from x (I, L, E) on."""
+    """Mamba-1's SSM of one path over x (I, L, E)."""
     inner, size = p["A_log"].shape
     rank = p["dt_proj.weight"].shape[1]
     projected = x @ p["x_proj.weight"].T
@@ -99,7 +99,7 @@ def selective_scan(p: Parameters, x: Tensor) -> Tensor:
 
 
 def mamba1(p: Parameters, x: Tensor) -> Tensor:
-    """A whole Mamba-1 layer over x (I, L, D) as it lies."""
+    """A complete Mamba-1 layer over x (I, L, D) in its given order."""
     projected = x @ p["in_proj.weight"].T
     inner = projected.shape[-1] // 2
     u = causal_conv(projected[..., :inner], p["conv1d.weight"], p["conv1d.bias"])
@@ -107,39 +107,39 @@ def mamba1(p: Parameters, x: Tensor) -> Tensor:
 
 
 def read(x: Tensor, path: Path) -> Tensor:
-    """X (I, L, D) in the order of the path."""
-    return torch.stack([x[:, at] for at in path], 1)
+    """X (I, L, D) in path order."""
+    return torch.stack([x[:, position] for position in path], 1)
 
 
 def put_back(y: Tensor, path: Path) -> Tensor:
-    """What was read along the path, in raster order."""
-    step_of = {at: step for step, at in enumerate(path)}
-    return torch.stack([y[:, step_of[at]] for at in range(len(path))], 1)
+    """Y in path order -> raster order."""
+    step_of = {position: step for step, position in enumerate(path)}
+    return torch.stack([y[:, step_of[position]] for position in range(len(path))], 1)
 
 
-def place(grid: Grid, m: int, row: int, column: int) -> int:
+def raster_index(grid: Grid, m: int, row: int, column: int) -> int:
     return (m * grid.rows + row) * grid.columns + column
 
 
 def bidirectional(grid: Grid) -> list[Path]:
-    """Map by map, row by row; and backward."""
+    """Map by map and row by row, and the reverse."""
     ranges = range(grid.maps), range(grid.rows), range(grid.columns)
-    forward = [place(grid, m, row, column) for m, row, column in product(*ranges)]
+    forward = [raster_index(grid, m, row, column) for m, row, column in product(*ranges)]
     return [forward, forward[::-1]]
 
 
 def cross_cells(grid: Grid) -> list[list[tuple[int, int]]]:
-    """The four cross-scan orders over one map, as rows and columns."""
+    """The four cross-scan orders over one map, as (row, column) pairs."""
     by_rows = [(row, column) for row in range(grid.rows) for column in range(grid.columns)]
     by_columns = [(row, column) for column in range(grid.columns) for row in range(grid.rows)]
     return [by_rows, by_rows[::-1], by_columns, by_columns[::-1]]
 
 
 def cross_cat(grid: Grid) -> list[Path]:
-    """One map after the other; over one map the cross-scan."""
-    return [[place(grid, m, *cell) for m in range(grid.maps) for cell in cells] for cells in cross_cells(grid)]
+    """One map after the other, each in the cross-scan orders."""
+    return [[raster_index(grid, m, *cell) for m in range(grid.maps) for cell in cells] for cells in cross_cells(grid)]
 
 
 def cross_stitch(grid: Grid) -> list[Path]:
-    """At each step every map."""
-    return [[place(grid, m, *cell) for cell in cells for m in range(grid.maps)] for cells in cross_cells(grid)]
+    """The cross-scan orders with the maps interleaved at every step."""
+    return [[raster_index(grid, m, *cell) for cell in cells for m in range(grid.maps)] for cells in cross_cells(grid)]

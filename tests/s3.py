@@ -1,4 +1,4 @@
-"""A real S3 endpoint on the loopback address, and folders of it."""
+"""Fixtures for a real S3 endpoint on the loopback address: server, bucket and objects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moto.server import ThreadedMotoServer
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """The URL of an S3 server that lives as long as the tests."""
+    """Yield the URL of an S3 server that runs for the whole test session."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -22,7 +22,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
-    """`s3://name` of an empty bucket of this test's own; processes that it starts reach it too."""
+    """Yield the URL `s3://name` of an empty bucket for this test. Processes started by the test can reach it too."""
     for key, value in {
         "S3_ENDPOINT_URL": s3_server,
         "AWS_ACCESS_KEY_ID": "test",
@@ -43,25 +43,25 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
 
 @pytest.fixture
 def objects(s3_server: str, bucket: str) -> Callable[[], dict[str, bytes]]:
-    """`objects()`: name -> bytes of everything in the bucket."""
+    """Return a function: `objects()` returns the content of every object in the bucket, by name."""
     client, name = boto3.client("s3", endpoint_url=s3_server), bucket.removeprefix("s3://")
     return lambda: {key: client.get_object(Bucket=name, Key=key)["Body"].read() for key in _keys(client, name)}
 
 
 @pytest.fixture
 def put(s3_server: str, bucket: str) -> Callable[[str, bytes], None]:
-    """`put(name, content)` writes one object of the bucket."""
+    """Return a function: `put(name, content)` writes one object of the bucket."""
     client, name = boto3.client("s3", endpoint_url=s3_server), bucket.removeprefix("s3://")
     return lambda key, content: client.put_object(Bucket=name, Key=key, Body=content)
 
 
 @pytest.fixture
 def delete(s3_server: str, bucket: str) -> Callable[[str], None]:
-    """`delete(name)` removes one object of the bucket."""
+    """Return a function: `delete(name)` deletes one object of the bucket."""
     client, name = boto3.client("s3", endpoint_url=s3_server), bucket.removeprefix("s3://")
     return lambda key: client.delete_object(Bucket=name, Key=key)
 
 
 def _keys(client: Any, name: str) -> list[str]:
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=name)
-    return [found["Key"] for page in pages for found in page.get("Contents", [])]
+    return [entry["Key"] for page in pages for entry in page.get("Contents", [])]

@@ -1,4 +1,4 @@
-"""Weights of a part on its own, as tests of encoders load them."""
+"""Loading of an encoder's weights without a model around it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from ssmvl.model.loading import open_weights
 
 
 def load_weights(encoder: Any) -> None:
-    """Load the file that an encoder names into it."""
+    """Load the pretrained weights that an encoder names into it."""
     if encoder.weights != "none":
         open_weights(encoder.weights, "encoder", getattr(encoder, "weights_layout", None)).load(encoder)

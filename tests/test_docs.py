@@ -1,9 +1,9 @@
-"""Every code block of the README and the docs, run as a reader would run it, each document in a folder of its own.
+"""Run every code block of the README and the docs as a reader would, each document in its own directory.
 
-A block whose first line is `# path/of/a.file` is that file. Shell and Python blocks are run in order. Three commands
-are not what a reader has: `composer` trains for a few steps only, on one rank without the launcher's seconds,
-`pip install -e` installs into a folder of the test, without a network, and `pytest` without arguments, these tests
-themselves, does nothing.
+A block whose first line is `# path/of/a.file` is written to that file. Shell and Python blocks are run in order. Three
+commands differ from a reader's: `composer` trains for a few steps on one rank, without the slow launcher;
+`pip install -e` installs into a directory of the test, without a network; and `pytest` without arguments, which would
+run these tests again, does nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DOCUMENTS = [
 ]
 PLUGIN = ["plugins/ssmvl-hilbert/README.md"]
 PROJECT = ["CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md"]
-LANGUAGES = {"bash", "python", "toml", "yaml", ""}  # without a language: drawings, and what a command prints
+LANGUAGES = {"bash", "python", "toml", "yaml", ""}  # no language: drawings and the output of commands
 CUTS = [
     "stages.align.duration=2ba",
     "stages.align.warmup=0ba",
@@ -59,8 +59,8 @@ class Block(NamedTuple):
 
     @property
     def file(self) -> str | None:
-        found = re.match(r"# ([\w.-]+(?:/[\w.-]+)+|[\w-]+\.(?:py|toml|yaml))\n", self.code)
-        return found[1] if found else None
+        match = re.match(r"# ([\w.-]+(?:/[\w.-]+)+|[\w-]+\.(?:py|toml|yaml))\n", self.code)
+        return match[1] if match else None
 
 
 def blocks(document: str) -> list[Block]:
@@ -70,7 +70,7 @@ def blocks(document: str) -> list[Block]:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """The folder of a checkout, as far as documents speak of it, and the three commands above."""
+    """A directory with the parts of a checkout that the documents use, and the three commands above."""
     for name in ("recipes", "plugins", "docs", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".bin").mkdir()
@@ -93,20 +93,21 @@ def test_code_blocks_run(document: str, tmp_path: Path, environment: dict[str, s
             target.write_text(block.code)
         elif block.language in ("bash", "python"):
             command = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
-            done = subprocess.run(
+            process = subprocess.run(
                 [*command, block.code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
             )
-            assert done.returncode == 0, f"{where}\n{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            output = f"{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
+            assert process.returncode == 0, f"{where}\n{block.code}\n{output}"
 
 
 def test_blocks_are_found() -> None:
-    found = [block for document in DOCUMENTS for block in blocks(document)]
-    assert {block.language for block in found} >= {"bash", "python", "toml", "yaml"}
-    assert any(block.file == "ssmvl-mine/pyproject.toml" for block in found)
+    all_blocks = [block for document in DOCUMENTS for block in blocks(document)]
+    assert {block.language for block in all_blocks} >= {"bash", "python", "toml", "yaml"}
+    assert any(block.file == "ssmvl-mine/pyproject.toml" for block in all_blocks)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS + PLUGIN + PROJECT)
-def test_links_and_pictures_exist(document: str) -> None:
+def test_links_and_images_exist(document: str) -> None:
     text = FENCE.sub("", (ROOT / document).read_text())
     targets = [t for t in re.findall(r'\]\(([^)#\s]+)|src="([^"]+)"', text) for t in t if t]
     missing = [t for t in targets if not t.startswith("http") and not (ROOT / document).parent.joinpath(t).exists()]

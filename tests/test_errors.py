@@ -8,20 +8,20 @@ import pytest
 from ssmvl import errors
 from ssmvl.errors import Problem, RecipeError, SsmvlError, nearest
 
-DRAWN = dict(re.findall(r"[├└]── (\w+) +\((\w+)\)", errors.__doc__ or ""))
+DOCUMENTED = dict(re.findall(r"[├└]── (\w+) +\((\w+)\)", errors.__doc__ or ""))
 
 
-@pytest.mark.parametrize("name", DRAWN)
-def test_each_error_is_ours_and_the_builtin_drawn_beside_it(name: str) -> None:
-    assert getattr(errors, name).__bases__ == (SsmvlError, getattr(builtins, DRAWN[name]))
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_each_error_is_an_ssmvl_error_and_the_documented_builtin(name: str) -> None:
+    assert getattr(errors, name).__bases__ == (SsmvlError, getattr(builtins, DOCUMENTED[name]))
 
 
-def test_the_tree_draws_every_error() -> None:
+def test_the_tree_documents_every_error() -> None:
     defined = {n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, SsmvlError)}
-    assert defined == {*DRAWN, "SsmvlError"}
+    assert defined == {*DOCUMENTED, "SsmvlError"}
 
 
-def test_a_plugin_warning_is_a_user_warning_and_no_error() -> None:
+def test_a_plugin_warning_is_a_user_warning() -> None:
     assert errors.PluginWarning.__bases__ == (UserWarning,)
 
 
@@ -43,5 +43,5 @@ def test_a_single_problem_is_counted_in_the_singular() -> None:
         ("x", [], " Allowed: nothing."),
     ],
 )
-def test_nearest_names_what_is_close_and_what_is_allowed(name: str, allowed: list[str], text: str) -> None:
+def test_nearest_suggests_a_close_name_and_lists_the_allowed_ones(name: str, allowed: list[str], text: str) -> None:
     assert nearest(name, allowed) == text

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Run by scripts/gpu_check; Composer is not needed."""
+"""Tests that need a CUDA device. Run by scripts/gpu_check; Composer is not needed."""
 
 from __future__ import annotations
 
@@ -23,50 +23,50 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_ssd_equals_the_cpu_forward_and_backward() -> None:
     shapes = {"x": (2, 200, 8, 16), "dt": (2, 200, 8), "B": (2, 200, 2, 32), "C": (2, 200, 2, 32)}
     values = {name: torch.rand(shape) - (0.5 if name != "dt" else 0) for name, shape in shapes.items()}
-    found = []
+    by_device = []
     for device in ("cpu", "cuda"):
         moved = {name: v.to(device).requires_grad_() for name, v in values.items()}
         y, state = ssd(**moved, A=-torch.ones(8, device=device))
         (y.sum() + state.sum()).backward()
-        found.append([t.detach().cpu() for t in (y, state, *(v.grad for v in moved.values()))])
-    for ours, theirs in zip(*found, strict=True):
+        by_device.append([t.detach().cpu() for t in (y, state, *(v.grad for v in moved.values()))])
+    for ours, theirs in zip(*by_device, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
 def test_selective_scan_equals_the_cpu_forward_and_backward() -> None:
     shapes = {"x": (2, 200, 64), "dt": (2, 200, 64), "B": (2, 200, 2, 16), "C": (2, 200, 2, 16)}
     values = {name: torch.rand(shape) - (0.5 if name != "dt" else 0) for name, shape in shapes.items()}
-    found = []
+    by_device = []
     for device in ("cpu", "cuda"):
         moved = {name: v.to(device).requires_grad_() for name, v in values.items()}
         y, _ = selective_scan(**moved, A=-torch.ones(64, 16, device=device))
         y.sum().backward()
-        found.append([t.detach().cpu() for t in (y, *(v.grad for v in moved.values()))])
-    for ours, theirs in zip(*found, strict=True):
+        by_device.append([t.detach().cpu() for t in (y, *(v.grad for v in moved.values()))])
+    for ours, theirs in zip(*by_device, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("build", [MambaLM, Mamba1LM])
 def test_a_language_model_decodes_as_on_the_cpu(build: type[MambaLM]) -> None:
     lm, lengths = build(width=64, num_layers=2, num_tokens=50), torch.tensor([40, 7])
-    ids, found = torch.randint(50, (2, 41)), []
+    ids, by_device = torch.randint(50, (2, 41)), []
     for device in ("cpu", "cuda"):
         lm.to(device)
         state = lm.new_state(2)
-        read = lm.prefill(lm.embed(ids[:, :40].to(device)), lengths.to(device), state)
-        found.append([read[0].cpu(), lm.step(lm.embed(ids[:, 40].to(device)), state).cpu()])
-    for ours, theirs in zip(*found, strict=True):
+        hidden = lm.prefill(lm.embed(ids[:, :40].to(device)), lengths.to(device), state)
+        by_device.append([hidden[0].cpu(), lm.step(lm.embed(ids[:, 40].to(device)), state).cpu()])
+    for ours, theirs in zip(*by_device, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("build", [MambaLM, Mamba1LM])
 @pytest.mark.parametrize("backend", ["torch", "mamba_ssm"])
-def test_bf16_autocast_reads_trains_and_writes_as_fp32_does(
+def test_bf16_autocast_trains_prefills_and_decodes_like_fp32(
     build: type[MambaLM], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing = [why for why in report("cuda")[backend].values() if why]
-    if missing:
-        pytest.skip(missing[0])
+    reasons = [reason for reason in report("cuda")[backend].values() if reason]
+    if reasons:
+        pytest.skip(reasons[0])
     lm = build(width=256, num_layers=4, num_tokens=500).cuda()
     ids, lengths = torch.randint(500, (4, 300), device="cuda"), torch.tensor([299, 299, 299, 299], device="cuda")
     losses, gradients, logits = [], [], []
@@ -74,16 +74,16 @@ def test_bf16_autocast_reads_trains_and_writes_as_fp32_does(
         monkeypatch.setenv("SSMVL_BACKEND", name)
         lm.zero_grad()
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            said = lm.head(lm.backbone(lm.embed(ids)))
-            loss = F.cross_entropy(said[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            forward = lm.head(lm.backbone(lm.embed(ids)))
+            loss = F.cross_entropy(forward[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
             loss.backward()
             with torch.no_grad():
                 state = lm.new_state(4)
                 lm.prefill(lm.embed(ids[:, :-1]), lengths, state)
-                written = lm.head(lm.step(lm.embed(ids[:, -1]), state))
+                decoded = lm.head(lm.step(lm.embed(ids[:, -1]), state))
         losses.append(loss.item())
         gradients.append(torch.cat([p.grad.flatten() for p in lm.parameters() if p.grad is not None]))
-        logits += [said[:, -1].float(), written.float()]
+        logits += [forward[:, -1].float(), decoded.float()]
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     assert F.cosine_similarity(*gradients, dim=0) > 0.99
     for other in logits[1:]:

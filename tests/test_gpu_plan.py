@@ -1,4 +1,4 @@
-"""Plans against what CUDA's allocator held, in a bare loop under bf16 autocast. Composer is not needed."""
+"""Planned memory against CUDA's allocator, in a bare loop under bf16 autocast. Composer is not needed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ STAGE = (
 
 @pytest.mark.parametrize("microbatch", [4, SAMPLES])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_holds_what_is_planned(checkpointing: bool, microbatch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSMVL_BACKEND", "torch")  # which plans are of
+def test_the_memory_of_a_step_is_as_planned(
+    checkpointing: bool, microbatch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSMVL_BACKEND", "torch")  # the backend that plans assume
     overrides = (f"stages.finetune.activation_checkpointing={str(checkpointing).lower()}",)
     recipe = ssmvl.load_recipe("quickstart", *STAGE, *overrides, f"stages.finetune.microbatch={microbatch}")
     stage = check(recipe).plan.stages["finetune"]
@@ -39,15 +41,15 @@ def test_a_step_holds_what_is_planned(checkpointing: bool, microbatch: int, monk
     model.encoders.requires_grad_(False)
     for unit in model.shard_units() if checkpointing else ():
         unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)
-    places = model.tokens_per_image
+    image_tokens = model.tokens_per_image
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    starts = torch.arange(microbatch)[:, None] * (places + TEXT)
+    starts = torch.arange(microbatch)[:, None] * (image_tokens + TEXT)
     shapes = WorstBatch(microbatch, TEXT, packed=True).inputs(model)
     inputs = {
         "ids": torch.zeros(shapes["ids"].shape, dtype=torch.int64),
-        "segments": torch.arange(microbatch).repeat_interleave(places + TEXT)[None].int(),
-        "image_positions": (starts + torch.arange(places)).flatten(),
-        "label_positions": (starts + places - 1 + torch.arange(TEXT)).flatten(),
+        "segments": torch.arange(microbatch).repeat_interleave(image_tokens + TEXT)[None].int(),
+        "image_positions": (starts + torch.arange(image_tokens)).flatten(),
+        "label_positions": (starts + image_tokens - 1 + torch.arange(TEXT)).flatten(),
     }
     inputs = {key: value.cuda() for key, value in inputs.items()}
     images = {spec: torch.zeros(pixels.shape, dtype=torch.uint8).cuda() for spec, pixels in shapes["images"].items()}

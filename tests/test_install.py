@@ -1,4 +1,4 @@
-"""Normal and editable installs, each in a virtual environment of its own. Run by scripts/campaign."""
+"""Normal and editable installations, each in its own virtual environment. Run by scripts/campaign."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ASK = "import ssmvl; print(ssmvl.build_model('quickstart', weights='recipe')); print(ssmvl.__file__)"
+CODE = "import ssmvl; print(ssmvl.build_model('quickstart', weights='recipe')); print(ssmvl.__file__)"
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
-    """A new virtual environment that sees this one's packages, but not this one's ssmvl."""
+    """A new virtual environment that sees the packages of the current one, except ssmvl."""
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (packages / "zz_parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -25,22 +25,22 @@ def environment(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("editable", [False, True])
-def test_recipes_weights_and_plugins_are_found_from_any_folder(
+def test_recipes_weights_and_plugins_are_found_from_any_directory(
     environment: Path, tmp_path: Path, editable: bool
 ) -> None:
     target = ["-e", str(ROOT)] if editable else [str(ROOT)]
     subprocess.run([environment / "python", "-m", "pip", "install", "-q", "--no-deps", *target], check=True)
 
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, check=False)
+        return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
 
-    asked = run(str(environment / "python"), "-c", ASK)
-    assert asked.returncode == 0, asked.stderr
-    assert "msc_" not in asked.stdout
-    assert "ScanConnector" in asked.stdout
-    assert asked.stdout.splitlines()[-1].startswith(str(ROOT) if editable else str(environment.parent))
+    built = run(str(environment / "python"), "-c", CODE)
+    assert built.returncode == 0, built.stderr
+    assert "msc_" not in built.stdout
+    assert "ScanConnector" in built.stdout
+    assert built.stdout.splitlines()[-1].startswith(str(ROOT) if editable else str(environment.parent))
     listed = run(str(environment / "ssmvl"), "list", "connector")
     assert "msc_advanced" in listed.stdout
     (tmp_path / "mine.yaml").write_text("base: quickstart\nmodel: {conector: mlp}\n")

@@ -1,4 +1,4 @@
-"""The public surface: what `__all__` lists, what docs/api.md says of it, and what plugins and documents import."""
+"""The public API: the names in `__all__`, their page docs/api.md, and the imports of plugins and documents."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_every_lazy_name_is_public() -> None:
     assert set(ssmvl._HOME) <= set(ssmvl.__all__)
 
 
-def test_an_unknown_attribute_is_an_attribute_error_that_names_it() -> None:
+def test_an_unknown_attribute_raises_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'ssmvl' has no attribute 'no_such_name'"):
         ssmvl.no_such_name  # noqa: B018
 
 
-def test_list_components_gives_all_or_one_kind() -> None:
+def test_list_components_returns_all_kinds_or_one() -> None:
     orders = ssmvl.list_components("scan_order")
     assert {entry.kind for entry in orders} == {"scan_order"}
     assert {entry.name for entry in orders} >= {"bsm", "csm", "raster"}
@@ -50,21 +50,21 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_the_page_is_what_the_modules_declare(tmp_path: Path) -> None:
+def test_the_page_matches_the_modules(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(SCRIPT), str(tmp_path / "api.md")], check=True)
-    made, kept = (tmp_path / "api.md").read_text(), (ROOT / "docs" / "api.md").read_text()
-    assert kept == made, "run python scripts/make_api_docs.py"
+    generated, committed = (tmp_path / "api.md").read_text(), (ROOT / "docs" / "api.md").read_text()
+    assert committed == generated, "run python scripts/make_api_docs.py"
 
 
 def test_import_linter_forbids_plugins_every_private_module() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (contract,) = (each for each in contracts if each["name"] == "plugins import the public API only")
     private = sorted(private_modules(ROOT / "ssmvl", "ssmvl"))
-    assert contract["forbidden_modules"] == private, "write these into pyproject.toml, or declare an __all__"
+    assert contract["forbidden_modules"] == private, "list these modules in pyproject.toml, or declare an __all__"
 
 
 def private_modules(folder: Path, package: str) -> Iterator[str]:
-    """Modules without public names; a package that holds none is one entry. import-linter looks into packages."""
+    """Yield modules without public names. A package without any is one entry: import-linter includes its modules."""
     for path in folder.iterdir():
         name = f"{package}.{path.stem}"
         public = any(module == name or module.startswith(f"{name}.") for module in PUBLIC)
@@ -75,7 +75,7 @@ def private_modules(folder: Path, package: str) -> Iterator[str]:
 
 
 def imports(code: str) -> Iterator[tuple[str, str]]:
-    """Module and name of each `from ssmvl… import name`."""
+    """Yield the module and name of each `from ssmvl… import name`."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and re.match(r"ssmvl(\.|$)", node.module or ""):
             yield from ((str(node.module), alias.name) for alias in node.names)
@@ -89,13 +89,13 @@ def is_public(module: str, name: str) -> bool:
     "path", sorted(ROOT.glob("plugins/*/**/*.py")), ids=lambda path: f"{path.parent.name}/{path.name}"
 )
 def test_plugins_import_public_names_only(path: Path) -> None:
-    assert [found for found in imports(path.read_text()) if not is_public(*found)] == []
+    assert [imported for imported in imports(path.read_text()) if not is_public(*imported)] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_pages_show_public_names_only(page: str) -> None:
+def test_pages_mention_public_names_only(page: str) -> None:
     text = (ROOT / page).read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    shown = [found for block in blocks for found in imports(block)]
+    imported = [pair for block in blocks for pair in imports(block)]
     dotted = re.findall(r"`(ssmvl(?:\.[a-z_]\w*)*)\.([A-Za-z_]\w*)[`(]", text)  # `ssmvl.ops.ssd.ssd`
-    assert [found for found in [*shown, *dotted] if not is_public(*found)] == []
+    assert [pair for pair in [*imported, *dotted] if not is_public(*pair)] == []

@@ -23,19 +23,19 @@ def test_golden_paths() -> None:
 
 
 @pytest.mark.parametrize("name", ["raster", "bsm", "csm"])
-def test_conforms(name: str) -> None:
+def test_satisfies_the_contract(name: str) -> None:
     check_scan_order(components().find("scan_order", name).load())
 
 
-def test_what_does_not_conform_is_refused() -> None:
-    with pytest.raises(ContractError, match="depending on the grid"):
+def test_orders_that_violate_the_contract_are_rejected() -> None:
+    with pytest.raises(ContractError, match="must not depend on the grid"):
         check_scan_order(lambda grid: raster(grid).expand(1 + grid.rows % 2, -1))
-    with pytest.raises(ContractError, match="when asked again"):
+    with pytest.raises(ContractError, match="on the second call"):
         check_scan_order(lambda grid: torch.randperm(grid.length)[None])
 
 
 @pytest.mark.parametrize("name", ["raster", "bsm", "csm"])
-def test_every_order_is_permutations_with_an_inverse(name: str) -> None:
+def test_every_order_returns_permutations_with_inverses(name: str) -> None:
     order = components().find("scan_order", name).load()
 
     @given(grids)
@@ -48,7 +48,7 @@ def test_every_order_is_permutations_with_an_inverse(name: str) -> None:
     check()
 
 
-def test_paths_are_real_under_a_meta_context() -> None:
+def test_paths_have_values_in_a_meta_context() -> None:
     with torch.device("meta"):
         paths = path_table(csm, Grid(1, 2, 2))
     assert paths.tolist() == csm(Grid(1, 2, 2)).tolist()
@@ -69,14 +69,14 @@ def test_paths_made_in_inference_mode_can_be_trained_with() -> None:
             torch.tensor([[0, 1, 2], [0, 2, 2]]),
             "'broken' over grid .1, 1, 3.: path 1 .* position 2 holds index 2 again",
         ),
-        (torch.tensor([[0, 1, 3]]), "path 0 .* position 2 holds index 3 outside 0…2"),
-        (torch.tensor([[0, 1]]), r"must give paths \(K, 3\), gave \(1, 2\)"),
-        (torch.tensor([0, 1, 2]), r"gave \(3,\)"),
-        (torch.tensor([[0.0, 1.0, 2.0]]), "int64 indices, gave torch.float32"),
-        ([[0, 1, 2]], "gave list"),
+        (torch.tensor([[0, 1, 3]]), "path 0 .* position 2 holds index 3, outside 0…2"),
+        (torch.tensor([[0, 1]]), r"must return paths \(K, 3\), returned \(1, 2\)"),
+        (torch.tensor([0, 1, 2]), r"returned \(3,\)"),
+        (torch.tensor([[0.0, 1.0, 2.0]]), "int64 indices, returned torch.float32"),
+        ([[0, 1, 2]], "returned list"),
     ],
 )
-def test_what_is_no_permutation_is_refused(table: torch.Tensor, message: str) -> None:
+def test_an_order_that_is_not_a_permutation_is_rejected(table: torch.Tensor, message: str) -> None:
     def broken(grid: Grid) -> torch.Tensor:
         return table
 

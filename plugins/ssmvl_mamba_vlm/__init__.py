@@ -1,4 +1,4 @@
-"""MambaVLM as a plugin: its scan orders and its projector, out of public blocks of ssmvl."""
+"""MambaVLM as a plugin: its scan orders and projector, built from public blocks of ssmvl."""
 
 from ssmvl import hookimpl
 from ssmvl.registry import Register

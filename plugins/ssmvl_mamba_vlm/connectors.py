@@ -16,10 +16,10 @@ from ssmvl_mamba_vlm.scans import cross_stitch
 
 
 class MambaProjector(nn.Module):
-    """W3(LayerNorm(sum of H_k) * SiLU(W2 R)), H_k = SSM along path k over H = SiLU(DWConv(W1 R)).
+    """W3(LayerNorm(sum of H_k) * SiLU(W2 R)), where H_k is the SSM along path k over H = SiLU(DWConv(W1 R)).
 
-    DWConv is 3x3 and depthwise, on each map with the same weights. Each path has an SSM of its own (B, C, dt, A and D),
-    in one selective scan of K groups. The inner width is that of R; the Linears have a bias.
+    DWConv is a 3x3 depthwise convolution with the same weights for all maps. Each path has its own SSM (B, C, dt, A and
+    D); all run as one selective scan of K groups. The inner width is that of R; the linear layers have a bias.
 
     Args:
         in_width: width of the fused features R.
@@ -57,27 +57,27 @@ class MambaProjector(nn.Module):
         """X (I, L, in_width) -> (I, L, out_width).
 
         Raises:
-            ShapeError: x has another number of positions than the grid.
+            ShapeError: the numbers of positions in x and in the grid differ.
         """
         paths = self.paths(grid, x.device)
         self.folding.check(x.shape[1], paths, None)
         x = cast_for(x, self.w1)
         h = self.w1(x)
-        if len(h):  # without images there is nothing to scan
+        if len(h):  # skip the scan if there are no images
             h = self._scan(self._convolve(h, grid), paths)
         return self.w3(self.norm(h) * F.silu(self.w2(x)))
 
     def shard_units(self) -> Sequence[nn.Module]:
-        """None: it is small beside a block of the language model and belongs to the model's own unit."""
+        """No modules: it is small compared with a language model block and is sharded with the model's root unit."""
         return []
 
     def _convolve(self, h: Tensor, grid: Grid) -> Tensor:
-        """H (I, L, D) -> the same shape: the convolution of each map, then SiLU."""
+        """H (I, L, D) -> (I, L, D): the convolution of each map, then SiLU."""
         maps = h.reshape(-1, grid.rows, grid.columns, h.shape[-1]).permute(0, 3, 1, 2)
         return F.silu(self.conv2d(maps)).permute(0, 2, 3, 1).reshape(h.shape)
 
     def _scan(self, h: Tensor, paths: Paths) -> Tensor:
-        """H (I, L, D) -> the same shape: the sum of the K scans, in raster order."""
+        """H (I, L, D) -> (I, L, D): the sum of the K scans, in raster order."""
         h = self.folding.fold(h, paths)
         y, _ = selective_scan(**selective_arguments(h, self.x_proj, self.dt_proj, self.A_log, self.D, self.folding.own))
         return self.folding.merge(self.folding.unfold(y, paths))

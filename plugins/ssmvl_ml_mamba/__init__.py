@@ -1,4 +1,4 @@
-"""ML-Mamba (arXiv 2407.19832) as a plugin: its connectors, prompt and checkpoints, out of public blocks."""
+"""ML-Mamba (arXiv 2407.19832) as a plugin: its connectors, prompt and checkpoints, built from public blocks."""
 
 from ssmvl import hookimpl
 from ssmvl.registry import Register

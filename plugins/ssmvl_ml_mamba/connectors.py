@@ -24,15 +24,15 @@ def msc_basic(
     mixer: MixerPart = Mamba2Mixer,
     num_layers: Depth = 2,
 ) -> ScanConnector:
-    """V_out = MLP(MSC(V_img)): pre-norm residual blocks without an MLP of their own, RMSNorm, the three-layer MLP.
+    """V_out = MLP(MSC(V_img)): pre-norm residual blocks without MLPs, RMSNorm, the three-layer MLP.
 
     Args:
         in_width: width of the fused features.
-        out_width: width of the language model, and of the blocks.
+        out_width: width of the language model and of the blocks.
         grid: the fusion's grid.
         scan_order: K paths over the grid.
         mixer: built with `num_paths` = K.
-        num_layers: blocks.
+        num_layers: number of blocks.
     """
     paths = PathTables(scan_order, grid)
     blocks = [Block(mixer(width=out_width, num_paths=paths.count), norm=RMSNorm(out_width)) for _ in range(num_layers)]
@@ -48,15 +48,15 @@ def msc_advanced(
     mixer: MixerPart = Mamba2Mixer,
     num_layers: Depth = 2,
 ) -> ScanConnector:
-    """V_out = MLP(SwiGLU(MSC(V_img))), the final model: no norm before the mixer, LayerNorm before each SwiGLU.
+    """V_out = MLP(SwiGLU(MSC(V_img))), as in the final model: no norm before the mixer, LayerNorm before each SwiGLU.
 
     Args:
         in_width: width of the fused features.
-        out_width: width of the language model, and of the blocks.
+        out_width: width of the language model and of the blocks.
         grid: the fusion's grid.
         scan_order: K paths over the grid.
         mixer: built with `num_paths` = K.
-        num_layers: blocks.
+        num_layers: number of blocks.
     """
     paths = PathTables(scan_order, grid)
     blocks = [

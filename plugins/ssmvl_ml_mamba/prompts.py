@@ -1,4 +1,4 @@
-"""The prompt of the released ML-Mamba."""
+"""Prompt of the released ML-Mamba."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ssmvl.processing.prompts import stripped, supervised_pieces
 
 
 class ZephyrPrompt:
-    r"""`<|user|>\n{question}<end>\n<|assistant|>\n{answer}<end>`, turns one line apart; images before all text.
+    r"""`<|user|>\n{question}<end>\n<|assistant|>\n{answer}<end>`, one line break between turns; images before all text.
 
-    Blanks at the ends of a text are left out, and an empty answer is a blank.
+    Texts are stripped of leading and trailing whitespace; an empty answer becomes one space.
 
     Source: the released code of ML-Mamba (arXiv 2407.19832), and of Cobra (arXiv 2403.14520).
     """
@@ -20,10 +20,10 @@ class ZephyrPrompt:
     image_placement: Literal["before_all_text", "in_place"] = "before_all_text"
 
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
-        r"""The text to read; after a last message of the user it ends at `<|assistant|>\n`.
+        r"""The text of the conversation; it ends with `<|assistant|>\n` if the last message is the user's.
 
         Raises:
-            DataError: there is no message, or they do not alternate, beginning with the user's.
+            DataError: there is no message, or the messages do not alternate, starting with the user's.
         """
         pieces, opening = [], "<|user|>\n"
         for question, answer in stripped(conversation):

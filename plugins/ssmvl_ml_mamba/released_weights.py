@@ -1,4 +1,4 @@
-"""The published `.pt` files of ML-Mamba and of Cobra: connector and language model, without the frozen encoders."""
+"""Layouts of the published `.pt` files of ML-Mamba and Cobra: connector and language model, without the encoders."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ssmvl.ops.reorder import path_table
 from ssmvl.scans import bsm
 
 SCAN = "model.bidirectional_mamba"
-OF_A_PATH = {  # what each scan path has of its own: the forward path's, the backward path's
+PATH_PARAMETERS = {  # per-path parameters: name for the forward path -> name for the backward path
     "conv1d.weight": "conv1d_b.weight",
     "conv1d.bias": "conv1d_b.bias",
     "dt_bias": "dt_bias_b",
     "A_log": "A_log_b",
     "D": "D_b",
 }
-# What the releases fixed and no shape shows; a file of them has no config beside it.
+# Settings of the releases that shapes do not reveal; the files come without a config.
 MAMBA2 = {"num_groups": 1, "norm.groups": 1, "norm.eps": 1e-5, "dt_limit": (0.0, inf)}
 FEATURES = {
     "fusion.__class__.__name__": "ChannelFusion",
@@ -32,7 +32,7 @@ FEATURES = {
 
 
 class _Paths:
-    """Equal to any scan order, options bound or not, that gives the same paths over the release's grid."""
+    """Equal to every scan order, with or without bound options, that has the release's paths over its grid."""
 
     grid = Grid(1, 27, 27)
 
@@ -44,14 +44,14 @@ class _Paths:
 
 
 def ml_mamba_release(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
-    """The layout of ML-Mamba's released checkpoints, into `msc_advanced` with two paths and a Mamba-2 model."""
+    """Layout of ML-Mamba's released checkpoints, for `msc_advanced` with two paths and a Mamba-2 model."""
     if f"{SCAN}.norm_f.weight" not in names:
         return None
     connector = {
         "connector.stem.*": ["model.mlp.*"],
         **{
-            f"connector.layers.*.mixer.{forward}": [f"{SCAN}.layers.*.mixer.{own}" for own in (forward, backward)]
-            for forward, backward in OF_A_PATH.items()
+            f"connector.layers.*.mixer.{forward}": [f"{SCAN}.layers.*.mixer.{name}" for name in (forward, backward)]
+            for forward, backward in PATH_PARAMETERS.items()
         },
         "connector.layers.*.mlp_norm.*": [f"{SCAN}.layers.*.norm.*"],
         "connector.layers.*": [f"{SCAN}.layers.*"],
@@ -69,7 +69,7 @@ def ml_mamba_release(names: Collection[str], config: Mapping[str, Any]) -> Layou
 
 
 def cobra_release(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
-    """The layout of Cobra's released checkpoints, into `mlp` and a Mamba-1 model."""
+    """Layout of Cobra's released checkpoints, for `mlp` and a Mamba-1 model."""
     if "model.projector.projector.0.weight" not in names or f"{SCAN}.norm_f.weight" in names:
         return None
     return _with_language({"connector.projector.*": ["model.projector.projector.*"]}, names, {})
@@ -77,15 +77,15 @@ def cobra_release(names: Collection[str], config: Mapping[str, Any]) -> Layout |
 
 def _with_language(connector: Mapping[str, list[str]], names: Collection[str], fixed: Mapping[str, Any]) -> Layout:
     wrapped = any(name.startswith("model.llm_backbone.llm.") for name in names)
-    theirs = "model.llm_backbone.llm" if wrapped else "model.llm_backbone"
-    language = {f"language.{part}.*": [f"{theirs}.backbone.{part}.*"] for part in ("embedding", "layers", "norm_f")}
-    mamba2 = any(name.startswith(theirs) and name.endswith(".mixer.dt_bias") for name in names)
+    prefix = "model.llm_backbone.llm" if wrapped else "model.llm_backbone"
+    language = {f"language.{part}.*": [f"{prefix}.backbone.{part}.*"] for part in ("embedding", "layers", "norm_f")}
+    mamba2 = any(name.startswith(prefix) and name.endswith(".mixer.dt_bias") for name in names)
     mixer = {f"layers.0.mixer.{name}": value for name, value in MAMBA2.items()} if mamba2 else {}
-    spoken = {"norm_f.eps": 1e-5, "layers.0.norm.eps": 1e-5, **mixer}
+    settings = {"norm_f.eps": 1e-5, "layers.0.norm.eps": 1e-5, **mixer}
     return Layout(
         part="model",
         rules={**connector, **language},
-        tied={f"{theirs}.lm_head.weight": "language.embedding.weight"},
+        tied={f"{prefix}.lm_head.weight": "language.embedding.weight"},
         absent=["encoders"],
-        expects={**FEATURES, **fixed, **{f"language.{name}": value for name, value in spoken.items()}},
+        expects={**FEATURES, **fixed, **{f"language.{name}": value for name, value in settings.items()}},
     )

@@ -1,4 +1,4 @@
-"""Vision towers of open_clip: CLIP, SigLIP, SigLIP 2. No text tower is kept, none of full size is built."""
+"""Vision towers of open_clip: CLIP, SigLIP, SigLIP 2. No full-size text tower is built."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ssmvl.interfaces import Grid, Pixels, Resize
 from ssmvl.vision.encoders import Encoder, VitEncoder
 from ssmvl.vision.pretrained import Trained, parse_weights, require_statistics, resolve_tag, similar, weights_path
 
-TOWER = "visual."  # of names in open_clip's files
-# Of a vision config: positions are resampled; how it was initialised; what is dropped in training.
-FREE = ("image_size", "timm_model_pretrained", "patch_dropout", "timm_drop", "timm_drop_path")
+TOWER = "visual."  # name prefix in open_clip's files
+# Vision config options without effect: positions are resampled, and the others affect initialization or training.
+IGNORED_OPTIONS = ("image_size", "timm_model_pretrained", "patch_dropout", "timm_drop", "timm_drop_path")
 
 
 class ClipEncoder(Encoder):
     """Patch features of open_clip's own VisionTransformer: second-to-last block, no final norm, class token dropped.
 
-    Takes the arguments of `Encoder`.
+    Has the arguments of `Encoder`.
 
     Source: Prismatic VLMs (arXiv 2402.07865) §3: second-to-last layer.
     """
@@ -37,13 +37,13 @@ class ClipEncoder(Encoder):
     visual: Any
 
     def layout(self, tower: Any) -> tuple[int, int, Grid]:
-        """A tower's number of blocks, 0 if it is no ViT; its width; the grid of its patches."""
+        """The number of blocks of a tower (0 if it is not a ViT), its width, and the grid of its patches."""
         if not isinstance(tower, VisionTransformer):
             return 0, 0, Grid(0, 0, 0)
         return len(tower.transformer.resblocks), tower.transformer.width, Grid(1, *tower.grid_size)
 
     def features(self, x: Tensor) -> Tensor:
-        """Normalised (I, 3, S, S), I > 0 -> (I, N, D)."""
+        """Normalized (I, 3, S, S), I > 0 -> (I, N, D)."""
         (features,) = self.visual.forward_intermediates(
             x,
             indices=[len(self.visual.transformer.resblocks) - 2],
@@ -54,77 +54,77 @@ class ClipEncoder(Encoder):
         return features
 
     def adapted(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """By open_clip's function, which wants whole models' names."""
-        named = {TOWER + name: tensor for name, tensor in tensors.items()}
-        resize_pos_embed(named, self)
-        return {name.removeprefix(TOWER): tensor for name, tensor in named.items()}
+        """A file's tensors through open_clip's function, which expects the names of a whole model."""
+        full = {TOWER + name: tensor for name, tensor in tensors.items()}
+        resize_pos_embed(full, self)
+        return {name.removeprefix(TOWER): tensor for name, tensor in full.items()}
 
 
 def open_clip_encoder(
     model: str, *, image_size: Pixels | None = None, resize: Resize = "resize-naive", weights: str = "none"
 ) -> Encoder:
-    """The vision tower of one of open_clip's models. Nothing is read or fetched until weights are loaded.
+    """The vision tower of an open_clip model. Nothing is read or downloaded until weights are loaded.
 
     Args:
         model: open_clip's name, with or without a tag, e.g. `ViT-L-14-336-quickgelu` or `ViT-L-14:laion2b_s32b_b82k`;
-            the tag decides mean and std, the model's first one if none is written.
+            the tag determines mean and std; by default the model's first tag does.
         image_size: side in pixels; the model's own if None.
-        resize: how an image is brought to that size; bicubic, whatever interpolation the tag names.
-        weights: `none`; a safetensors file of open_clip's, of which only `visual.*` is used, and the tag written where
-            the model's tags differ in mean, std or QuickGELU; a tag of open_clip's, fetched from the hub;
-            `local-dir:FOLDER`, a folder with `open_clip_config.json` and `open_clip_model.safetensors`.
+        resize: how images are resized to it; always bicubic, even if the tag names another interpolation.
+        weights: `none`; a safetensors file of open_clip, of which only `visual.*` is used (`model` must then name the
+            tag if the model's tags differ in mean, std or QuickGELU); an open_clip tag, downloaded from the Hub; or
+            `local-dir:DIRECTORY`, a directory with `open_clip_config.json` and `open_clip_model.safetensors`.
 
     Raises:
-        ContractError: open_clip has no such model or tag, its tower is no ViT or cannot be run on such images, a file's
-            tag is not known, or the tag's weights and the model differ in QuickGELU.
+        ContractError: open_clip does not know the model or tag, the tower is not a ViT or does not run on such images,
+            the tag of a file is unknown, or the tag's weights and the model differ in QuickGELU.
     """
     name, _, tag = model.partition(":")
     if name not in open_clip.list_models():
         known = similar(name, open_clip.list_models())
-        raise ContractError(f"open_clip has no model {name!r}; similar names there: {known}")
+        raise ContractError(f"unknown open_clip model {name!r}. Similar names: {known}")
     config = open_clip.get_model_config(name)
     quick, trained = config.get("quick_gelu", False), _tags(name)
     source = parse_weights(weights, trained, name)
     tag = resolve_tag(source, tag, model, f"{name}:", trained, quick)
     if tag and tag not in trained:
-        raise ContractError(f"open_clip has no weights {tag!r} of {name!r}.{nearest(tag, trained)}")
+        raise ContractError(f"unknown tag {tag!r} of open_clip model {name!r}.{nearest(tag, trained)}")
     if tag and trained[tag].quick != quick:
         right = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"
         raise ContractError(
-            f"the weights {tag!r} were trained with{'out' if quick else ''} QuickGELU, {name!r} is built "
-            f"with{'' if quick else 'out'} it: answers would be silently wrong; write model: {right}"
+            f"the weights {tag!r} were trained with{'out' if quick else ''} QuickGELU, but {name!r} is built "
+            f"with{'' if quick else 'out'} it, so answers would be silently wrong; write model: {right}"
         )
     default = PreprocessCfg()
     mean, std, _ = trained[tag or next(iter(trained))] if trained else (default.mean, default.std, quick)
-    place = weights_path(source, partial(_hub, name, tag), HF_SAFE_WEIGHTS_NAME)
-    agrees = partial(_agrees, name, mean, std) if source.kind == "folder" else None
+    path = weights_path(source, partial(_hub, name, tag), HF_SAFE_WEIGHTS_NAME)
+    agrees = partial(_check_config, name, mean, std) if source.kind == "folder" else None
     size = image_size or config["vision_cfg"]["image_size"]
     tower = _tower(config, size)
     if isinstance(tower, TimmModel):
         trunk = f"{TOWER}trunk."
         return VitEncoder(
-            tower.trunk, size=size, mean=mean, std=std, resize=resize, weights=place, prefix=trunk, agrees=agrees
+            tower.trunk, size=size, mean=mean, std=std, resize=resize, weights=path, prefix=trunk, agrees=agrees
         )
-    return ClipEncoder(tower, size=size, mean=mean, std=std, resize=resize, weights=place, prefix=TOWER, agrees=agrees)
+    return ClipEncoder(tower, size=size, mean=mean, std=std, resize=resize, weights=path, prefix=TOWER, agrees=agrees)
 
 
 def _tags(name: str) -> dict[str, Trained]:
-    """open_clip's pretrained weights of a model, by tag."""
-    found, default = {}, PreprocessCfg()
+    """The preprocessing and activation that open_clip's pretrained weights of a model need, by tag."""
+    trained, default = {}, PreprocessCfg()
     for tag in open_clip.list_pretrained_tags_by_model(name):
         config = open_clip.get_pretrained_cfg(name, tag)
         mean, std = config.get("mean", default.mean), config.get("std", default.std)
-        found[tag] = Trained(tuple(mean), tuple(std), config.get("quick_gelu", False))
-    return found
+        trained[tag] = Trained(tuple(mean), tuple(std), config.get("quick_gelu", False))
+    return trained
 
 
 def _tower(config: Mapping[str, Any], size: int) -> Any:
-    """The vision tower of a model, beside a text tower of one token and width 1."""
+    """Build the vision tower of a model, along with a text tower of one token and width 1."""
     vision = {**config["vision_cfg"], "image_size": size}
     text = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=1, heads=1, layers=1)
     tower = open_clip.CLIP(config["embed_dim"], vision, text, quick_gelu=config.get("quick_gelu", False)).visual
     if isinstance(tower, TimmModel):
-        tower.set_input_size(size)  # it leaves timm's model at its own size
+        tower.set_input_size(size)  # because open_clip builds timm models at their own size
     return tower
 
 
@@ -132,27 +132,28 @@ def _hub(name: str, tag: str) -> tuple[str, str]:
     """The repository and the file of a tag."""
     config = open_clip.get_pretrained_cfg(name, tag)
     repo, slash, file = config["hf_hub"].rpartition("/")
-    if not slash or file:  # a repository without a file name holds open_clip's own safetensors
+    if not slash or file:  # only repositories without a file name contain open_clip's own safetensors
         raise ContractError(
-            f"open_clip has {name}:{tag} as a pickle only, which is not read; see {config['hf_hub'] or config['url']}"
+            f"open_clip has {name}:{tag} only as a pickle, which is not read; see {config['hf_hub'] or config['url']}"
         )
     return repo, HF_SAFE_WEIGHTS_NAME
 
 
-def _agrees(name: str, mean: Sequence[float], std: Sequence[float], config: Mapping[str, Any]) -> None:
-    """Refuse a folder of open_clip's whose config says that its weights are those of another encoder."""
+def _check_config(name: str, mean: Sequence[float], std: Sequence[float], config: Mapping[str, Any]) -> None:
+    """Reject an open_clip directory whose config states that its weights are of another encoder."""
     if not config:
-        raise CheckpointError(f"{HF_CONFIG_NAME} must lie beside it and say which model its weights are of")
-    theirs, own = _what_counts(config.get("model_cfg", config)), _what_counts(open_clip.get_model_config(name))
-    wrong = [f"{key} is {theirs[key]!r}, {name} has {own[key]!r}" for key in own if theirs[key] != own[key]]
+        raise CheckpointError(f"{HF_CONFIG_NAME} must be in the same directory and describe the model of the weights")
+    stated = _vision_settings(config.get("model_cfg", config))
+    own = _vision_settings(open_clip.get_model_config(name))
+    wrong = [f"{key} is {stated[key]!r}, but {name} has {own[key]!r}" for key in own if stated[key] != own[key]]
     if wrong:
-        raise CheckpointError(f"its weights are those of another model: {'; '.join(wrong)}")
+        raise CheckpointError(f"contains weights of another model: {'; '.join(wrong)}")
     fitting = {tag: need for tag, need in _tags(name).items() if need.quick == own["quick_gelu"]}
     require_statistics(config.get("preprocess_cfg", {}), mean, std, f"{name}:", fitting)
 
 
-def _what_counts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a model's config that decides what its vision tower computes."""
+def _vision_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model's config that affect the output of its vision tower."""
     vision = asdict(open_clip.CLIPVisionCfg(**config["vision_cfg"]))
-    whole = {"embed_dim": config["embed_dim"], "quick_gelu": config.get("quick_gelu", False)}
-    return whole | {f"vision_cfg.{key}": value for key, value in vision.items() if key not in FREE}
+    shared = {"embed_dim": config["embed_dim"], "quick_gelu": config.get("quick_gelu", False)}
+    return shared | {f"vision_cfg.{key}": value for key, value in vision.items() if key not in IGNORED_OPTIONS}

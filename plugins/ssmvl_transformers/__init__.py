@@ -1,4 +1,4 @@
-"""Any causal language model of transformers as a plugin: its attention layers behind ssmvl's contract."""
+"""Causal language models of transformers as a plugin: attention models behind ssmvl's contract."""
 
 from ssmvl import hookimpl
 from ssmvl.registry import Register

@@ -1,4 +1,4 @@
-"""Any causal language model of transformers behind the contract of `ssmvl.interfaces.LanguageModel`."""
+"""Causal language models of transformers behind the contract of `ssmvl.interfaces.LanguageModel`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ssmvl_transformers.state import KeyValueState, no_cache
 
 
 class CausalLM(nn.Module):
-    """A causal language model of transformers. The recipe carries its architecture: nothing is fetched to build it.
+    """A causal language model of transformers. Its architecture is in the recipe, so building it needs no download.
 
     Args:
-        config: the architecture's options as in its `config.json`: `{model_type: llama, hidden_size: 4096, …}`. What
-            transformers does not read, as many such files hold, must be left out.
-        num_tokens: ids of the tokenizer; checked against it when it is loaded. V is the config's `vocab_size`.
-        weights: `none`, a checkpoint's file or folder, or its id in the hub; see `build_model`.
+        config: the architecture's options as in its `config.json`: `{model_type: llama, hidden_size: 4096, …}`. Omit
+            keys that transformers does not read; many published files contain some.
+        num_tokens: number of tokenizer ids; checked when the tokenizer is loaded. V is the config's `vocab_size`.
+        weights: `none`, the file or directory of a checkpoint, or its Hub id; see `build_model`.
 
     Raises:
-        ContractError: transformers has no such architecture or option, a value is of the wrong type, the architecture
-            cannot keep the contract, or there are more tokens than rows of the vocabulary.
+        ContractError: transformers does not know the architecture or an option, a value has the wrong type, the
+            architecture cannot satisfy the contract, or there are more tokens than vocabulary rows.
         MissingDependencyError: transformers is not installed.
 
     Source: Vicuna-7B in MambaVLM-7B.
@@ -53,25 +53,27 @@ class CausalLM(nn.Module):
         """Embeds (B, T, D) -> hidden (B, T, D), normed.
 
         Raises:
-            ShapeError: segments are given: attention reads rows that are padded, not packed.
+            ShapeError: segments are given; attention models read padded rows, not packed ones.
         """
         if segments is not None:
-            raise ShapeError(f"{self._name} reads rows padded, not packed (recurrent is False); give no segments")
-        read = body_of(self.model)(inputs_embeds=embeds, past_key_values=no_cache(), use_cache=False, return_dict=True)
-        return read.last_hidden_state
+            raise ShapeError(f"{self._name} reads padded rows, not packed ones (recurrent is False); omit segments")
+        body = body_of(self.model)
+        return body(
+            inputs_embeds=embeds, past_key_values=no_cache(), use_cache=False, return_dict=True
+        ).last_hidden_state
 
     @torch.no_grad()
     def prefill(self, embeds: Tensor, lengths: Tensor, state: KeyValueState) -> Tensor:
         """Embeds (B, T, D) right-padded, lengths (B,) -> hidden (B, T, D), normed; advances `state`; no gradients.
 
         Raises:
-            ShapeError: the state belongs to another model, or to other rows or another device, or lengths do not fit.
+            ShapeError: the state is of another model, number of rows or device, or lengths do not fit.
         """
         state.check(self._name, len(embeds), embeds.device)
         length = embeds.shape[1]
         check_rows("prefill", len(embeds), length, lengths, None, embeds.device)
         index = torch.arange(length, device=embeds.device)
-        # Padding takes part nowhere: it comes after its row, its slots are dropped, and 0 cannot spread as NaN does.
+        # Padding affects nothing: it follows its row, its slots are dropped, and zeros do not spread like NaN.
         embeds = embeds.masked_fill((index >= lengths[:, None])[..., None], 0)
         positions = state.lengths[:, None] + torch.minimum(index, lengths[:, None] - 1)
         hidden = self._read(embeds, positions.clamp(min=0), state)
@@ -83,10 +85,11 @@ class CausalLM(nn.Module):
         """Embeds (B, D) -> hidden (B, D), normed; advances `state` in place; no gradients.
 
         Raises:
-            ShapeError: the state belongs to another model, or to other rows or another device.
+            ShapeError: the state is of another model, number of rows or device.
         """
         state.check(self._name, len(embeds), embeds.device)
-        hidden = self._read(embeds[:, None], state.lengths[:, None].clone(), state)  # some models add to what they get
+        positions = state.lengths[:, None].clone()  # a copy, because some models modify their position ids in place
+        hidden = self._read(embeds[:, None], positions, state)
         state.lengths = state.lengths + 1
         return hidden[:, 0]
 
@@ -97,39 +100,39 @@ class CausalLM(nn.Module):
     def new_state(
         self, rows: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> KeyValueState:
-        """A state of `rows` rows that has seen nothing, on the weights' device if None; its dtype is what is read."""
+        """Initial state of `rows` rows, on the weights' device by default; keys and values have the input's dtype."""
         from transformers import DynamicCache
 
         device = self.model.get_input_embeddings().weight.device if device is None else device
         return KeyValueState(self._name, DynamicCache(), torch.zeros(rows, dtype=torch.long, device=device))
 
     def to_transformers(self, end_id: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The model as transformers has it: its tensors by name, and its `config.json` with `end_id` as its end."""
+        """The model in transformers' format: tensors by name, and the `config.json` with `end_id` as its EOS token."""
         tensors = {name.removeprefix("model."): tensor for name, tensor in self.state_dict().items()}
         own = {"architectures": [type(self.model).__name__], "eos_token_id": end_id}
         return tensors, {**self.model.config.to_diff_dict(), **own}
 
     def shard_units(self) -> Sequence[nn.Module]:
-        """Each decoder layer; never the embedding and the head, which may be one."""
+        """The decoder layers, without embedding and head, which may be tied."""
         lists = [module for module in body_of(self.model).modules() if isinstance(module, nn.ModuleList)]
-        return list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=()))
+        return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()))
 
     def _read(self, embeds: Tensor, positions: Tensor, state: KeyValueState) -> Tensor:
         slots, length = state.slots, embeds.shape[1]
         hidden: Tensor = body_of(self.model)(
             inputs_embeds=embeds,
-            attention_mask=state.mask(length) if slots else None,  # causal: what is behind a row reaches none of it
+            attention_mask=state.mask(length) if slots else None,  # causality excludes the padding after a row
             position_ids=positions,
             past_key_values=state.cache,
             use_cache=True,
             return_dict=True,
         ).last_hidden_state
         if state.slots != slots + length:
-            raise ContractError(f"{self._name} keeps its keys and values elsewhere than in the cache it is given")
+            raise ContractError(f"{self._name} does not store its keys and values in the cache that it is given")
         return hidden
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLM:
-        """Rotary frequencies keep their dtype: `.to(torch.bfloat16)` would turn far positions by wrong angles."""
+        """Keep the dtype of rotary frequencies: in bf16, distant positions would be rotated by wrong angles."""
         kept = [
             (module, name, buffer)
             for module in self.modules()

@@ -1,4 +1,4 @@
-"""A configuration as transformers writes it -> its model, strictly where transformers is silent."""
+"""A transformers configuration -> its model. Rejects unknown options, which transformers silently accepts."""
 
 from __future__ import annotations
 
@@ -11,63 +11,63 @@ import torch
 
 from ssmvl.errors import ContractError, MissingDependencyError, nearest
 
-# Architectures whose rows are as alone, however they are padded and cut; others may be silently wrong, and some are.
+# Architectures whose rows do not depend on padding, other rows or chunking; others may be silently wrong, and some are.
 TESTED = (
     "exaone4 falcon gemma gemma3_text glm gpt2 gpt_neo gpt_neox gptj granite llama mistral mixtral olmo olmo2 opt "
     "persimmon phi phi3 qwen2 qwen2_moe qwen3 smollm3 stablelm starcoder2 xglm"
 ).split()
-# Options of architectures that change logits after the output embedding, with the values that leave them as they are.
+# Architecture options that change logits after the output embedding, with the values that have no effect.
 LOGIT_OPTIONS = {
     "final_logit_softcapping": (None, 0),
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
     "lm_head_multiplier": (None, 1),
 }
-ROW_DEPENDENT = ("dynamic", "longrope")  # rotary frequencies that follow the longest row of a batch
+ROW_DEPENDENT = ("dynamic", "longrope")  # rotary frequencies depend on the longest row of a batch
 
 
 def build_causal_lm(options: Mapping[str, Any]) -> Any:
-    """The model of a configuration, with initial weights.
+    """Build the model of a configuration, with initial weights.
 
     Args:
-        options: what `config.json` of such a model holds; `model_type` names the architecture.
+        options: the content of the model's `config.json`; `model_type` names the architecture.
 
     Raises:
-        ContractError: an architecture or an option that transformers does not have, a value of the wrong type, or an
-            architecture that cannot keep the contract.
+        ContractError: transformers does not know the architecture or an option, a value has the wrong type, or the
+            architecture cannot satisfy the contract.
         MissingDependencyError: transformers is not installed.
     """
-    with torch.device("cpu"):  # what transformers and torch import on the way fails under `meta`
+    with torch.device("cpu"):  # some modules that transformers imports lazily fail to import under `meta`
         config = _config(options)
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
         MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # imports the model
-    reason = _unfit(config)
+    reason = _contract_violation(config)
     if reason:
         raise ContractError(f"{config.model_type} cannot be a causal_lm: {reason}")
     try:
         model = AutoModelForCausalLM.from_config(config)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # foreign code, whose checks differ from architecture to architecture
-        text = f"config gives no {config.model_type} model: {type(error).__name__}: {error}"
+    except Exception as error:  # third-party code, whose checks differ between architectures
+        text = f"transformers cannot build a {config.model_type} model: {type(error).__name__}: {error}"
         raise ContractError(text) from error
     return model
 
 
 def body_of(model: Any) -> Any:
-    """What lies between embedding and head, the final norm included; the model itself where nothing does."""
+    """The model without its head, including the final norm; its decoder if the model is its own base model."""
     return model.base_model if model.base_model is not model else model.get_decoder()
 
 
 def config_of(kind: str, options: Mapping[str, Any]) -> Any:
-    """Transformers' configuration of an architecture, its rotary scaling written in one way; it may raise anything."""
+    """Transformers' configuration of an architecture, with rotary scaling in one form. May raise any error."""
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model(kind, **_lifted(kind, options))
+    config = AutoConfig.for_model(kind, **_convert_rope(kind, options))
     name = "rope_parameters" if hasattr(config, "rope_parameters") else "rope_scaling"
     rope = getattr(config, name, None)
-    if isinstance(rope, dict) and "type" in rope:  # the older word
+    if isinstance(rope, dict) and "type" in rope:  # the older key
         rope = {"rope_type": rope["type"], **{key: value for key, value in rope.items() if key != "type"}}
         setattr(config, name, rope)
     if name == "rope_scaling" and isinstance(rope, dict) and rope.get("rope_type") == "default":
@@ -75,11 +75,11 @@ def config_of(kind: str, options: Mapping[str, Any]) -> Any:
     return config
 
 
-def _lifted(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of options, the `rope_parameters` of transformers 5 as version 4 has them, which would not read them."""
+def _convert_rope(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of options, with `rope_parameters` of transformers 5 converted for version 4, which ignores them."""
     from transformers import AutoConfig
 
-    given = copy.deepcopy(dict(options))  # transformers writes into nested options
+    given = copy.deepcopy(dict(options))  # transformers modifies nested options
     default = AutoConfig.for_model(kind)
     if given.get("rope_parameters") is None or hasattr(default, "rope_parameters"):
         return given
@@ -104,29 +104,29 @@ def _config(options: Mapping[str, Any]) -> Any:
     given = dict(options)
     kind = given.pop("model_type", None)
     if kind not in TESTED:
-        what = f"config.model_type is {kind!r}, which is none of the architectures that causal_lm was tested with."
+        what = f"config.model_type is {kind!r}, an architecture that causal_lm was not tested with."
         raise ContractError(what + nearest(str(kind), TESTED))
     try:
-        given, default = _lifted(kind, given), AutoConfig.for_model(kind)
+        given, default = _convert_rope(kind, given), AutoConfig.for_model(kind)
         for key, value in given.items():
-            usual = getattr(default, key, None)
-            if not _fits(key, value, usual):
-                raise ContractError(f"config.{key} must be of the type of {usual!r}, received {value!r}")
+            default_value = getattr(default, key, None)
+            if not _has_type_of(default_value, key, value):
+                raise ContractError(f"config.{key} must have the type of {default_value!r}, received {value!r}")
         config = config_of(kind, given)
     except ContractError:
         raise
-    except Exception as error:  # foreign code
-        raise ContractError(f"config of {kind} is refused: {type(error).__name__}: {error}") from error
+    except Exception as error:  # third-party code
+        raise ContractError(f"transformers rejects the {kind} config: {type(error).__name__}: {error}") from error
     names = set(inspect.signature(type(config).__init__).parameters) - {"self", "kwargs"}
     unknown = [key for key in given if key in vars(config).keys() - vars(default).keys() - names]
-    if unknown:  # transformers keeps any key, as an attribute that nothing reads
+    if unknown:  # transformers stores any key, as an attribute that nothing reads
         raise ContractError(f"config of {kind} has no option {unknown[0]!r}.{nearest(unknown[0], names)}")
-    config.dtype = None  # the file's; here torch's default decides
+    config.dtype = None  # ignore the file's dtype and use torch's default
     return config
 
 
-def _fits(key: str, value: Any, default: Any) -> bool:
-    """Whether a value is of its default's type, as far as that tells; numbers may be written either way."""
+def _has_type_of(default: Any, key: str, value: Any) -> bool:
+    """Return True if a value has the type of its default, as far as that is known; int and float are equivalent."""
     if value is None or default is None or (key.endswith("token_id") and isinstance(value, list)):
         return True
     if isinstance(default, bool) or isinstance(value, bool):
@@ -136,15 +136,15 @@ def _fits(key: str, value: Any, default: Any) -> bool:
     return isinstance(value, str) == isinstance(default, str)
 
 
-def _unfit(config: Any) -> str:
-    """Why a tested architecture would give wrong hidden states or logits all the same; empty if it gives right ones."""
+def _contract_violation(config: Any) -> str:
+    """The reason why a tested architecture's hidden states or logits would be wrong; empty if they are right."""
     for key, neutral in LOGIT_OPTIONS.items():
         value = getattr(config, key, None)
         if value not in neutral:
             allowed = " or ".join(map(repr, neutral))
             return f"config.{key}={value!r} changes the logits after the output embedding; it must be {allowed}"
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    turning = rope.get("rope_type", rope.get("type"))
-    if turning in ROW_DEPENDENT:
-        return f"rope_type {turning!r} makes each row depend on the longest of its batch"
+    rope_type = rope.get("rope_type", rope.get("type"))
+    if rope_type in ROW_DEPENDENT:
+        return f"rope_type {rope_type!r} makes each row depend on the longest row of its batch"
     return ""

@@ -1,4 +1,4 @@
-"""The state of a language model with attention: keys and values of each row, which grow."""
+"""State of a language model with attention: a growing key-value cache per row."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ssmvl.errors import ShapeError
 
 
 class KeyValueState:
-    """A `DynamicCache` of transformers whose rows may differ in length: each ends at the last slot.
+    """A `DynamicCache` of transformers whose rows may differ in length; each row ends at the last slot.
 
-    In front of a shorter row lie slots that are masked. So the positions of a row lie side by side, whatever was
-    padded, and what counts slots instead of positions (sliding windows) counts right.
+    Shorter rows are preceded by masked slots. The positions of a row are therefore contiguous, however it was padded,
+    and code that counts slots instead of positions (sliding windows) stays correct.
 
     Args:
-        model: names the architecture the state belongs to.
-        cache: keys and values, (B, heads, slots, head width) of each layer.
-        lengths: (B,) positions that each row has read.
+        model: description of the architecture to which the state belongs.
+        cache: keys and values, (B, heads, slots, head width) per layer.
+        lengths: (B,) number of positions read in each row.
     """
 
     def __init__(self, model: str, cache: Any, lengths: Tensor) -> None:
@@ -29,7 +29,7 @@ class KeyValueState:
 
     @property
     def slots(self) -> int:
-        """Slots of every row, masked ones included."""
+        """Number of slots per row, masked ones included."""
         return int(self.cache.get_seq_length())
 
     @property
@@ -38,7 +38,7 @@ class KeyValueState:
         return self.lengths.nbytes + sum(k.nbytes + v.nbytes for k, v in self._layers())
 
     def check(self, model: str, rows: int, device: torch.device) -> None:
-        """Check that this is a state of `model`, of `rows` rows, on `device`.
+        """Check that this is a state of `model` with `rows` rows on `device`.
 
         Raises:
             ShapeError: it is not.
@@ -54,13 +54,13 @@ class KeyValueState:
             )
 
     def mask(self, length: int) -> Tensor:
-        """Which slots are real, (B, slots + length) of 0 and 1; the `length` positions to come count as real."""
+        """Attention mask (B, slots + length): 1 for real slots and for the next `length` positions, else 0."""
         slots = self.slots
         index = torch.arange(slots + length, device=self.lengths.device)
         return (index >= slots - self.lengths[:, None]).long()
 
     def advance(self, lengths: Tensor, padding: Tensor) -> None:
-        """Take note that each row has read `lengths` (B,) positions, and drop the `padding` (B,) slots behind them."""
+        """Add `lengths` (B,) read positions to each row, and drop the `padding` (B,) slots after them."""
         self.lengths = self.lengths + lengths
         slots = (torch.arange(self.slots, device=lengths.device) - padding[:, None]).clamp(min=0)
         for layer in self.cache.layers:
@@ -70,7 +70,7 @@ class KeyValueState:
         """A copy of these rows, in this order; an index may repeat."""
         chosen = torch.atleast_1d(torch.as_tensor(index, device=self.lengths.device))
         if chosen.is_floating_point() or chosen.ndim != 1:
-            raise ShapeError(f"rows are chosen by a list of numbers or a mask, received {index}")
+            raise ShapeError(f"rows must be selected by a list of integers or a mask, received {index}")
         chosen = chosen if chosen.dtype == torch.bool else chosen.long()
         cache = type(self.cache)()
         for number, (keys, values) in enumerate(self._layers()):
@@ -78,14 +78,14 @@ class KeyValueState:
         return type(self)(self.model, cache, self.lengths[chosen])
 
     def write(self, index: Tensor | Sequence[int], other: Self) -> None:
-        """Refused: rows of keys and values differ in length.
+        """Not supported: rows of keys and values differ in length.
 
         Raises:
             ShapeError: always.
         """
         raise ShapeError(
             f"rows of a state of {self.model} grow and cannot be overwritten (recurrent is False); "
-            "choose rows with rows(), or read them anew into a new_state"
+            "select rows with rows(), or read them again into a new_state"
         )
 
     def clone(self) -> Self:
@@ -98,10 +98,10 @@ class KeyValueState:
 
 @functools.cache
 def no_cache() -> Any:
-    """A cache that keeps nothing: the keys and values of a layer are those it is given.
+    """A cache that stores nothing: a layer attends only to the keys and values of the current call.
 
-    Without any cache transformers looks for rows that are packed, which reads values back from the device and makes
-    a mask of (B, 1, T, T) in place of plain causal attention.
+    Without a cache, transformers looks for packed rows, which synchronizes with the device and builds a (B, 1, T, T)
+    mask instead of using plain causal attention.
     """
     from transformers import DynamicCache
 
@@ -113,5 +113,5 @@ def no_cache() -> Any:
 
 
 def _take(tensor: Tensor, slots: Tensor) -> Tensor:
-    """(B, heads, S, P) with row b's slots `slots[b]` (B, S)."""
+    """Select slots `slots[b]` (B, S) of each row b: (B, heads, S', P) -> (B, heads, S, P)."""
     return tensor.gather(2, slots[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))

@@ -1,4 +1,4 @@
-"""VL-Mamba as a plugin: its connectors, out of public blocks of ssmvl."""
+"""VL-Mamba as a plugin: its connectors, built from public blocks of ssmvl."""
 
 from ssmvl import hookimpl
 from ssmvl.registry import Register

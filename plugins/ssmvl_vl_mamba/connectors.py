@@ -1,6 +1,6 @@
 """VL-Mamba's multimodal connectors. Source: VL-Mamba §3.2, Fig. 2 and eq. 5-6; no code was released.
 
-VSS, the vision selective scan, is one Mamba-1 layer along the paths of a scan order, which share its weights; the
+VSS, the vision selective scan, is one Mamba-1 layer that runs along all paths of a scan order with shared weights; the
 results are averaged in raster order.
 """
 
@@ -26,8 +26,8 @@ def vlmamba_mlp(in_width: int, out_width: int, grid: Grid) -> PositionwiseConnec
 
     Args:
         in_width: width of the features.
-        out_width: width of the language model, and of the hidden layer.
-        grid: not used; each position is treated alone.
+        out_width: width of the language model and of the hidden layer.
+        grid: unused; positions are processed independently.
     """
     return PositionwiseConnector(_mlp(in_width, out_width))
 
@@ -35,14 +35,14 @@ def vlmamba_mlp(in_width: int, out_width: int, grid: Grid) -> PositionwiseConnec
 def vss_mlp(
     in_width: int, out_width: int, grid: Grid, *, scan_order: ScanOrderPart = bsm, mixer: MixerPart = MAMBA_LAYER
 ) -> ScanConnector:
-    """V_out = MLP(LayerNorm(VSS(V_img) + V_img)), eq. 5; the MLP is that of `vlmamba_mlp`.
+    """V_out = MLP(LayerNorm(VSS(V_img) + V_img)), eq. 5, with the MLP of `vlmamba_mlp`.
 
     Args:
-        in_width: width of the features, and of the VSS.
+        in_width: width of the features and of the VSS.
         out_width: width of the language model.
         grid: the fusion's grid.
         scan_order: K paths over the grid.
-        mixer: built with `num_paths` = K. Naming one replaces all of the default, `path_parameters: shared` too.
+        mixer: built with `num_paths` = K. Setting it replaces the whole default, including `path_parameters: shared`.
     """
     paths = PathTables(scan_order, grid)
     return ScanConnector(
@@ -56,17 +56,17 @@ def vss_mlp(
 def vss_l2(
     in_width: int, out_width: int, grid: Grid, *, scan_order: ScanOrderPart = bsm, mixer: MixerPart = MAMBA_LAYER
 ) -> ScanConnector:
-    """V' = Linear(V_img); V_out = Linear(LayerNorm(VSS(GELU(V')) + V')), eq. 6, the final model.
+    """V' = Linear(V_img); V_out = Linear(LayerNorm(VSS(GELU(V')) + V')), eq. 6, as in the final model.
 
     Args:
         in_width: width of the features.
         out_width: width of the language model, of V' and of the VSS.
         grid: the fusion's grid.
         scan_order: K paths over the grid.
-        mixer: built with `num_paths` = K. Naming one replaces all of the default, `path_parameters: shared` too.
+        mixer: built with `num_paths` = K. Setting it replaces the whole default, including `path_parameters: shared`.
     """
     paths = PathTables(scan_order, grid)
-    # As a norm would, GELU stands before the mixer and not on the residual.
+    # GELU takes the place of the norm: it applies to the mixer's input, not to the residual.
     block = Block(mixer(width=out_width, num_paths=paths.count), norm=nn.GELU())
     return ScanConnector(
         stem=nn.Linear(in_width, out_width),

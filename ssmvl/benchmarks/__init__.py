@@ -1,1 +1,1 @@
-"""What `ssmvl bench` measures, always as a share of what the machine itself allows in the same run."""
+"""Measurements of `ssmvl bench`, as shares of the machine's own limits in the same run."""

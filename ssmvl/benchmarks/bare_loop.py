@@ -1,4 +1,4 @@
-"""A language model under AdamW in bf16 autocast, without Composer and data: how fast it trains, reads and writes."""
+"""Speed of a language model in bf16 autocast, without Composer or data: AdamW training, prefill and decoding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ssmvl.language.mamba_lm import MambaLM
 from ssmvl.ops.backends import report
 from ssmvl.training.activation_checkpointing import checkpoint_activations
 
-# Dense bf16 products, TFLOP/s, from the makers' data sheets, by the name that CUDA gives the card.
+# Peak TFLOP/s of dense bf16 matrix products from the vendors' data sheets, by CUDA device name.
 PEAKS: Mapping[str, float] = {
     "NVIDIA A100-SXM4-40GB": 312,
     "NVIDIA A100-SXM4-80GB": 312,
@@ -32,11 +32,11 @@ PEAKS: Mapping[str, float] = {
     "NVIDIA L4": 121,
     "NVIDIA GeForce RTX 4090": 165,
 }
-WARM, TIMED = 3, 10  # steps
+WARMUP, TIMED = 3, 10  # steps
 
 
 class Loop(NamedTuple):
-    """A size of Mamba-2 and the batch that it is trained on."""
+    """A Mamba-2 size and its training batch."""
 
     name: str
     width: int
@@ -47,7 +47,7 @@ class Loop(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        """The model's."""
+        """Shape of the model."""
         return Shape(width=self.width, num_layers=self.num_layers, num_tokens=self.num_tokens)
 
 
@@ -55,13 +55,13 @@ LOOPS = (Loop("130m", 768, 24), Loop("780m", 1536, 48))
 
 
 def loop_cases(device: str, loops: tuple[Loop, ...] = LOOPS) -> Iterator[Row]:
-    """Rows of each size with each backend that works on `device`, one after the other.
+    """Yield the rows of each size with each backend that works on `device`.
 
-    The limit of a speed is the card's peak over the model's FLOPs, so its share is the MFU; None for a card that is not
-    in `PEAKS`. Where a batch does not fit, its blocks compute their activations again in backward ("checkpointed").
+    The limit of a speed is the GPU's peak divided by the model's FLOPs per token, so its share is the MFU; None for a
+    GPU that is not in `PEAKS`. A batch that does not fit is run with activation checkpointing ("checkpointed").
     """
     peak = PEAKS.get(torch.cuda.get_device_name()) if device == "cuda" else None
-    usable = [name for name, why in report(device).items() if not (why["ssd"] or why["causal_conv"])]
+    usable = [name for name, reasons in report(device).items() if not (reasons["ssd"] or reasons["causal_conv"])]
     for loop in loops:
         for backend in usable:
             with patch.dict(os.environ, SSMVL_BACKEND=backend):
@@ -69,13 +69,13 @@ def loop_cases(device: str, loops: tuple[Loop, ...] = LOOPS) -> Iterator[Row]:
                     rows = measure(loop, f"{loop.name}, {backend}", device, peak)
                 except torch.OutOfMemoryError:
                     rows = None
-                if rows is None:  # outside `except`, which would keep what did not fit
+                if rows is None:  # outside `except`, which would keep the failed run's memory
                     rows = measure(loop, f"{loop.name}, {backend}, checkpointed", device, peak, checkpointing=True)
             yield from rows
 
 
 def measure(loop: Loop, case: str, device: str, peak: float | None, checkpointing: bool = False) -> list[Row]:
-    """Time, MFU and, on a GPU, peak memory of one loop."""
+    """Measure the speed, MFU and loss of one loop and, on a GPU, its peak memory."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -98,46 +98,46 @@ def measure(loop: Loop, case: str, device: str, peak: float | None, checkpointin
             optimizer.step()
             losses.append(loss.detach())
 
-    def speed(what: str, tokens: int, spent: float, flops: float) -> Row:
+    def speed(action: str, tokens: int, elapsed: float, flops: float) -> Row:
         limit = None if peak is None else peak * 1e12 / flops
-        return Row(f"{what} {case}", tokens / spent, "tok/s", limit, limit and tokens / spent / limit)
+        return Row(f"{action} {case}", tokens / elapsed, "tok/s", limit, limit and tokens / elapsed / limit)
 
     tokens, forward = loop.rows * loop.length, token_operations(model, shape)
-    seconds(lambda: train(WARM), device)
+    seconds(lambda: train(WARMUP), device)
     rows = [speed("train", TIMED * tokens, seconds(lambda: train(TIMED), device), 3 * forward)]
     first, last = float(losses[0]), float(losses[-1])
     rows.append(Row(f"loss {case}", last, "nats", first, last / first))
     if device == "cuda":
-        used, there = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
-        rows.append(Row(f"memory {case}", used / 1e6, "MB", there / 1e6, used / there))
+        used, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+        rows.append(Row(f"memory {case}", used / 1e6, "MB", total / 1e6, used / total))
     optimizer.zero_grad()
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-        read, written = _read_and_write(model, ids[:, :-1], device)
-    prompt = speed("read", tokens, read, operations(model, shape))  # logits of the last position alone
-    return [*rows, prompt, Row(f"write {case}", TIMED * loop.rows / written, "tok/s")]
+        prefill, decode = _prefill_and_decode(model, ids[:, :-1], device)
+    prompt = speed("read", tokens, prefill, operations(model, shape))  # logits of the last position only
+    return [*rows, prompt, Row(f"write {case}", TIMED * loop.rows / decode, "tok/s")]
 
 
-def _read_and_write(model: MambaLM, ids: Tensor, device: str) -> tuple[float, float]:
-    """Seconds of reading a prompt into a state, and of `TIMED` tokens decoded after it, each warm."""
+def _prefill_and_decode(model: MambaLM, ids: Tensor, device: str) -> tuple[float, float]:
+    """Seconds to prefill a prompt, and to decode `TIMED` tokens after it; both after a warm-up."""
     lengths = torch.full((len(ids),), ids.shape[1], device=device)
     state = model.new_state(len(ids))
 
-    def read() -> None:
+    def prefill() -> None:
         nonlocal state
         state = model.new_state(len(ids))
         model.head(model.prefill(model.embed(ids), lengths, state)[:, -1])
 
-    def write(steps: int) -> None:
+    def decode(steps: int) -> None:
         token = ids[:, -1]
         for _ in range(steps):
             token = model.head(model.step(model.embed(token), state)).argmax(-1)
 
-    seconds(read, device)
-    spent = seconds(read, device)
-    seconds(lambda: write(WARM), device)
-    return spent, seconds(lambda: write(TIMED), device)
+    seconds(prefill, device)
+    elapsed = seconds(prefill, device)
+    seconds(lambda: decode(WARMUP), device)
+    return elapsed, seconds(lambda: decode(TIMED), device)
 
 
 def token_operations(model: MambaLM, shape: Shape) -> float:
-    """FLOPs of one token's forward, its logits included."""
+    """FLOPs of the forward pass per token, including the logits."""
     return operations(model, shape) + 2 * model.embedding.weight.numel()

@@ -1,4 +1,4 @@
-"""The cases of the suite `data`: converting, verifying and loading images as shares of copying and decoding them."""
+"""Cases of the suite `data`: converting, verifying and loading images, as shares of copying and decoding them."""
 
 from __future__ import annotations
 
@@ -32,83 +32,83 @@ from ssmvl.processing.processor import Processor
 from ssmvl.processing.prompts import MambaPrompt
 from ssmvl.processing.tokenizers import byte_tokenizer
 
-MEMORY = 1.5e9  # bytes that a conversion may take, all its processes together
+MEMORY = 1.5e9  # limit in bytes for all processes of a conversion together
 SAMPLE_EVERY = 0.2  # seconds
 SSMVL = "import sys; from ssmvl.cli import main; sys.exit(main())"
 
 
 class DataSize(NamedTuple):
-    """What is generated, and with how many processes everything is done."""
+    """Size of the generated data, and number of worker processes."""
 
-    pictures: int = 4000  # JPEGs of 20 to 60 KB
-    repeats: int = 4  # so often each is converted
+    images: int = 4000  # JPEGs of 20 to 60 KB
+    repeats: int = 4  # times that each image is converted
     conversations: int = 665_000  # about a gigabyte of JSON
     workers: int = 2
-    side: int = 384  # pixels of an image as the model takes it
+    side: int = 384  # pixels, height and width of a model input
     batch: int = 32
 
 
 def data_cases(size: DataSize) -> Iterator[Row]:
-    """Every row, one after the other; needs some 4 GB in the folder for temporary files."""
+    """Yield every row; needs about 4 GB in the directory for temporary files."""
     with TemporaryDirectory(prefix="ssmvl-bench-") as name:
         folder = Path(name)
-        pictures = write_pictures(folder, size)
-        yield from _convert(folder, pictures, size)
-        yield _verify(folder, pictures, size)
-        yield _load(folder, pictures, size)
+        images = write_images(folder, size)
+        yield from _convert(folder, images, size)
+        yield _verify(folder, images, size)
+        yield _load(folder, images, size)
         yield from _memory(folder, size)
 
 
-def _convert(folder: Path, pictures: list[Path], size: DataSize) -> Iterator[Row]:
-    """Megabytes of images a second, against reading, hashing and writing the same files as often."""
+def _convert(folder: Path, images: list[Path], size: DataSize) -> Iterator[Row]:
+    """Megabytes of images per second, relative to reading, hashing and writing the same files as often."""
     from ssmvl.data.conversion.convert import convert
 
-    source, out, copies = folder / "pictures.json", folder / "converted", folder / "copies"
-    named = pictures * size.repeats
-    megabytes = sum(path.stat().st_size for path in named) / 1e6
-    _write_records(source, named)
+    source, out, copies = folder / "images.json", folder / "converted", folder / "copies"
+    repeated = images * size.repeats
+    megabytes = sum(path.stat().st_size for path in repeated) / 1e6
+    _write_records(source, repeated)
 
     def rate(images: Path) -> float:
         run = partial(convert, [source], str(out), images=[str(images)], workers=size.workers)
-        return megabytes / _written(out, run)
+        return megabytes / _write_seconds(out, run)
 
     def limit() -> float:
-        return megabytes / _written(copies, lambda: _in_processes(_copy, list(enumerate(named)), size, copies))
+        return megabytes / _write_seconds(copies, lambda: _in_processes(_copy, list(enumerate(repeated)), size, copies))
 
-    for case, images in (("convert, folder", folder / "pictures"), ("convert, zip", folder / "pictures.zip")):
-        rate(images)
-        yield compare(case, "MB/s", limit, partial(rate, images))
+    for case, path in (("convert, directory", folder / "images"), ("convert, zip", folder / "images.zip")):
+        rate(path)
+        yield compare(case, "MB/s", limit, partial(rate, path))
     shutil.rmtree(copies)
     shutil.rmtree(out)
 
 
-def _verify(folder: Path, pictures: list[Path], size: DataSize) -> Row:
-    """Images a second, against decoding them."""
+def _verify(folder: Path, images: list[Path], size: DataSize) -> Row:
+    """Images per second, relative to decoding them."""
     from ssmvl.data.conversion.convert import convert
     from ssmvl.data.inspection.verify import verify
 
     source = folder / "once.json"
-    _write_records(source, pictures)
+    _write_records(source, images)
     with contextlib.redirect_stderr(io.StringIO()):
-        convert([source], str(folder / "shards"), images=[str(folder / "pictures")], workers=size.workers)
+        convert([source], str(folder / "shards"), images=[str(folder / "images")], workers=size.workers)
 
     def rate() -> float:
         start = time.perf_counter()
         with contextlib.redirect_stderr(io.StringIO()):
-            found = verify(str(folder / "shards"), size.workers)
-        if found.problems or found.images != len(pictures):
-            raise DataError(f"the shards that were just written are damaged: {found}")
-        return len(pictures) / (time.perf_counter() - start)
+            report = verify(str(folder / "shards"), size.workers)
+        if report.problems or report.images != len(images):
+            raise DataError(f"the shards that were just written are damaged: {report}")
+        return len(images) / (time.perf_counter() - start)
 
     def limit() -> float:
-        return len(pictures) / seconds(lambda: _in_processes(_decode, pictures, size), "cpu")
+        return len(images) / seconds(lambda: _in_processes(_decode, images, size), "cpu")
 
     rate()
     return compare("verify", "images/s", limit, rate)
 
 
 class _Bare(Dataset[NDArray[np.uint8]]):
-    """Encoded images -> decoded and resized, (S, S, 3)."""
+    """Encoded images, decoded and resized to (S, S, 3)."""
 
     def __init__(self, images: list[bytes], side: int) -> None:
         self.images, self.side = images, side
@@ -116,13 +116,13 @@ class _Bare(Dataset[NDArray[np.uint8]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, at: int) -> NDArray[np.uint8]:
-        with open_image(self.images[at]) as image:
+    def __getitem__(self, index: int) -> NDArray[np.uint8]:
+        with open_image(self.images[index]) as image:
             return np.array(image.resize((self.side, self.side), Image.Resampling.BICUBIC))
 
 
-def _load(folder: Path, pictures: list[Path], size: DataSize) -> Row:
-    """Samples a second in batches, as training reads them, against torch's loader of the same images resized."""
+def _load(folder: Path, images: list[Path], size: DataSize) -> Row:
+    """Samples per second in batches, as in training, relative to torch's loader of the same resized images."""
     from ssmvl.data.mix import Loader
     from ssmvl.data.streams import train_loader
 
@@ -130,7 +130,7 @@ def _load(folder: Path, pictures: list[Path], size: DataSize) -> Row:
     shards, workers = folder / "shards" / "train", size.workers
     ours = train_loader(shards, processor, batch=size.batch, seed=0, loader=Loader(workers=workers))
     bare = DataLoader(
-        _Bare([path.read_bytes() for path in pictures], size.side),
+        _Bare([path.read_bytes() for path in images], size.side),
         size.batch,
         num_workers=workers,
         persistent_workers=True,
@@ -140,7 +140,7 @@ def _load(folder: Path, pictures: list[Path], size: DataSize) -> Row:
 
 
 def _rate(loader: Iterable[Any], count: Callable[[Any], int]) -> float:
-    """Samples a second, from the first batch to the last of an epoch: starting the processes is not counted."""
+    """Samples per second, from the first batch of an epoch to the last; the start of the processes is not counted."""
     batches = iter(loader)
     next(batches)
     start = time.perf_counter()
@@ -148,7 +148,7 @@ def _rate(loader: Iterable[Any], count: Callable[[Any], int]) -> float:
 
 
 def _memory(folder: Path, size: DataSize) -> Iterator[Row]:
-    """Memory and speed of converting a JSON of the papers' largest size: without images, and with images in a zip."""
+    """Memory and speed of converting a JSON of the papers' largest size, without images and with images in a zip."""
     for case, images in (("texts", None), ("images in a zip", folder / "many.zip")):
         source, out = folder / "many.json", folder / "many"
         write_conversations(source, images, size.conversations)
@@ -161,7 +161,7 @@ def _memory(folder: Path, size: DataSize) -> Iterator[Row]:
 
 
 def peak_memory(command: list[str]) -> int:
-    """Bytes that a command and its processes hold at most, what they share counted once."""
+    """Peak memory in bytes of a command and its child processes; shared memory is counted once."""
     try:
         import psutil
     except ImportError as error:
@@ -170,11 +170,11 @@ def peak_memory(command: list[str]) -> int:
     with TemporaryFile("w+") as errors:
         process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         while process.poll() is None:
-            held = 0
-            with contextlib.suppress(psutil.Error):  # ended meanwhile
-                for one in [process, *process.children(recursive=True)]:
-                    held += one.memory_full_info().pss
-            peak = max(peak, held)
+            total = 0
+            with contextlib.suppress(psutil.Error):  # a process may have ended
+                for each in [process, *process.children(recursive=True)]:
+                    total += each.memory_full_info().pss
+            peak = max(peak, total)
             time.sleep(SAMPLE_EVERY)
         if process.returncode:
             errors.seek(0)
@@ -182,8 +182,8 @@ def peak_memory(command: list[str]) -> int:
     return peak
 
 
-def _written(target: Path, run: Callable[[], object]) -> float:
-    """Seconds until what `run` writes to the folder has reached the disk, as everything before has."""
+def _write_seconds(target: Path, run: Callable[[], object]) -> float:
+    """Seconds until everything that `run` writes to the directory is on disk; earlier writes are flushed first."""
     shutil.rmtree(target, ignore_errors=True)
     os.sync()
     start = time.perf_counter()
@@ -215,21 +215,21 @@ def _decode(path: Path) -> None:
         image.load()
 
 
-def write_pictures(folder: Path, size: DataSize) -> list[Path]:
-    """JPEGs in a folder and in a zip."""
-    paths = [folder / "pictures" / f"{number:06}.jpg" for number in range(size.pictures)]
+def write_images(folder: Path, size: DataSize) -> list[Path]:
+    """Write JPEGs to a directory and to a zip; returns the paths in the directory."""
+    paths = [folder / "images" / f"{number:06}.jpg" for number in range(size.images)]
     paths[0].parent.mkdir()
     _in_processes(_draw, paths, size)
-    with zipfile.ZipFile(folder / "pictures.zip", "w") as pack:
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
         for path in paths:
-            pack.write(path, path.name)
+            archive.write(path, path.name)
     return paths
 
 
-def _write_records(source: Path, pictures: list[Path]) -> None:
-    """A JSON of LLaVA's layout."""
-    texts = ["<image>\nWhat is this?", "Coloured patches without a name, larger ones and smaller ones."]
-    source.write_text(json.dumps([_record(path.stem, path.name, texts) for path in pictures]))
+def _write_records(source: Path, images: list[Path]) -> None:
+    """Write a JSON file in LLaVA's layout."""
+    texts = ["<image>\nWhat is this?", "Colored patches without a name, larger ones and smaller ones."]
+    source.write_text(json.dumps([_record(path.stem, path.name, texts) for path in images]))
 
 
 def _draw(path: Path) -> None:
@@ -246,7 +246,7 @@ def _record(name: str, image: str | None, texts: list[str]) -> dict[str, Any]:
 
 
 def write_conversations(path: Path, images: Path | None, count: int) -> None:
-    """Records of some 1.5 KB in LLaVA's layout, each with an image of its own if there is a zip for them."""
+    """Write records of about 1.5 KB in LLaVA's layout, each with its own image in the zip `images` if there is one."""
     rng = np.random.default_rng(0)
     words = ["".join(letters) for letters in rng.choice(list("abcdefghiklmnoprstuvwy"), (2000, 6))]
     text = " ".join(rng.choice(words, 200_000))
@@ -254,12 +254,12 @@ def write_conversations(path: Path, images: Path | None, count: int) -> None:
     jpeg = io.BytesIO()
     Image.new("RGB", (32, 32), "teal").save(jpeg, "JPEG")
     with path.open("w") as file, contextlib.ExitStack() as stack:
-        pack = stack.enter_context(zipfile.ZipFile(images, "w")) if images else None
+        archive = stack.enter_context(zipfile.ZipFile(images, "w")) if images else None
         for number in range(count):
             texts = [text[start : start + (50, 400)[turn % 2]] for turn, start in enumerate(starts[number].tolist())]
-            name = f"coco/train2017/{number:012}.jpg" if pack else None
-            if pack and name:
-                pack.writestr(name, jpeg.getvalue())
+            name = f"coco/train2017/{number:012}.jpg" if archive else None
+            if archive and name:
+                archive.writestr(name, jpeg.getvalue())
                 texts[0] = f"<image>\n{texts[0]}"
             file.write(("[" if number == 0 else ",\n") + json.dumps(_record(f"{number:012}", name, texts)))
         file.write("]\n")

@@ -1,4 +1,4 @@
-"""What the machine allows: its matrix-product rate at the model's own shapes, its rate of reading memory."""
+"""Limits of the machine: its rate of matrix products at the model's own shapes, and its rate of reading memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-CHUNK = 64  # positions of a chunk in the count of the SSD's own products
+CHUNK = 64  # positions per chunk, assumed when counting the SSD's own matrix products
 
 
 class Shape(NamedTuple):
-    """A Mamba-2 language model and what it is run on; the defaults are mamba2-130m."""
+    """Sizes of a Mamba-2 language model and of its inputs; the default model is mamba2-130m."""
 
     width: int = 768
     num_layers: int = 24
@@ -25,10 +25,10 @@ class Shape(NamedTuple):
     d_state: int = 128
     head_dim: int = 64
     prompt: int = 1024  # tokens of a prefill
-    longest: int = 16384  # tokens of the longest one
-    rows: int = 4  # of the training step
+    longest: int = 16384  # tokens of the longest prefill
+    rows: int = 4  # rows of the training step
     row_length: int = 512
-    answer: int = 32  # supervised tokens of each of its rows
+    answer: int = 32  # supervised tokens per row
     patches: int = 729  # positions of a scan: a grid of 27 x 27
 
     @property
@@ -43,7 +43,7 @@ class Shape(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Of the convolution: x, B, C."""
+        """Channels of the convolution: x, B, C."""
         return self.inner + 2 * self.d_state
 
     @property
@@ -53,13 +53,13 @@ class Shape(NamedTuple):
 
 
 def ssd_operations(shape: Shape) -> int:
-    """Operations of one token's share of the SSD's matrix products, all layers together."""
+    """FLOPs of the SSD's matrix products per token, summed over all layers."""
     P, S, H = shape.head_dim, shape.d_state, shape.heads
     return shape.num_layers * (2 * CHUNK * S + H * (2 * CHUNK * P + 4 * P * S))
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """Of one call."""
+    """Seconds of one call, including its work on the GPU."""
     start = time.perf_counter()
     run()
     if device == "cuda":
@@ -68,20 +68,20 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 
 def product_rate(shape: Shape, tokens: int, device: str) -> float:
-    """Operations a second of in_proj's and out_proj's products, each at its fastest of five calls."""
+    """FLOP/s of the matrix products of in_proj and out_proj, each the fastest of six calls."""
     pairs = [(torch.randn(tokens, i, device=device), torch.randn(o, i, device=device)) for i, o in shape.products]
-    spent = sum(min(seconds(partial(F.linear, x, w), device) for _ in range(6)) for x, w in pairs)
-    return 2 * tokens * sum(w.numel() for _, w in pairs) / spent
+    elapsed = sum(min(seconds(partial(F.linear, x, w), device) for _ in range(6)) for x, w in pairs)
+    return 2 * tokens * sum(w.numel() for _, w in pairs) / elapsed
 
 
 def read_rate(device: str) -> float:
-    """Bytes a second at which a sum reads half a gibibyte, the fastest of five."""
+    """Bytes per second at which a sum reads 512 MiB, the fastest of six calls."""
     block = torch.ones(2**27, device=device)
     return block.nbytes / min(seconds(block.sum, device) for _ in range(6))
 
 
 def machine(device: str) -> dict[str, str | int]:
-    """What the figures were measured on."""
+    """Hardware and software of the measurement."""
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     backend = os.environ.get("SSMVL_BACKEND") or "auto"

@@ -1,4 +1,4 @@
-"""Memory of a training step: what its blocks must keep for backward, and the peak that a fresh process reaches."""
+"""Memory of a training step: the activations saved for backward, and the peak of a fresh process."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ssmvl.benchmarks.limits import CHUNK, Shape
 from ssmvl.language.mamba_lm import MambaLM
 from ssmvl.layers.mamba2 import Mamba2Mixer
 
-SLACK = 1.3  # on the activations: the gradients and buffers of the block that is at work
+SLACK = 1.3  # factor on the activations, for the gradients and buffers of the block in progress
 
 
 def activations(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Each fp32 tensor that forward must keep for backward, by name and shape: one block's, then the model's."""
+    """Name -> shape of each fp32 tensor that forward must save for backward: those of all blocks, then of the model."""
     rows, length, width, inner, heads = shape.rows, shape.row_length, shape.width, shape.inner, shape.heads
     chunks, answers = -(-length // CHUNK), rows * shape.answer
     blocks = shape.num_layers
@@ -47,12 +47,12 @@ def activations(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def activation_bytes(shape: Shape) -> int:
-    """Bytes of all of them."""
+    """Bytes of all tensors of `activations`."""
     return sum(4 * torch.Size(size).numel() for size in activations(shape).values())
 
 
 def build(shape: Shape, device: str) -> MambaLM:
-    """The language model of `shape`."""
+    """Build the language model of `shape`."""
     mixer = partial(Mamba2Mixer, d_state=shape.d_state, head_dim=shape.head_dim)
     torch.manual_seed(0)
     with torch.device(device):
@@ -60,14 +60,14 @@ def build(shape: Shape, device: str) -> MambaLM:
 
 
 def train(model: MambaLM, shape: Shape, device: str) -> None:
-    """Forward and backward over a batch whose rows end with `answer` supervised tokens."""
+    """Run forward and backward over a batch whose rows end with `answer` supervised tokens."""
     ids = torch.randint(shape.num_tokens, (shape.rows, shape.row_length), device=device)
     hidden = model.backbone(model.embed(ids))[:, -shape.answer - 1 : -1]
     F.cross_entropy(model.head(hidden.flatten(0, 1)), ids[:, -shape.answer :].flatten()).backward()
 
 
 def peak(shape: Shape, device: str) -> int:
-    """Bytes at most in use by the model and two training steps, without an optimizer."""
+    """Peak memory in bytes of the model and two training steps, without an optimizer."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -78,9 +78,9 @@ def peak(shape: Shape, device: str) -> int:
 
 
 def _status(field: str) -> int:
-    """Bytes that Linux gives as VmRSS, resident now, or VmHWM, at most. (`getrusage` starts from the parent's.)"""
-    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return 1024 * int(found[1]) if found else 0
+    """Bytes of VmRSS (current memory) or VmHWM (peak memory) in Linux. `getrusage` starts from the parent's peak."""
+    match = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * int(match[1]) if match else 0
 
 
 def _two_steps(shape: Shape, device: str) -> None:
@@ -90,9 +90,9 @@ def _two_steps(shape: Shape, device: str) -> None:
         model.zero_grad()
 
 
-if __name__ == "__main__":  # a process of its own: what it holds at most is what the system says it held
-    wanted = Shape(*json.loads(sys.argv[1]))
-    _two_steps(wanted._replace(width=128, num_layers=1, num_tokens=512), "cpu")  # threads, libraries, buffers
+if __name__ == "__main__":  # run as a separate process, because the system counts peak memory per process
+    shape = Shape(*json.loads(sys.argv[1]))
+    _two_steps(shape._replace(width=128, num_layers=1, num_tokens=512), "cpu")  # threads, libraries, buffers
     before = _status("VmRSS")
-    _two_steps(wanted, "cpu")
+    _two_steps(shape, "cpu")
     print(_status("VmHWM") - before)

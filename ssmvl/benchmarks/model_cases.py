@@ -1,4 +1,4 @@
-"""The cases: each a figure, what the machine would allow at the same moment, and the share reached."""
+"""Cases of the suites `cpu` and `cuda`: each a value, the machine's limit at the same moment, and the share reached."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PEER_TOKENS = 256
 
 
 class Row(NamedTuple):
-    """One line of the table; `limit` and `of_limit` are None where nothing is compared."""
+    """One row of the table; `limit` and `of_limit` are None if the value is not compared."""
 
     case: str
     value: float
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 def cases(shape: Shape, device: str) -> Iterator[Row]:
-    """Every row, one after the other."""
+    """Yield every row."""
     model = build(shape, device).eval()
     yield from _prefill(model, shape, device)
     yield from _decode(model, shape, device)
@@ -44,16 +44,16 @@ def cases(shape: Shape, device: str) -> Iterator[Row]:
 def compare(
     case: str, unit: str, limit: Callable[[], float], value: Callable[[], float], rounds: int = 5, **more: Any
 ) -> Row:
-    """The round of median share: limit and value are measured in turn, because a machine's speed drifts."""
+    """The round with the median share. Value and limit are measured in turn, because a machine's speed drifts."""
     pairs = sorted(((value(), limit()) for _ in range(rounds)), key=lambda pair: pair[0] / pair[1])
-    found, allowed = pairs[rounds // 2]
-    return Row(case, found, unit, allowed, found / allowed, **more)
+    measured, allowed = pairs[rounds // 2]
+    return Row(case, measured, unit, allowed, measured / allowed, **more)
 
 
 def operations(model: MambaLM, shape: Shape) -> float:
-    """Operations of one token's forward, the head's excepted."""
-    inside = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
-    return 2 * inside + ssd_operations(shape)
+    """FLOPs of the forward pass per token, without the head."""
+    weights = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
+    return 2 * weights + ssd_operations(shape)
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def _decode(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
     one = yield from _decode_with(step, "decode", 1, model, device)
     sixteen = yield from _decode_with(step, "decode_16", 16, model, device)
     yield Row("decode_16 / decode", sixteen / one, "times")
-    if device == "cuda" or shutil.which("g++"):  # what torch.compile needs
+    if device == "cuda" or shutil.which("g++"):  # torch.compile needs a compiler
         yield from _decode_with(torch.compile(step, fullgraph=True, dynamic=False), "decode_compiled", 1, model, device)
 
 
@@ -93,10 +93,10 @@ def _decode_with(
     touched = sum(p.nbytes for p in model.parameters()) + 2 * state.nbytes  # the state is read and written
     yield Row(f"{case}, first call", seconds(lambda: step(ids, state), device), "s")
 
-    def tokens_a_second(steps: int = 8) -> float:
+    def tokens_per_second(steps: int = 8) -> float:
         return steps * rows / seconds(lambda: [step(ids, state) for _ in range(steps)], device)
 
-    row = compare(case, "tok/s", lambda: rows * read_rate(device) / touched, tokens_a_second)
+    row = compare(case, "tok/s", lambda: rows * read_rate(device) / touched, tokens_per_second)
     yield row
     return row.value
 
@@ -122,7 +122,7 @@ def _train_step(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
 
 @torch.no_grad()
 def _scan(shape: Shape, device: str) -> Iterator[Row]:
-    """K paths folded into the heads of one call of `ssd`, against K calls."""
+    """K paths folded into the heads of one call of `ssd`, relative to K calls."""
 
     def call(paths: int) -> Callable[[], object]:
         sizes = {
@@ -152,19 +152,19 @@ def _scan(shape: Shape, device: str) -> Iterator[Row]:
 
 @torch.no_grad()
 def _length(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
-    def tokens_a_second(length: int) -> float:
+    def tokens_per_second(length: int) -> float:
         embeds = model.embed(torch.zeros(1, length, dtype=torch.long, device=device))
         lengths, state = torch.tensor([length], device=device), model.new_state(1)
         return length / seconds(lambda: model.prefill(embeds, lengths, state), device)
 
-    yield Row(f"length, {shape.prompt}", tokens_a_second(shape.prompt), "tok/s")
+    yield Row(f"length, {shape.prompt}", tokens_per_second(shape.prompt), "tok/s")
     length = 2 * shape.prompt
     while length <= shape.longest:
         yield compare(
             f"length, {length}",
             "tok/s",
-            partial(tokens_a_second, shape.prompt),
-            partial(tokens_a_second, length),
+            partial(tokens_per_second, shape.prompt),
+            partial(tokens_per_second, length),
             rounds=3,
         )
         length *= 2
@@ -176,12 +176,12 @@ def _memory(model: MambaLM, shape: Shape, device: str) -> Iterator[Row]:
         ("memory", shape),
         ("memory, rows twice as long", shape._replace(row_length=2 * shape.row_length)),
     ):
-        found, allowed = peak(run, device), 2 * weights + SLACK * activation_bytes(run)
-        yield Row(case, found / 1e6, "MB", allowed / 1e6, found / allowed)
+        measured, allowed = peak(run, device), 2 * weights + SLACK * activation_bytes(run)
+        yield Row(case, measured / 1e6, "MB", allowed / 1e6, measured / allowed)
 
 
 def _peer(shape: Shape) -> str | None:
-    """Tokens a second of transformers' prefill without its head, one cold call; None where it is not installed."""
+    """Tokens per second of transformers' prefill without its head, in one cold call; None if it is not installed."""
     try:
         from transformers import Mamba2Config, Mamba2ForCausalLM, logging
     except ImportError:

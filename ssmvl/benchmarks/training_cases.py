@@ -1,4 +1,4 @@
-"""The cases of the suite `training`: what Composer, callbacks and data add to a bare loop, and how soon it begins."""
+"""Cases of the suite `training`: overhead of Composer, callbacks and data over a bare loop; time to the first step."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ssmvl.benchmarks.model_cases import Row, compare
 from ssmvl.errors import BackendError, RunError
 from ssmvl.recipes.merge import Recipe, load_recipe
 
-START = 15.0  # seconds that a run may take from its command to its first step
-LEFT_OUT = 2  # first steps after a start
+START = 15.0  # limit in seconds from a run's command to its first step
+SKIPPED = 2  # first steps after a start, which are not timed
 ONE_STAGE = ("stages.align=null", "stages.order=null", "evaluation=null", "stages.finetune.checkpoint=1000000ba")
 
 
 class TrainingSize(NamedTuple):
-    """What is trained, and how long at a time."""
+    """The recipe to train, its number of samples, and the steps per measurement."""
 
     recipe: str = "quickstart"
     samples: int = 6400
@@ -34,35 +34,35 @@ class TrainingSize(NamedTuple):
 
 
 def training_cases(size: TrainingSize) -> Iterator[Row]:
-    """Every row, one after the other; on one rank, in a folder for temporary files."""
+    """Yield every row; runs on one rank, in a temporary directory."""
     if torch.cuda.is_available():
-        raise BackendError("the suite training compares loops on a CPU; run it with CUDA_VISIBLE_DEVICES= (empty)")
+        raise BackendError("the suite training runs on a CPU, but CUDA is available; set CUDA_VISIBLE_DEVICES= (empty)")
     with TemporaryDirectory(prefix="ssmvl-bench-") as name, chdir(name):
         data = f"stages.finetune.data.train_size={size.samples}"
         recipe = load_recipe(size.recipe, *ONE_STAGE, data)
-        apart = load_recipe(size.recipe, *ONE_STAGE, data, "stages.finetune.loader.workers=1", "run=apart")
+        with_worker = load_recipe(size.recipe, *ONE_STAGE, data, "stages.finetune.loader.workers=1", "run=worker")
         threads = torch.get_num_threads()
         rows = [_overhead("run / bare loop", recipe, size)]
         if threads > 1:
-            torch.set_num_threads(threads - 1)  # of the bare loop too
-            rows.append(_overhead("run, a core for data", apart, size))
+            torch.set_num_threads(threads - 1)  # for the bare loop too
+            rows.append(_overhead("run, a core for data", with_worker, size))
             torch.set_num_threads(threads)
         rows += _counts(recipe)
         rows.append(_start(recipe))
-    yield from rows  # back in the folder of the caller
+    yield from rows  # back in the caller's directory
 
 
 def _overhead(case: str, recipe: Recipe, size: TrainingSize) -> Row:
-    """Steps a second of a run, against a loop over batches that are there: forward, backward, clipping, AdamW."""
+    """Steps per second of a run, relative to a loop over prepared batches: forward, backward, clipping, AdamW."""
     from composer import Callback, State
 
     from ssmvl.training.checked import check
     from ssmvl.training.composer_model import ComposerVLM
-    from ssmvl.training.optimizer import adamw
+    from ssmvl.training.optimizer import make_optimizer
     from ssmvl.training.session import Session
 
     class Clock(Callback):
-        """When each step ended."""
+        """Records the time at which each step ended."""
 
         def __init__(self) -> None:
             self.ends: list[float] = []
@@ -78,7 +78,7 @@ def _overhead(case: str, recipe: Recipe, size: TrainingSize) -> Row:
     batches = list(islice(iter(trainer.state.train_dataloader), size.steps))
     torch.manual_seed(plan.seed)
     vlm = ComposerVLM(_model(recipe), stage.train, stage.packed).train()
-    optimizer = adamw(vlm, stage.optimizer)
+    optimizer = make_optimizer(vlm, stage.optimizer)
 
     def run() -> float:
         clock.ends.clear()
@@ -95,14 +95,14 @@ def _overhead(case: str, recipe: Recipe, size: TrainingSize) -> Row:
             ends.append(time.perf_counter())
         return _rate(ends)
 
-    with redirect_stdout(io.StringIO()):  # its progress
+    with redirect_stdout(io.StringIO()):  # hide the progress bar
         row = compare(case, "steps/s", bare, run)
     trainer.close()
     return row
 
 
 def _counts(recipe: Recipe) -> Iterator[Row]:
-    """Number of times that a stage binds its recipe and builds its model before its first step."""
+    """Count how often a stage binds its recipe and builds its model before its first step."""
     from ssmvl.model import blueprint
     from ssmvl.recipes.binding import bind
     from ssmvl.training.checked import check
@@ -110,9 +110,9 @@ def _counts(recipe: Recipe) -> Iterator[Row]:
 
     built: list[str] = []
 
-    def assemble(*given: Any) -> Any:
+    def assemble(*arguments: Any) -> Any:
         built.append("models built on meta" if torch.empty(0).is_meta else "models built with values")
-        return original(*given)
+        return original(*arguments)
 
     original = blueprint.assemble
     with (
@@ -127,17 +127,19 @@ def _counts(recipe: Recipe) -> Iterator[Row]:
 
 
 def _start(recipe: Recipe) -> Row:
-    """Seconds from the command to the end of the first step; the data are there."""
+    """Seconds from the command to the end of the first step; the data already exist."""
     Path("recipe.yaml").write_text(recipe.to_yaml())
     command = [sys.executable, "recipe.yaml", "run=start", "stages.finetune.duration=1ba", "stages.finetune.warmup=0ba"]
     begin = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
-        said = [(time.perf_counter(), line) for line in process.stdout]
-    for moment, line in said:
+        output = [(time.perf_counter(), line) for line in process.stdout]
+    for moment, line in output:
         if line.startswith("finetune 1/1"):
             return Row("start", moment - begin, "s", START, (moment - begin) / START)
-    raise RunError(f"{' '.join(command)} ended with {process.returncode} before its first step: {said[-1:]}")
+    raise RunError(
+        f"{' '.join(command)} ended with exit code {process.returncode} before its first step: {output[-1:]}"
+    )
 
 
 def _model(recipe: Recipe) -> Any:
@@ -147,4 +149,4 @@ def _model(recipe: Recipe) -> Any:
 
 
 def _rate(ends: list[float]) -> float:
-    return (len(ends) - 1 - LEFT_OUT) / (ends[-1] - ends[LEFT_OUT])
+    return (len(ends) - 1 - SKIPPED) / (ends[-1] - ends[SKIPPED])

@@ -1,4 +1,4 @@
-"""The one way to read and write weights: safetensors, tensors of a pickle, and layouts, applied strictly."""
+"""Reading and writing of weights: safetensors files, tensors of torch checkpoints, and strict layouts."""
 
 from functools import partial
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Safetensors files and folders of them: written whole or not at all. No pickles."""
+"""Safetensors files and directories of them, written atomically. No pickles."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from ssmvl.errors import CheckpointError
 from ssmvl.files import ABOUT_FILE, flush, written_whole
 
 WEIGHTS_FILE, SHARD_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-DIGESTS_FILE = "SHA256SUMS"  # of the files of tensors in a folder, as `sha256sum --check` reads it
-SHARD = 5 * 10**9  # bytes of one file, as hubs prefer
-BYTES = "surrogateescape"  # text read so is written as the bytes it was
+DIGESTS_FILE = "SHA256SUMS"  # digests of a directory's tensor files, in the format of `sha256sum --check`
+SHARD = 5 * 10**9  # maximum size of one file in bytes, as on the Hub
+BYTES = "surrogateescape"  # error handler that reads and writes any bytes unchanged
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file atomically."""
     with written_whole(Path(path)) as partial:
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, partial, dict(metadata or {}))
-        partial.chmod(0o644)  # safetensors makes it private
+        partial.chmod(0o644)  # safetensors creates files that only their owner can read
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, on the CPU, and its metadata.
+    """Read all tensors of a safetensors file to the CPU, and its metadata.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -45,48 +45,50 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def check_digest(path: Path) -> None:
-    """Compare a file with its digest in the `DIGESTS_FILE` beside it, where there is one.
+    """Compare a file with its digest in `DIGESTS_FILE` of the same directory, if there is one.
 
     Raises:
-        CheckpointError: they differ, or the digests cannot be read; names the file.
+        CheckpointError: the digests differ or cannot be read.
     """
-    listed = path.with_name(DIGESTS_FILE)
+    digests_file = path.with_name(DIGESTS_FILE)
     try:
-        lines = listed.read_text(errors="replace").splitlines() if listed.is_file() else []
+        lines = digests_file.read_text(errors="replace").splitlines() if digests_file.is_file() else []
         digests = {name.lstrip(" *"): digest for digest, _, name in (line.partition(" ") for line in lines)}
         damaged = path.name in digests and _digest(path) != digests[path.name].lower()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be compared with {listed} ({error})") from error
-    ours = path.with_name(ABOUT_FILE).is_file() and listed.is_file()
-    if ours and path.name not in digests:
-        raise CheckpointError(f"{listed}: is damaged, it does not list {path.name}; copy or download the folder again")
+        raise CheckpointError(f"{path}: cannot be compared with {digests_file} ({error})") from error
+    saved_model = path.with_name(ABOUT_FILE).is_file() and digests_file.is_file()
+    if saved_model and path.name not in digests:
+        advice = "copy or download the directory again"
+        raise CheckpointError(f"{digests_file}: is damaged: it does not list {path.name}; {advice}")
     if damaged:
         raise CheckpointError(
-            f"{path}: is damaged, its SHA-256 digest is not the one in {DIGESTS_FILE}; copy or download it again (or "
-            f"delete {DIGESTS_FILE}, if you changed the file yourself)"
+            f"{path}: is damaged: its SHA-256 digest does not match {DIGESTS_FILE}; copy or download it again (or "
+            f"delete {DIGESTS_FILE} if you changed the file yourself)"
         )
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
-    """Write a folder of tensor files and text files; an older such folder is replaced once this one is whole.
+    """Write a directory of tensor and text files. An existing one is replaced once the new one is complete.
 
-    Up to `SHARD` bytes of tensors lie in `WEIGHTS_FILE`; more in several files, which `SHARD_INDEX_FILE` lists.
-    `DIGESTS_FILE` has the SHA-256 digest of each.
+    Up to `SHARD` bytes of tensors are written to `WEIGHTS_FILE`, more to several files that `SHARD_INDEX_FILE` lists.
+    `DIGESTS_FILE` contains the SHA-256 digest of each tensor file.
 
     Args:
-        folder: holds nothing but such files, or does not exist.
-        tensors: by name; one that has two names is written under the first.
+        folder: directory that contains only such files, or does not exist.
+        tensors: by name; a tensor with two names is written under the first.
         texts: contents by file name.
 
     Raises:
-        CheckpointError: the folder holds other files, which would be lost.
+        CheckpointError: the directory contains other files, which would be lost.
     """
     folder = folder.resolve()
-    others = sorted(p.name for p in folder.iterdir() if not _ours(p.name, texts)) if folder.exists() else []
+    others = sorted(p.name for p in folder.iterdir() if not _replaceable(p.name, texts)) if folder.exists() else []
     if others:
-        raise CheckpointError(f"{folder} holds other files ({', '.join(others[:5])}); save into a folder of its own")
+        shown = ", ".join(others[:5])
+        raise CheckpointError(f"{folder} contains other files ({shown}); save the model to a separate directory")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
+    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{suffix}") for suffix in ("partial", "old"))
     try:
         partial.mkdir()
         _write_shards(partial, tensors)
@@ -109,7 +111,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _ours(name: str, texts: Mapping[str, str]) -> bool:
+def _replaceable(name: str, texts: Mapping[str, str]) -> bool:
+    """Return True for the names of files that `write_folder` writes."""
     return (
         name in texts
         or name in (SHARD_INDEX_FILE, DIGESTS_FILE)
@@ -119,15 +122,16 @@ def _ours(name: str, texts: Mapping[str, str]) -> bool:
 
 def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     seen: set[object] = set()
-    kept = {}
+    unique = {}
     for name, tensor in tensors.items():
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        if not tensor.numel() or place not in seen:
-            kept[name] = tensor
-        seen.add(place)
-    split = split_torch_state_dict_into_shards(kept, max_shard_size=SHARD)
-    for name, inside in split.filename_to_tensors.items():
-        write_tensors(folder / name, {key: kept[key] for key in inside}, {"format": "pt"})  # transformers wants it
+        view = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        if not tensor.numel() or view not in seen:
+            unique[name] = tensor
+        seen.add(view)
+    split = split_torch_state_dict_into_shards(unique, max_shard_size=SHARD)
+    for name, keys in split.filename_to_tensors.items():
+        # transformers requires the metadata `format`.
+        write_tensors(folder / name, {key: unique[key] for key in keys}, {"format": "pt"})
     digests = "".join(f"{_digest(folder / name)}  {name}\n" for name in split.filename_to_tensors)
     with written_whole(folder / DIGESTS_FILE) as file:
         file.write_text(digests)

@@ -11,14 +11,14 @@ from ssmvl.errors import BackendError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What is measured, and where the figures go."""
+    """Add the arguments: the suite and an output file."""
     parser.add_argument(
         "--suite",
         choices=("cpu", "cuda", "data", "training"),
         default="cpu",
-        help="the model on a device, converting and loading data, or what training adds to it (default: cpu)",
+        help="the model on a CPU or GPU, data conversion and loading, or training overhead (default: cpu)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the machine and the rows there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write machine and rows to this file")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,11 +32,11 @@ def run(options: argparse.Namespace) -> int:
     from ssmvl.benchmarks.training_cases import TrainingSize, training_cases
 
     if options.suite == "cuda" and not torch.cuda.is_available():
-        raise BackendError("torch finds no CUDA device here; run the suite cpu")
+        raise BackendError("torch finds no CUDA device; run --suite cpu")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-    found = machine("cuda" if options.suite == "cuda" else "cpu")
-    print(" · ".join(f"{key} {value}" for key, value in found.items()), end="\n\n")
+    hardware = machine("cuda" if options.suite == "cuda" else "cpu")
+    print(" · ".join(f"{key} {value}" for key, value in hardware.items()), end="\n\n")
     print(LINE.format("case", "value", "unit", "limit", "share", "bar", "peer"))
     bars = BARS | CUDA_BARS if options.suite == "cuda" else BARS
     rows = []
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         print(line.rstrip(), flush=True)
         rows.append(row._asdict())
         if options.json:
-            options.json.write_text(json.dumps({"machine": found, "rows": rows}, indent=2) + "\n")
+            options.json.write_text(json.dumps({"machine": hardware, "rows": rows}, indent=2) + "\n")
     return 0
 
 
@@ -66,7 +66,7 @@ BARS = {
     "length, 8192": "≥ 91 %",
     "memory": "≤ 100 %",
     "memory, rows twice as long": "≤ 100 %",
-    "convert, folder": "≥ 60 %",
+    "convert, directory": "≥ 60 %",
     "convert, zip": "≥ 60 %",
     "verify": "≥ 90 %",
     "load": "≥ 85 %",

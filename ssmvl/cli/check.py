@@ -1,4 +1,4 @@
-"""`ssmvl check RECIPE [a.b=c …]`, or a file of ablations in place of a recipe."""
+"""`ssmvl check RECIPE [a.b=c …]`; RECIPE may also be a file of ablations."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ssmvl.errors import Problem, RecipeError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """A recipe, its overrides, and whether its data are opened."""
+    """Add the arguments: a recipe, its overrides, and a flag to open its data."""
     recipe_arguments(parser)
-    parser.add_argument("--data", action="store_true", help="also open the data, and look up ids in the hub")
+    parser.add_argument("--data", action="store_true", help="also open the data, and look up ids on the Hub")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print that the recipe is right, or every problem."""
+    """Print that the recipe has no problem. Otherwise raise an error with all of them."""
     from ssmvl.recipes.files import read_yaml
 
     path = Path(options.recipe)
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_ablations(path: Path, overrides: Sequence[str], data: bool) -> int:
-    """A line for each entry; then the problems of all of them, as one error."""
+    """Print one line per entry, then raise one error with the problems of all entries."""
     from ssmvl.recipes.ablations import PREFIX, read_ablations
     from ssmvl.recipes.merge import load_recipe
     from ssmvl.training.checked import check
@@ -40,14 +40,15 @@ def _check_ablations(path: Path, overrides: Sequence[str], data: bool) -> int:
     problems: list[Problem] = []
     notes: dict[str, None] = {}
     for entry in read_ablations(path):
-        found: Sequence[Problem] = ()
+        entry_problems: Sequence[Problem] = ()
         try:
             notes |= dict.fromkeys(check(load_recipe(entry, *overrides), data=data).notes)
         except RecipeError as error:
-            found = error.problems
-        what = f"{len(found)} problem{'s' * (len(found) != 1)}" if found else "no problem found"
-        print(f"{PREFIX}{entry.name}: {what}", flush=True)
-        problems += [Problem(entry.name, str(problem)) for problem in found]
+            entry_problems = error.problems
+        count = len(entry_problems)
+        result = f"{count} problem{'s' * (count != 1)}" if count else "no problem found"
+        print(f"{PREFIX}{entry.name}: {result}", flush=True)
+        problems += [Problem(entry.name, str(problem)) for problem in entry_problems]
     if problems:
         raise RecipeError(problems, str(path))
     print("".join(f"{note}\n" for note in notes), end="")

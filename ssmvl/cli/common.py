@@ -1,4 +1,4 @@
-"""Arguments that several verbs take, and mistakes that are found before torch is imported."""
+"""Arguments shared by several verbs, and checks that run before torch is imported."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ NESTED = {"mixer": "mixer", "scan_order": "scan_order"}  # options that hold com
 
 
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """A recipe and its overrides."""
+    """Add a recipe and its overrides."""
     parser.add_argument("recipe", help="a name (`ssmvl list`) or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides, applied one by one")
 
 
 def merged_recipe(options: argparse.Namespace) -> Recipe:
-    """The recipe and overrides of the command line, in which every component is registered and every file exists.
+    """Load the recipe of the command line with its overrides, and check that its components and files exist.
 
     Raises:
-        RecipeError: it cannot be read, or names a component or a file that does not exist.
+        RecipeError: the recipe cannot be read, or names an unknown component or a missing file.
     """
     from ssmvl.recipes.merge import load_recipe
 
@@ -38,11 +38,22 @@ def merged_recipe(options: argparse.Namespace) -> Recipe:
     return recipe
 
 
+def positive_integer(text: str) -> int:
+    """An argument that is an integer from 1.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not.
+    """
+    if not (text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"must be an integer, at least 1; received {text!r}")
+    return int(text)
+
+
 def require_packages(extra: str, *packages: str) -> None:
     """Check that packages are installed.
 
     Raises:
-        MissingDependencyError: names the extra that brings them.
+        MissingDependencyError: names the extra that installs them.
     """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
@@ -50,7 +61,7 @@ def require_packages(extra: str, *packages: str) -> None:
 
 
 def require_path(name: str, what: str) -> None:
-    """Check that a local file or folder exists; URLs and ids of the hub are left to those who fetch them.
+    """Check that a local file or directory exists. URLs and Hub ids are not checked.
 
     Raises:
         CheckpointError: it does not.
@@ -67,7 +78,7 @@ def _is_missing(name: str) -> bool:
 def _exists(name: str) -> bool:
     try:
         return Path(name).expanduser().exists()
-    except (OSError, RuntimeError):  # no such user, or a name that no file can have
+    except (OSError, RuntimeError, ValueError):  # an unknown user (~x), or a name that no file can have
         return False
 
 
@@ -85,7 +96,7 @@ def _unknown_components(data: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _unknown(path: str, kind: str, node: Any) -> Iterator[Problem]:
-    """The problem of a component that is not registered, and those of the components in its options."""
+    """Yield the problem of an unregistered component, and those of the components in its options."""
     from ssmvl.plugins import components
 
     node = {"name": node} if isinstance(node, str) else node
@@ -96,13 +107,13 @@ def _unknown(path: str, kind: str, node: Any) -> Iterator[Problem]:
     except SsmvlError as error:
         yield Problem(path, str(error))
         return
-    if entry.plugin is None or entry.plugin.distribution == "ssmvl":  # elsewhere the options may mean something else
+    if entry.plugin is None or entry.plugin.distribution == "ssmvl":  # other packages' options may differ
         for key in NESTED.keys() & node.keys():
             yield from _unknown(f"{path}.{key}", NESTED[key], node[key])
 
 
 def _missing_files(data: dict[str, Any]) -> Iterator[Problem]:
-    """Absolute paths of weights that do not exist; relative ones may be ids of the hub."""
+    """Yield paths of weights that do not exist. Relative ones are not checked: they may be Hub ids."""
     model, stages = data["model"], data.get("stages")
     encoders = model.get("encoders") if isinstance(model.get("encoders"), dict) else {}
     nodes = {f"model.encoders.{name}": node for name, node in (encoders or {}).items()}
@@ -114,6 +125,6 @@ def _missing_files(data: dict[str, Any]) -> Iterator[Problem]:
             named[f"stages.{name}.init_from"] = stage.get("init_from")
     for path, value in named.items():
         if isinstance(value, str):
-            place = value.removeprefix("unwrap:").removeprefix("local-dir:")
-            if place.startswith(("/", "~", "./", "../")) and not _exists(place):
-                yield Problem(path, f"{short(place)}: no such file or folder")
+            file = value.removeprefix("unwrap:").removeprefix("local-dir:")
+            if file.startswith(("/", "~", "./", "../")) and not _exists(file):
+                yield Problem(path, f"{short(file)}: no such file or directory")

@@ -1,4 +1,4 @@
-"""`ssmvl data convert SOURCE… --out OUT`, `ssmvl data verify FOLDER`, `ssmvl data inspect FOLDER [--recipe RECIPE]`."""
+"""`ssmvl data convert SOURCE… --out OUT`, `ssmvl data verify DIRECTORY`, `ssmvl data inspect DIRECTORY`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from ssmvl.data.inspection.inspect import Reader
     from ssmvl.processing.processor import Processor
 
-CONVERT = """Write published files as shards to OUT/train. A run that was killed is continued by the same command."""
-VERIFY = """Look at every byte of shards: sizes, hashes, records, images. Exit code 2 if there is a problem."""
-INSPECT = """Show what shards hold; with a recipe, also how long the samples are to its model."""
+CONVERT = """Convert published files to shards in OUT/train. The same command resumes an interrupted conversion."""
+VERIFY = """Verify every byte of shards: sizes, hashes, records, images. Exit code 2 if there is a problem."""
+INSPECT = """Show the contents of shards; with a recipe, also the lengths of the samples in its model's tokens."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What to do, and its options."""
+    """Add the actions and their options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     convert = actions.add_parser("convert", help="published files -> shards", description=CONVERT)
@@ -28,40 +28,46 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="SOURCE",
-        help="JSON or JSON lines (LLaVA's or LRV-Instruct's), parquet, WebDataset tars, or a folder of the last two",
+        help="JSON or JSON Lines (LLaVA's or LRV-Instruct's), parquet, WebDataset tars, or a directory of the last two",
     )
-    convert.add_argument("--out", required=True, help="a folder, or a URL such as s3://bucket/folder")
+    convert.add_argument("--out", required=True, help="a directory, or a URL such as s3://bucket/dir")
     convert.add_argument(
         "--images",
         action="append",
         default=[],
         metavar="[PREFIX=]PATH",
-        help="folder or zip of the images that a JSON names (default: the JSON's folder); may be given several times",
+        help="directory or zip of the images that a JSON names (default: the JSON's directory); repeatable",
     )
-    convert.add_argument("--split", default="train", help="name of the subfolder (default: train)")
-    convert.add_argument("--max-side", type=_positive, metavar="N", help="re-encode images whose longer side is more")
-    convert.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one for each core)")
+    convert.add_argument("--split", default="train", help="name of the subdirectory (default: train)")
+    convert.add_argument(
+        "--max-side", type=_positive, metavar="N", help="shrink larger images to a longer side of N pixels"
+    )
+    convert.add_argument("--workers", type=_positive, metavar="N", help="number of processes (default: one per core)")
 
     verify = actions.add_parser("verify", help="find every damaged shard and sample", description=VERIFY)
-    verify.add_argument("folder", metavar="FOLDER", help="a folder or a URL")
-    verify.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one for each core)")
+    verify.add_argument("folder", metavar="DIRECTORY", help="a directory or a URL")
+    verify.add_argument("--workers", type=_positive, metavar="N", help="number of processes (default: one per core)")
 
     inspect = actions.add_parser("inspect", help="show counts, lengths and samples", description=INSPECT)
-    inspect.add_argument("folder", metavar="FOLDER", help="a folder or a URL")
+    inspect.add_argument("folder", metavar="DIRECTORY", help="a directory or a URL")
     inspect.add_argument("--recipe", help="measure and show the samples as this recipe's model reads them")
-    inspect.add_argument("--stage", metavar="NAME", help="whose prompt is used (default: the first one)")
-    inspect.add_argument("--samples", type=_count, default=2000, metavar="N", help="look at N, 0: all (default: 2000)")
-    inspect.add_argument("--png", type=Path, metavar="FILE", help="draw samples with the text that is learned coloured")
+    inspect.add_argument(
+        "--stage", metavar="NAME", help="stage of the recipe whose prompt is used (default: the first one)"
+    )
+    inspect.add_argument(
+        "--samples", type=_count, default=2000, metavar="N", help="number of samples; 0 means all (default: 2000)"
+    )
+    inspect.add_argument("--png", type=Path, metavar="FILE", help="draw samples, with the supervised text in color")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do it; 2 if `verify` finds problems."""
+    """Run the action. Returns 2 if `verify` finds problems."""
     if options.action == "convert":
         for source in options.sources:
             require_path(str(source), "source")
         from ssmvl.data.conversion.convert import convert
 
-        found = convert(
+        summary = convert(
             options.sources,
             options.out,
             images=options.images,
@@ -69,17 +75,17 @@ def run(options: argparse.Namespace) -> int:
             max_side=options.max_side,
             workers=options.workers,
         )
-        print(found)
+        print(summary)
     elif options.action == "verify":
-        require_path(options.folder, "folder")
+        require_path(options.folder, "directory")
         from ssmvl.data.inspection.verify import verify
 
-        checked = verify(options.folder, options.workers)
-        print(checked)
-        return 2 if checked.problems else 0
+        result = verify(options.folder, options.workers)
+        print(result)
+        return 2 if result.problems else 0
     else:
         reader = _reader(options)
-        require_path(options.folder, "folder")
+        require_path(options.folder, "directory")
         from ssmvl.data.inspection.inspect import inspect
 
         inspect(options.folder, reader, options.samples, options.png)
@@ -87,10 +93,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _reader(options: argparse.Namespace) -> Reader | None:
-    """A function that returns the processor of the recipe's stage and its label; None without a recipe."""
+    """Return a function that loads the stage's processor and its label; None without a recipe."""
     if options.recipe is None:
         if options.png or options.stage:
-            raise DataError("what a model reads depends on its recipe; give one: --recipe NAME")
+            raise DataError("--png and --stage need a recipe; add --recipe NAME")
         return None
     from ssmvl.recipes.merge import load_recipe
 
@@ -108,7 +114,7 @@ def _positive(text: str) -> int:
     return _count(text, 1)
 
 
-def _count(text: str, least: int = 0) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
+def _count(text: str, minimum: int = 0) -> int:
+    if not text.isdecimal() or int(text) < minimum:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}, received {text!r}")
     return int(text)

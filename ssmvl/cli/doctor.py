@@ -11,12 +11,12 @@ TRAINING = ("mosaicml", "mosaicml-streaming", "transformers", "tensorboard")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Whether to clean."""
-    parser.add_argument("--clean", action="store_true", help="remove shared memory that dead runs left behind")
+    """Add the argument: a flag to remove stale shared memory."""
+    parser.add_argument("--clean", action="store_true", help="remove shared memory left behind by dead runs")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the report; 1 where a plugin or a core package is broken."""
+    """Print the report. Returns 1 if a plugin is broken or a core package is missing."""
     import torch
 
     from ssmvl.data.shared_memory import clean_stale_segments, stale_segments
@@ -29,8 +29,8 @@ def run(options: argparse.Namespace) -> int:
         _print_version(name, "not installed: pip install 'ssmvl[train]'")
     cuda = f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no device"
     print(f"cuda            {cuda}")
-    for op, answer in describe("cuda" if torch.cuda.is_available() else "cpu").items():
-        print(f"backend         {op}: {answer}")
+    for op, choice in describe("cuda" if torch.cuda.is_available() else "cpu").items():
+        print(f"backend         {op}: {choice}")
     registry = components()
     for source in sorted({entry.source for entry in registry.entries()}):
         print(f"plugin          {source}")
@@ -43,15 +43,16 @@ def run(options: argparse.Namespace) -> int:
     for remark in registry.unknown:
         print(f"unknown plugin  {remark}")
     stale = clean_stale_segments() if options.clean else stale_segments()
-    advice = "removed" if options.clean else "left by dead runs; remove with ssmvl doctor --clean"
-    print(f"shared memory   {f'{len(stale)} files {advice}' if stale else 'nothing left by dead runs'}")
+    status = "removed" if options.clean else "left behind by dead runs; remove them with ssmvl doctor --clean"
+    print(f"shared memory   {f'{len(stale)} files {status}' if stale else 'nothing left behind by dead runs'}")
     return 1 if registry.failures or missing else 0
 
 
-def _print_version(name: str, absent: str) -> bool:
+def _print_version(name: str, fallback: str) -> bool:
+    """Print the version of a package, or `fallback` if it is missing. Returns True if it is installed."""
     try:
         print(f"{name:15} {version(name)}")
     except PackageNotFoundError:
-        print(f"{name:15} {absent}")
+        print(f"{name:15} {fallback}")
         return False
     return True

@@ -1,4 +1,4 @@
-"""`ssmvl plan RECIPE [a.b=c …] --gpus 8 --memory 80`: memory of a GPU and time of a step, of each stage."""
+"""`ssmvl plan RECIPE [a.b=c …] --gpus 8 --memory 80`: GPU memory and step time of each stage."""
 
 from __future__ import annotations
 
@@ -17,49 +17,57 @@ GB, MINUTE, HOUR = 1e9, 60, 3600
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """A recipe, its overrides, and the machine."""
+    """Add the arguments: a recipe, its overrides, and the hardware."""
     recipe_arguments(parser)
-    parser.add_argument("--gpus", type=_count, required=True, metavar="N", help="one rank on each")
-    parser.add_argument("--memory", type=_amount, required=True, metavar="GB", help="of one GPU, in 10^9 bytes")
-    parser.add_argument("--text-tokens", type=_count, default=256, metavar="N", help="of a sample, for the time; 256")
-    parser.add_argument("--mfu", type=_share, default=0.4, help="model FLOPs utilisation, for the time; 0.4")
-    parser.add_argument("--tflops", type=_amount, default=312.0, help="peak of one GPU in bf16; 312, an A100's")
+    parser.add_argument("--gpus", type=_count, required=True, metavar="N", help="number of GPUs, one rank each")
+    parser.add_argument("--memory", type=_amount, required=True, metavar="GB", help="memory of one GPU, in 10^9 bytes")
+    parser.add_argument(
+        "--text-tokens",
+        type=_count,
+        default=256,
+        metavar="N",
+        help="text tokens per sample, for the time (default: 256)",
+    )
+    parser.add_argument("--mfu", type=_share, default=0.4, help="model FLOPs utilization, for the time (default: 0.4)")
+    parser.add_argument("--tflops", type=_amount, default=312.0, help="peak of one GPU in bf16 (default: 312, an A100)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the plan of each stage; 1 if one of them does not fit."""
+    """Print the plan of each stage. Returns 1 if a stage does not fit."""
     from rich.console import Console
 
     recipe = merged_recipe(options)
+    from ssmvl.progress import progress
     from ssmvl.training.planning.plan import MARGIN, stage_plans
 
     plans = stage_plans(recipe, options.gpus)
     console = Console(highlight=False, soft_wrap=True)
     limit = options.memory * GB * (1 - MARGIN)
-    fits = True
+    verdicts = {
+        name: _verdict(name, plan, plan.memory().total(), limit)
+        for name, plan in progress(plans.items(), desc="planning", unit=" stages", leave=False)
+    }
     for name, plan in plans.items():
-        memory = plan.memory()
-        fits = fits and memory.total() <= limit
         console.print(_heading(name, plan))
-        console.print(_table(memory, options.memory, limit), "")
-        console.print(_verdict(name, plan, memory.total(), limit))
+        console.print(_table(plan.memory(), options.memory, limit), "")
+        console.print(verdicts[name])
         console.print(_time(plan, options) + "\n")
     console.print(
-        "Memory: fp32 weights under bf16 autocast, the torch backend (the kernels of mamba_ssm keep less); in the worst"
-        f" case, where each sample has one image and max_text_tokens, all supervised. {MARGIN:.0%} of a GPU is left for"
-        " the CUDA context and for holes between blocks.\nTime: at the stated MFU, which does not count what activation"
-        " checkpointing computes again."
+        "Memory: fp32 weights under bf16 autocast and the torch backend (the mamba_ssm kernels need less), in the worst"
+        " case, where each sample has one image and max_text_tokens tokens, all supervised."
+        f" {MARGIN:.0%} of a GPU is reserved for the CUDA context and fragmentation.\n"
+        "Time: at the stated MFU, which does not count the recomputation of activation checkpointing."
     )
-    return 0 if fits else 1
+    return 0 if all(plan.memory().total() <= limit for plan in plans.values()) else 1
 
 
 def _heading(name: str, plan: StagePlan) -> str:
     setting = plan.setting
-    where = f"{setting.gpus} GPUs, {setting.sharding}" if setting.gpus > 1 else "1 GPU"
-    again = "with" if setting.activation_checkpointing else "without"
+    gpus = f"{setting.gpus} GPUs, {setting.sharding}" if setting.gpus > 1 else "1 GPU"
+    with_or_without = "with" if setting.activation_checkpointing else "without"
     return (
-        f"{name}: trains {', '.join(plan.stage.train)}; {plan.stage.batch} samples a step over {where},"
-        f" in micro-batches of {setting.microbatch}, {again} activation checkpointing\n"
+        f"{name}: trains {', '.join(plan.stage.train)}; {plan.stage.batch} samples per step on {gpus},"
+        f" in micro-batches of {setting.microbatch}, {with_or_without} activation checkpointing\n"
     )
 
 
@@ -72,29 +80,29 @@ def _table(memory: dict[str, int], gpu: float, limit: float) -> Table:
     for kind, size in memory.items():
         table.add_row(kind, f"{size / GB:.2f}")
     table.add_row("total", f"{sum(memory.values()) / GB:.2f}")
-    table.add_row(f"may be used of {gpu:g}", f"{limit / GB:.2f}")
+    table.add_row(f"usable of {gpu:g}", f"{limit / GB:.2f}")
     return table
 
 
 def _verdict(name: str, plan: StagePlan, total: int, limit: float) -> str:
     if total <= limit:
         best = plan.largest(limit)
-        return f"fits, as does stages.{name}.microbatch={best}" if best > plan.setting.microbatch else "fits"
-    lines = [f"does not fit: {(total - limit) / GB:.2f} GB too many. What fits:"]
+        return f"fits; so does stages.{name}.microbatch={best}" if best > plan.setting.microbatch else "fits"
+    lines = [f"does not fit: {(total - limit) / GB:.2f} GB too much. Settings that fit:"]
     for setting in plan.remedies(limit):
-        lines.append("  " + _switches(name, plan.setting, setting))
+        lines.append("  " + _overrides(name, plan.setting, setting))
     if len(lines) == 1:
         least, gpus = plan.least()
-        where = f"{gpus} GPUs" if gpus > 1 else "1 GPU"
         return (
-            f"does not fit, nor with any switch, nor on more GPUs that can share {plan.stage.batch} samples: one sample"
-            f" with activation checkpointing, sharded, needs {least / GB:.2f} GB of each of {where}"
+            f"does not fit with any setting, nor on more GPUs that can share {plan.stage.batch} samples: one sample"
+            f" with activation checkpointing and sharding needs {least / GB:.2f} GB per GPU on"
+            f" {gpus} GPU{'s' * (gpus > 1)}"
         )
     return "\n".join(lines)
 
 
-def _switches(name: str, old: Setting, new: Setting) -> str:
-    """What to write to come from one setting to another."""
+def _overrides(name: str, old: Setting, new: Setting) -> str:
+    """Return the options and overrides that change one setting into another."""
     changes = [f"--gpus {new.gpus}"] if new.gpus != old.gpus else []
     for key in ("sharding", "activation_checkpointing", "microbatch"):
         value = getattr(new, key)
@@ -107,13 +115,13 @@ def _time(plan: StagePlan, options: argparse.Namespace) -> str:
     text = min(options.text_tokens, plan.stage.max_text_tokens)
     flops, positions, steps = plan.flops(text), plan.positions(text), plan.steps()
     seconds = flops / (options.gpus * options.tflops * 1e12 * options.mfu)
-    what = f"{positions:,} tokens and {flops / 1e15:.3g} PFLOP a step (one image and {text} text tokens a sample)"
+    work = f"{positions:,} tokens and {flops / 1e15:.3g} PFLOP per step (one image and {text} text tokens per sample)"
     if steps is None:
-        long = f"{_duration(1000 / plan.stage.batch * seconds)} for 1,000 samples (duration {plan.stage.duration})"
+        total = f"{_duration(1000 / plan.stage.batch * seconds)} for 1,000 samples (duration {plan.stage.duration})"
     else:
-        long = f"{_duration(steps * seconds)} for {steps:,} steps"
+        total = f"{_duration(steps * seconds)} for {steps:,} steps"
     rate = f"{options.mfu:.0%} of {options.gpus} × {options.tflops:g} TFLOP/s"
-    return f"{what}; at {rate} {_duration(seconds)} a step, {long}"
+    return f"{work}; at {rate}: {_duration(seconds)} per step, {total}"
 
 
 def _duration(seconds: float) -> str:
@@ -124,7 +132,7 @@ def _duration(seconds: float) -> str:
 
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"received {text!r}, allowed is a whole number from 1")
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, received {text!r}")
     return int(text)
 
 
@@ -136,11 +144,11 @@ def _share(text: str) -> float:
     return _number(text, "a number above 0 and at most 1", 1.0)
 
 
-def _number(text: str, allowed: str, most: float) -> float:
+def _number(text: str, allowed: str, maximum: float) -> float:
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not (0 < number <= most and math.isfinite(number)):
-        raise argparse.ArgumentTypeError(f"received {text!r}, allowed is {allowed}")
+    if not (0 < number <= maximum and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"must be {allowed}, received {text!r}")
     return number

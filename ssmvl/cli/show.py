@@ -17,30 +17,32 @@ if TYPE_CHECKING:
     from ssmvl.recipes.ablations import Ablation
     from ssmvl.recipes.merge import Recipe
 
-MOST_CELLS = 10_000
+MAX_CELLS = 10_000
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """A recipe and its overrides, or a scan order and a grid."""
-    one = parser.add_mutually_exclusive_group(required=True)
-    one.add_argument("recipe", nargs="?", help="a name (`ssmvl list`) or a YAML file")
+    """Add the arguments: a recipe and its overrides, or a scan order and a grid."""
+    exclusive = parser.add_mutually_exclusive_group(required=True)
+    exclusive.add_argument("recipe", nargs="?", help="a name (`ssmvl list`) or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides, applied one by one")
-    # It takes overrides too: argparse gives what follows a flag to no other argument.
-    parser.add_argument("--params", nargs="*", metavar="a.b=c", help="show the recipe's parts and what they cost")
-    one.add_argument("--scan", metavar="NAME", help="draw this scan order instead (`ssmvl list scan_order`)")
-    parser.add_argument("--grid", type=_grid, metavar="MAPSxROWSxCOLUMNS", help="what it scans; 1x4x6 if left out")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw it into this PNG file")
-    parser.set_defaults(refuse=parser.error)
+    # It takes overrides too, because argparse assigns words after a flag to no other argument.
+    parser.add_argument(
+        "--params", nargs="*", metavar="a.b=c", help="show the parts of the model: shapes, parameters, FLOPs"
+    )
+    exclusive.add_argument("--scan", metavar="NAME", help="draw this scan order instead (`ssmvl list scan_order`)")
+    parser.add_argument("--grid", type=_grid, metavar="MAPSxROWSxCOLUMNS", help="the grid to scan (default: 1x4x6)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the paths to this PNG file")
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the merged recipe as YAML (of an ablation, also what was published) or its costs, or draw a scan order."""
+    """Print a merged recipe as YAML (for an ablation, with published results) or its costs, or draw a scan order."""
     if options.scan is not None:
         if options.params is not None:
-            options.refuse("--params belongs to a recipe")
+            options.usage_error("--params needs a recipe")
         return _draw(options.scan, options.grid or (1, 4, 6), options.png)
     if options.grid or options.png:
-        options.refuse("--grid and --png belong to --scan")
+        options.usage_error("--grid and --png need --scan")
     from ssmvl.recipes.ablations import PREFIX, find_ablation
 
     options.overrides += options.params or []
@@ -56,9 +58,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _about(entry: Ablation) -> str:
-    """Which row of which table it is, and what was published there, as comments of YAML."""
-    figures = ", ".join(f"{benchmark} {figure:g}" for benchmark, figure in entry.published.items())
-    lines = [f"{entry.recipe}, {entry.table}, row {entry.row}", f"published: {figures}"]
+    """Return an ablation's table, row and published results, as YAML comments."""
+    results = ", ".join(f"{benchmark} {value:g}" for benchmark, value in entry.published.items())
+    lines = [f"{entry.recipe}, {entry.table}, row {entry.row}", f"published: {results}"]
     lines += [f"note: {' '.join(entry.note.split())}"] if entry.note else []
     return "\n".join(f"# {line}" for line in lines)
 
@@ -74,15 +76,18 @@ def _print_costs(recipe: Recipe) -> int:
     console = Console(highlight=False)
     console.print(f"One image and {TEXT_POSITIONS} supervised text positions.\n")
     console.print(_shapes(model, costs), "")
-    console.print(_figures(costs), "")
+    console.print(_costs(costs), "")
     for cost in costs:
         if cost.tied:
-            console.print(f"{cost.name} shares {cost.tied:,} parameters with a part above (tied): counted once.")
+            console.print(
+                f"{cost.name} shares {cost.tied:,} parameters with a part above (tied); they are counted once."
+            )
         if cost.unused:
             console.print(f"{cost.name} has {cost.unused:,} parameters that this forward does not use.")
     console.print(
-        "FLOPs: a multiply-add is 2. Matrix products, convolutions and attention are counted, as the torch backend runs"
-        " them on a GPU; element-wise work is not: norms, gates, the causal convolution, the update of a Mamba-1 state."
+        "FLOPs: a multiply-add counts as 2. Matrix products, convolutions and attention are counted, as the torch"
+        " backend runs them on a GPU. Element-wise work is not counted: norms, gates, the causal convolution, the"
+        " update of a Mamba-1 state."
     )
     return 0
 
@@ -100,7 +105,7 @@ def _shapes(model: VisionLanguageModel, costs: list[PartCost]) -> Table:
     return table
 
 
-def _figures(costs: list[PartCost]) -> Table:
+def _costs(costs: list[PartCost]) -> Table:
     from rich.filesize import decimal, pick_unit_and_suffix
     from rich.table import Table
 
@@ -124,7 +129,7 @@ def _draw(name: str, sides: tuple[int, ...], png: Path | None) -> int:
     from ssmvl.plugins import components
 
     try:
-        components().find("scan_order", name)  # before torch is imported
+        components().find("scan_order", name)  # reports an unknown name before torch is imported
     except SsmvlError as error:
         raise RecipeError([Problem("--scan", str(error))], "ssmvl show") from error
     from ssmvl.drawing.scan_paths import terminal_drawing, write_png
@@ -145,10 +150,10 @@ def _draw(name: str, sides: tuple[int, ...], png: Path | None) -> int:
 
 
 def _grid(text: str) -> tuple[int, ...]:
-    """`MAPSxROWSxCOLUMNS`, or `ROWSxCOLUMNS` of one map."""
+    """Parse `MAPSxROWSxCOLUMNS`, or `ROWSxCOLUMNS` for one map."""
     sides = [int(side) if side.isascii() and side.isdigit() else 0 for side in text.split("x")]
     maps, rows, columns = [1, *sides] if len(sides) == 2 else sides if len(sides) == 3 else (0, 0, 0)
-    if not 0 < maps * rows * columns <= MOST_CELLS:
-        allowed = f"MAPSxROWSxCOLUMNS or ROWSxCOLUMNS of whole numbers from 1, {MOST_CELLS:,} cells at most"
-        raise argparse.ArgumentTypeError(f"received {text!r}, allowed is {allowed}, such as 1x4x6")
+    if not 0 < maps * rows * columns <= MAX_CELLS:
+        allowed = f"MAPSxROWSxCOLUMNS or ROWSxCOLUMNS of positive integers, such as 1x4x6, at most {MAX_CELLS:,} cells"
+        raise argparse.ArgumentTypeError(f"must be {allowed}, received {text!r}")
     return maps, rows, columns

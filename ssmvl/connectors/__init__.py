@@ -1,1 +1,1 @@
-"""From fused features to visual tokens."""
+"""Connectors: fused features -> visual tokens."""

@@ -1,4 +1,4 @@
-"""Connectors that treat each position alone."""
+"""Connectors that process each position independently."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fused_mlp(in_width: int, out_width: int) -> nn.Sequential:
 
 
 class PositionwiseConnector(nn.Module):
-    """Each position through the same module.
+    """One module applied to each position independently.
 
     Args:
         projector: (*, in_width) -> (*, out_width).
@@ -47,17 +47,17 @@ class PositionwiseConnector(nn.Module):
         return self.projector(cast_for(x, self.projector))
 
     def shard_units(self) -> Sequence[nn.Module]:
-        """None: the projector belongs to the model's own unit."""
+        """No modules: the projector is sharded with the model's root unit."""
         return []
 
 
 class MlpConnector(PositionwiseConnector):
-    """The three-layer MLP of ML-Mamba's and Cobra's baselines, position by position.
+    """The three-layer MLP of ML-Mamba's and Cobra's baselines, applied to each position.
 
     Args:
         in_width: width of the fused features.
         out_width: width of the language model.
-        grid: not used; each position is treated alone.
+        grid: unused; positions are processed independently.
 
     Source: ML-Mamba §3.3, Fig. 3.
     """

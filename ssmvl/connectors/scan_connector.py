@@ -1,4 +1,4 @@
-"""The generic connector that scans the grid along a scan order's paths."""
+"""Generic connector that scans the grid along the paths of a scan order."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["ScanConnector"]
 
 
 class ScanConnector(nn.Module):
-    """stem -> blocks, each scanning along all paths -> projector.
+    """stem -> blocks, each of which scans along all paths -> projector.
 
     Args:
         stem: (*, in_width) -> (*, D); may be `nn.Identity()`.
         blocks: residual blocks of width D whose mixers have `paths.count` paths.
-        projector: (*, D) -> (*, out_width), a norm included where there is one.
-        paths: of a scan order.
+        projector: (*, D) -> (*, out_width), including the final norm if there is one.
+        paths: the paths of a scan order.
     """
 
     def __init__(self, *, stem: nn.Module, blocks: Sequence[Block], projector: nn.Module, paths: PathTables) -> None:
@@ -39,7 +39,7 @@ class ScanConnector(nn.Module):
         """X (I, L, in_width) -> (I, L, out_width)."""
         paths = self.paths(grid, x.device)
         x = self.stem(cast_for(cast_for(x, self.projector), self.stem))
-        for block in self.layers if len(x) else ():  # without images there is nothing to scan
+        for block in self.layers if len(x) else ():  # skip the scan if there are no images
             x = block(x, paths)
         return self.projector(x)
 

@@ -1,1 +1,1 @@
-"""Shards, read as streams of samples; the only room that imports streaming."""
+"""Streams of samples from shards. The only room that imports mosaicml-streaming."""

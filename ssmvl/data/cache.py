@@ -1,4 +1,4 @@
-"""Shards in a bucket, kept on this machine: their index, and files that come whole and as the index says."""
+"""Local cache of shards in a bucket. Files are downloaded atomically and must match the index."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import Any
 from ssmvl.data.remote import fetch
 from ssmvl.errors import DataError
 
-ATTEMPTS = 3  # at fetching a shard
-SOURCE = "fetched_from"  # in a cache: the URL; what lacks it is nobody's cache and is never deleted
+ATTEMPTS = 3  # to fetch a shard
+SOURCE = "fetched_from"  # holds the URL of a cache; a directory without this file is not a cache and is never deleted
 
 
 class ShardError(DataError):
-    """A shard cannot be fetched or read: no fault of one sample."""
+    """A shard cannot be fetched or read. A single damaged sample raises a plain DataError."""
 
 
 def cached(url: str, split: str, cache: str | None) -> Path:
-    """The folder that keeps the shards of `url/split`, with the index that is there now.
+    """Return the directory that caches the shards of `url/split`, with the bucket's current index.
 
-    Where it is another index than before, everything else goes. The first process of a node fetches; the others come
-    after it.
+    If the index has changed, all cached shards are deleted. Only the first process of a node fetches the index; the
+    others must call this after it.
 
     Args:
-        url: of a folder.
-        split: its subfolder.
-        cache: holds a folder for each URL; `~/.cache/ssmvl/shards` if None.
+        url: URL of the directory that contains the splits.
+        split: subdirectory of the split.
+        cache: directory with one subdirectory per URL; None means `~/.cache/ssmvl/shards`.
 
     Raises:
-        DataError: the index cannot be fetched or kept, or the folder holds files of another origin.
+        DataError: the index cannot be fetched or stored, or the directory holds files from elsewhere.
     """
     from filelock import FileLock
     from streaming.base.distributed import get_local_rank
@@ -47,20 +47,20 @@ def cached(url: str, split: str, cache: str | None) -> Path:
             fetch(f"{url.rstrip('/')}/{split}/index.json", fresh)
             _renew(local, fresh, f"{url.rstrip('/')}/{split}")
     except OSError as error:
-        raise DataError(f"{local}: what is fetched from {url} cannot be kept there ({error})") from error
+        raise DataError(f"{local} cannot cache {url} ({error}); set `cache` to another directory") from error
     return local
 
 
 def _renew(local: Path, fresh: Path, url: str) -> None:
-    """Put a fresh index in its place; without what belongs to another one, and what killed runs left."""
-    index, known = local / "index.json", (local / SOURCE).is_file()
-    old = local.with_name(f".{local.name}.old")  # renamed first: what is half deleted is used by nobody
+    """Install a fresh index. Deletes the shards of a different index, and partial files of killed runs."""
+    index, is_cache = local / "index.json", (local / SOURCE).is_file()
+    old = local.with_name(f".{local.name}.old")  # renamed first, so that a half-deleted cache is never read
     shutil.rmtree(old, ignore_errors=True)
     for partial in local.rglob(".*.partial"):
         partial.unlink(missing_ok=True)
-    if not (known and index.is_file() and index.read_bytes() == fresh.read_bytes()):
-        if not known and local.is_dir() and any(local.iterdir()):
-            raise DataError(f"{local} holds files that did not come from a bucket; name another folder: cache")
+    if not (is_cache and index.is_file() and index.read_bytes() == fresh.read_bytes()):
+        if not is_cache and local.is_dir() and any(local.iterdir()):
+            raise DataError(f"{local} holds files that did not come from a bucket; set `cache` to another directory")
         if local.is_dir():
             local.rename(old)
             shutil.rmtree(old)
@@ -70,30 +70,30 @@ def _renew(local: Path, fresh: Path, url: str) -> None:
 
 
 def fetch_shard(url: str, folder: Path, file: Mapping[str, Any]) -> None:
-    """Fetch a file of an index from the folder `url`: whole and as the index says, or not at all.
+    """Fetch one file of an index from the directory `url`, atomically and only if it matches the index.
 
     Args:
-        url: of the folder.
-        folder: where it will lie.
-        file: its `basename`, `bytes` and `hashes`, as in the index.
+        url: URL of the directory.
+        folder: local directory to write to.
+        file: the file's `basename`, `bytes` and `hashes`, as in the index.
 
     Raises:
-        ShardError: it could not be fetched, or was damaged, `ATTEMPTS` times; or the index names a file elsewhere.
+        ShardError: all `ATTEMPTS` downloads failed or were damaged, or the index lists a file outside its directory.
     """
     from streaming.base.hashing import get_hash
     from streaming.base.util import retry
 
     source, path = f"{url}/{file['basename']}", folder / file["basename"]
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise ShardError(f"{source}: the index names a file outside of its folder")
+        raise ShardError(f"{source}: the index lists a file outside its directory")
 
     def check(partial: Path) -> None:
         data = partial.read_bytes()
         if len(data) != file["bytes"]:
-            raise DataError(f"{source} has {len(data)} bytes, its index says {file['bytes']}")
+            raise DataError(f"{source} has {len(data)} bytes, but its index states {file['bytes']}")
         for name, expected in file["hashes"].items():
             if get_hash(name, data) != expected:
-                raise DataError(f"{source} does not have the {name} hash in its index: it is damaged, send it anew")
+                raise DataError(f"{source} is damaged: it does not match its {name} hash in the index; upload it again")
 
     try:
         retry((DataError,), num_attempts=ATTEMPTS, initial_backoff=0.2, max_jitter=0.1)(

@@ -1,4 +1,4 @@
-"""What a recipe says about data beyond a data set's own options: several streams at once, and how they are loaded."""
+"""Schema of a recipe's data: mixes of several streams, loader options and reading options."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Weight = Annotated[float, Check("a number above 0", lambda weight: 0 < weight < 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """One stream of a mix; without a weight an epoch brings each of its samples once.
+    """One stream of a mix. Without a weight, an epoch contains each of its samples once.
 
     Args:
-        data: asked for the split that the mix is asked for.
-        proportion: its share of an epoch, relative to the others'; the epoch has as many samples as all streams.
-        repeat: how often an epoch brings each of its samples; below 1 another part of them each epoch.
-        choose: how many of its samples an epoch brings.
-        prompt: how its conversations are written; as the stage does if None.
+        data: dataset, opened with the mix's split.
+        proportion: share of an epoch, relative to the other streams; the epoch has as many samples as all streams.
+        repeat: number of times that an epoch contains each sample; below 1, each epoch draws a different subset.
+        choose: number of samples per epoch.
+        prompt: prompt format of the conversations; None means the stage's.
     """
 
     data: DatasetPart
@@ -34,7 +34,7 @@ class Share:
 
 
 def weights(share: Share) -> list[str]:
-    """Names of the weights that a stream has."""
+    """Return the names of the weights that are set."""
     return [weight for weight in WEIGHTS if getattr(share, weight) is not None]
 
 
@@ -42,50 +42,50 @@ def _is_stream(share: Share) -> bool:
     return len(weights(share)) <= 1 and getattr(share.data, "factory", None) is not mix
 
 
-def _agree(streams: dict[str, Share]) -> bool:
+def _proportions_agree(streams: dict[str, Share]) -> bool:
     return len({share.proportion is None for share in streams.values()}) == 1
 
 
 Streams = Annotated[
     dict[
-        str, Annotated[Share, Check("a stream of no mix, with at most one of proportion, repeat, choose", _is_stream)]
+        str, Annotated[Share, Check("a stream, not a mix, with at most one of proportion, repeat, choose", _is_stream)]
     ],
-    Check("streams of which all have a proportion or none", _agree),
+    Check("streams of which either all or none have a proportion", _proportions_agree),
 ]
 
 
 def mix(split: str, *, streams: Streams) -> list[Stream]:
-    """Several data sets at once, each batch with samples of any of them.
+    """Mix several datasets; a batch may contain samples of any of them.
 
     Args:
-        split: asked of each.
-        streams: by name.
+        split: split of each dataset.
+        streams: the streams, by name.
 
     Raises:
-        DataError: one of them is a mix itself; or what a data set raises.
+        DataError: a stream is itself a mix. Errors of the datasets are passed on.
     """
-    found = []
+    opened = []
     for name, share in streams.items():
         source = share.data(split=split)
         if isinstance(source, list):
-            raise DataError(f"stream {name!r} is a mix itself; list its streams beside the others")
+            raise DataError(f"stream {name!r} is itself a mix; list its streams in this mix")
         prompt = share.prompt() if share.prompt else None
-        found.append(Stream(source, share.proportion, share.repeat, share.choose, prompt))
-    return found
+        opened.append(Stream(source, share.proportion, share.repeat, share.choose, prompt))
+    return opened
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """How a stage reads its data.
+    """Loader options of a stage.
 
     Args:
-        workers: processes of each rank that make samples; if None, none with fewer than four cores for each rank,
-            else all cores but two, eight at most.
-        shuffle: whether each epoch has another order.
-        num_canonical_nodes: parts that shards are dealt to before they are shuffled; with the number of nodes, which
-            it is if None, a run may go on at another number of nodes in the same order.
-        cache_limit: of fetched shards on each node, e.g. `500gb`; those that were not used for the longest time are
-            deleted. No limit if None. For data in a bucket only.
+        workers: processes per rank that prepare samples. None means 0 if a rank has fewer than four cores, else all but
+            two of its cores, at most eight. More than the machine has cores are reduced to that.
+        shuffle: True for a different order in each epoch.
+        num_canonical_nodes: number of groups that the shards are divided into before shuffling; None means the number
+            of nodes. To resume on other numbers of nodes in the same order, set a multiple of all of them.
+        cache_limit: size limit of the fetched shards on each node, e.g. `500gb`; the least recently used are deleted.
+            None means no limit. Only for data in a bucket.
     """
 
     workers: Annotated[int, Check("from 0 to 256", lambda number: 0 <= number <= 256)] | None = None
@@ -96,11 +96,11 @@ class Loader:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How a stage reads a sample.
+    """Reading options of a stage.
 
     Args:
-        prompt: how conversations are written; as the model does if None.
-        max_text_tokens: what a conversation has beyond is cut off; image places are not counted and never cut.
+        prompt: prompt format of the conversations; None means the model's.
+        max_text_tokens: samples are truncated to this length; image places are not counted and never cut.
     """
 
     prompt: PromptPart | None = None

@@ -1,4 +1,4 @@
-"""Open the split of a dataset, and check what it returns."""
+"""Open a split of a dataset and check the returned shards."""
 
 from __future__ import annotations
 
@@ -12,50 +12,51 @@ from ssmvl.interfaces import Data, Shards, Stream
 
 
 def open_data(dataset: Callable[..., Data], split: str) -> Data:
-    """The shards of a split, written or fetched if need be.
+    """Return the shards of a split. The dataset writes or fetches them if necessary.
 
     Args:
-        dataset: a registered dataset, its options bound.
+        dataset: a registered dataset with its options bound.
         split: `train` or `test`.
 
     Raises:
-        DataError: the folder holds no shards, or the dataset fails.
-        ContractError: it returns something other than shards.
+        DataError: the dataset fails, or its directory holds no shards.
+        ContractError: the dataset returns something other than shards.
     """
     name = _name(dataset)
     try:
         data = dataset(split=split)
     except (SsmvlError, MemoryError):
         raise
-    except (Exception, SystemExit) as error:  # foreign code may raise anything
+    except (Exception, SystemExit) as error:  # third-party code may raise anything
         raise DataError(f"{name} fails for the split {split!r}: {foreign(error)}") from error
-    streams = data if isinstance(data, list) and data and all(isinstance(one, Stream) for one in data) else []
+    streams = data if isinstance(data, list) and data and all(isinstance(stream, Stream) for stream in data) else []
     sources: list[Any] = [stream.source for stream in streams] or [data]
     for source in sources:
         if not isinstance(source, Path | Shards):
-            what = "must give a Path, Shards or a list of Stream"
-            raise ContractError(f"{name} {what} for the split {split!r}, gave {data!r}")
+            expected = "must return a Path, Shards or a list of Stream"
+            raise ContractError(f"{name} {expected} for the split {split!r}, returned {data!r}")
         folder = source.local if isinstance(source, Shards) else source
         if not (folder / "index.json").is_file():
-            raise DataError(f"{name} gives {folder} for the split {split!r}, which holds no shards (no index.json)")
+            raise DataError(f"{name} returns {folder} for the split {split!r}, which holds no shards (no index.json)")
     return data
 
 
 def require_batch(data: Data, batch: int, where: str) -> None:
-    """Check that shards hold at least one batch of samples; a mix whose streams are weighted is left to the loader.
+    """Check that the shards hold at least one batch. Mixes with weights are left to the loader.
 
     Raises:
-        DataError: they do not.
+        DataError: they hold fewer samples than one batch.
     """
     streams = data if isinstance(data, list) else [Stream(data)]
     if any((stream.proportion, stream.repeat, stream.choose) != (None, None, None) for stream in streams):
         return
-    folders = [one.source.local if isinstance(one.source, Shards) else one.source for one in streams]
+    sources = (stream.source for stream in streams)
+    folders = [source.local if isinstance(source, Shards) else source for source in sources]
     indices = [json.loads((folder / "index.json").read_text()) for folder in folders]
     count = sum(shard["samples"] for index in indices for shard in index["shards"])
     if count < batch:
         raise DataError(
-            f"{where}: the data hold {count} samples, fewer than a batch of {batch}; choose a smaller batch"
+            f"{where}: the data hold {count} samples, fewer than one batch of {batch}; choose a smaller batch"
         )
 
 

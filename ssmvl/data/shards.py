@@ -1,7 +1,7 @@
-"""MDS shards in the library's own layout: written once, verified, written again when damaged.
+"""MDS shards of the library's records: written once, verified, and rewritten if damaged.
 
-One sample is a record `{"id": str, "type": str, "conversation": [messages], "images": [bytes]}`; `type` says what kind
-of question it is, or where it comes from, and may be empty. In a shard the images are joined, their sizes beside them.
+One sample is a record `{"id": str, "type": str, "conversation": [messages], "images": [bytes]}`. Its `type` is the kind
+of question or the source of the sample, and may be empty. A shard stores the images joined, and their sizes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ssmvl.data.cache import cached
 from ssmvl.data.remote import is_remote
 from ssmvl.errors import DataError, MissingDependencyError
 from ssmvl.interfaces import Shards
+from ssmvl.progress import progress
 
 if TYPE_CHECKING:
     from streaming import MDSWriter
@@ -27,25 +28,27 @@ __all__ = ["ensure_shards", "existing_shards"]
 COLUMNS = {"id": "str", "type": "str", "conversation": "json", "images": "bytes", "image_sizes": "json"}
 HASH = "xxh64"
 SHARD_BYTES = 1 << 22
-FILES = ("raw_data", "zip_data")  # keys of an index
+FILES = ("raw_data", "zip_data")  # keys of a shard's files in the index
 
 
 def ensure_shards(folder: Path, records: Callable[[], Iterable[dict[str, Any]]], total: int) -> None:
-    """Make sure that `folder` holds whole, undamaged shards of these records.
+    """Make sure that `folder` holds complete, undamaged shards of these records.
 
-    Processes that come at once wait for the first; a folder appears complete or not at all.
+    The directory is written atomically. Concurrent processes wait for the first one.
 
     Args:
-        folder: of the shards.
+        folder: directory of the shards.
         records: called only if the shards must be written.
-        total: number of records; a folder with another number is damaged.
+        total: number of records; a directory with a different number counts as damaged.
 
     Raises:
-        DataError: the folder cannot be written.
+        DataError: the directory cannot be written.
     """
     require_streaming()
     from filelock import FileLock
 
+    if not find_damage(folder, total):
+        return  # without a lock, which a read-only directory cannot hold
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -53,54 +56,54 @@ def ensure_shards(folder: Path, records: Callable[[], Iterable[dict[str, Any]]],
             if not damage:
                 return
             if folder.exists():
-                print(f"{folder}: {damage}; writing it again", flush=True)
+                print(f"{folder}: {damage}; rewriting it", flush=True)
                 shutil.rmtree(folder)
             partial = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             _write(partial, records(), total, f"writing {folder}")
             if damage := find_damage(partial, total):
-                raise DataError(f"{folder}: what was written is not what was promised: {damage}")
+                raise DataError(f"{folder}: the written shards do not match the promised records: {damage}")
             partial.rename(folder)
     except OSError as error:
-        raise DataError(f"{folder}: shards cannot be written ({error})") from error
+        raise DataError(f"{folder}: cannot write shards ({error})") from error
 
 
 def find_damage(folder: Path, total: int) -> str:
-    """What is wrong with the shards in `folder`: the first missing, cut or altered file; empty if nothing is."""
+    """Describe the first missing, truncated or altered file of the shards in `folder`; empty if there is none."""
     from streaming.base.hashing import get_hash
 
     try:
         shards = json.loads((folder / "index.json").read_text())["shards"]
-        # The index first: what it does not list cannot be looked at.
+        # The index comes first: files that it does not list are never checked.
         if (listed := sum(shard["samples"] for shard in shards)) != total:
-            return f"index.json lists {listed} samples, there should be {total}"
+            return f"index.json lists {listed} samples, expected {total}"
         for shard in shards:
             raw = shard["raw_data"]
             data = (folder / raw["basename"]).read_bytes()
             if len(data) != raw["bytes"]:
-                return f"{raw['basename']} has {len(data)} bytes, its index says {raw['bytes']}"
+                return f"{raw['basename']} has {len(data)} bytes, but its index states {raw['bytes']}"
             if get_hash(HASH, data) != raw["hashes"][HASH]:
-                return f"{raw['basename']} does not have the {HASH} hash in its index"
+                return f"{raw['basename']} does not match its {HASH} hash in the index"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 def existing_shards(split: str, *, folder: str, cache: str | None = None) -> Path | Shards:
-    """The shards of one split in a folder that was written before: `folder/train` for `train`.
+    """Return the existing shards of one split: `folder/train` for `train`.
 
     Args:
-        split: name of the subfolder.
-        folder: holds a folder of shards for each split; every shard has the columns of this module. May be a URL.
-        cache: holds a folder for each URL, for what is fetched; `~/.cache/ssmvl/shards` if None.
+        split: name of the subdirectory.
+        folder: directory or URL with one subdirectory of shards per split; the shards have the columns of this module.
+        cache: directory for fetched shards, with one subdirectory per URL; None means `~/.cache/ssmvl/shards`.
 
     Raises:
-        DataError: there are no shards, their index cannot be read, fetched, or lacks a column, or `cache` holds files
-            of another origin; a shard on this machine is missing or cut.
+        DataError: there are no shards, their index cannot be read or fetched or lacks a column, a local shard is
+            missing or truncated, or `cache` holds files from elsewhere.
     """
     if not is_remote(folder):
         if cache is not None:
-            raise DataError(f"cache: {cache} is for a folder in a bucket; {folder} is on this machine, leave it out")
+            raise DataError(f"cache {cache} has no effect, because {folder} is a local directory; omit `cache`")
         _check_index(Path(folder) / split, split)
         return Path(folder) / split
     require_streaming()
@@ -110,18 +113,18 @@ def existing_shards(split: str, *, folder: str, cache: str | None = None) -> Pat
 
 
 def shard_writer(folder: Path, size: int) -> MDSWriter:
-    """A writer of packed records to a folder, in shards of at most `size` bytes.
+    """Return a writer of packed records to a directory, in shards of at most `size` bytes.
 
-    It writes what streaming's own writes, byte by byte, and takes 70 % of its time: that one copies each byte four
-    times before it is written, and sleeps for a second at the end if the thread that sends shards, which here go
-    nowhere, has not begun yet.
+    It writes the same bytes as streaming's MDSWriter in 70 % of the time. MDSWriter copies each byte four times before
+    writing it. It also sleeps for a second at the end if its upload thread has not started, although nothing is
+    uploaded here.
     """
     from streaming import MDSWriter
     from streaming.base.format.mds.encodings import mds_encode
 
     class Writer(MDSWriter):
         def encode_sample(self, sample: dict[str, Any]) -> bytes:
-            values = [mds_encode(kind, sample[name]) for name, kind in sorted(COLUMNS.items())]  # all of any length
+            values = [mds_encode(kind, sample[name]) for name, kind in sorted(COLUMNS.items())]  # all variable-length
             return b"".join([np.array([*map(len, values)], np.uint32).tobytes(), *values])
 
         def encode_joint_shard(self) -> bytes:
@@ -134,27 +137,27 @@ def shard_writer(folder: Path, size: int) -> MDSWriter:
             self.executor.submit(int).result()
             super()._write_index()
 
-    # an absolute path, as a colon in a relative one would make it a URL
+    # an absolute path, because a colon in a relative one would make it a URL
     return Writer(out=str(folder.absolute()), columns=COLUMNS, hashes=[HASH], size_limit=size)
 
 
 def pack_record(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with its images apart -> as it stands in a shard, one value for each of `COLUMNS`.
+    """Convert a record to the layout of a shard: one value for each of `COLUMNS`.
 
     Raises:
-        DataError: the record lacks a key.
+        DataError: the record is not a mapping or lacks a key.
     """
     if not isinstance(record, dict):
         raise DataError(f"a record must be a mapping with id, type, conversation and images, received {record!r}")
-    if lacking := [key for key in ("id", "type", "conversation", "images") if key not in record]:
-        what = f"record {record.get('id', record)!r} lacks {', '.join(lacking)}"
-        raise DataError(f"{what}; a record has id, type, conversation and images")
+    if missing := [key for key in ("id", "type", "conversation", "images") if key not in record]:
+        problem = f"record {record.get('id', record)!r} lacks {', '.join(missing)}"
+        raise DataError(f"{problem}; a record has id, type, conversation and images")
     sizes = [len(image) for image in record["images"]]
     return {**record, "images": b"".join(record["images"]), "image_sizes": sizes}
 
 
 def unpack_record(record: dict[str, Any]) -> dict[str, Any]:
-    """A record as it stands in a shard -> with its images apart."""
+    """Convert a record from the layout of a shard, splitting its images."""
     images, start = [], 0
     for size in record["image_sizes"]:
         images.append(record["images"][start : start + size])
@@ -163,60 +166,61 @@ def unpack_record(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_index(folder: Path, split: str, url: str = "") -> None:
-    """Find that an index lists shards of ours, each in its folder; those on this machine whole, as far as a size tells.
+    """Check that an index lists shards with our columns, all inside the directory, and that local ones have their size.
 
-    Files of a cache that were cut are deleted, to be fetched again.
+    Truncated files in a cache are deleted, so that they are fetched again.
+
+    Raises:
+        DataError: see `existing_shards`.
     """
     path = folder / "index.json"
     shown = f"{url}/index.json" if url else str(path)
     try:
         shards = json.loads(path.read_text())["shards"]
-        lacking = sorted(COLUMNS.keys() - set.intersection(*(set(shard["column_names"]) for shard in shards)))
+        missing = sorted(COLUMNS.keys() - set.intersection(*(set(shard["column_names"]) for shard in shards)))
         files = [(shard[key]["basename"], shard[key]["bytes"]) for shard in shards for key in FILES if shard.get(key)]
         raw = {shard["raw_data"]["basename"]: shard["samples"] for shard in shards if not shard.get("zip_data")}
     except FileNotFoundError as error:
-        wanted = f"`shards` takes a folder in which {split}/index.json lists the MDS shards of the split {split}"
-        raise DataError(f"{shown} does not exist; {wanted}") from error
+        expected = f"`shards` needs a directory whose {split}/index.json lists the MDS shards of the split {split}"
+        raise DataError(f"{shown} does not exist; {expected}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{shown} is no index of MDS shards ({type(error).__name__}: {error})") from error
-    if lacking:
-        raise DataError(f"{shown}: the shards lack the columns {lacking}; each needs {', '.join(COLUMNS)}")
+        raise DataError(f"{shown} is not an index of MDS shards ({type(error).__name__}: {error})") from error
+    if missing:
+        raise DataError(f"{shown}: the shards lack the columns {missing}; each needs {', '.join(COLUMNS)}")
     for name, size in files:
         shard = folder / name
         if not shard.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"{shown} lists {name!r}, which lies outside of its folder")
-        there = shard.stat().st_size if shard.is_file() else None
-        if url and there not in (None, size):
+            raise DataError(f"{shown} lists {name!r}, which is outside its directory")
+        actual = shard.stat().st_size if shard.is_file() else None
+        if url and actual not in (None, size):
             shard.unlink()
-        what = ""
-        if there is None and name in raw:
-            what = "is missing"
-        elif there is not None and there != size:
-            what = f"has {there} bytes, its index says {size}"
-        elif there is not None and name in raw and _held(shard) != raw[name]:
-            what = f"holds {_held(shard)} samples, its index says {raw[name]}"
-        if what and not url:
-            raise DataError(f"{shard} {what}; `ssmvl data verify {folder}` finds everything that is damaged")
+        problem = ""
+        if actual is None and name in raw:
+            problem = "is missing"
+        elif actual is not None and actual != size:
+            problem = f"has {actual} bytes, but its index states {size}"
+        elif actual is not None and name in raw and _sample_count(shard) != raw[name]:
+            problem = f"holds {_sample_count(shard)} samples, but its index states {raw[name]}"
+        if problem and not url:
+            raise DataError(f"{shard} {problem}; run `ssmvl data verify {folder}` to list all damage")
 
 
-def _held(shard: Path) -> int:
-    """Number of samples, as the file itself says: MDS begins with it."""
+def _sample_count(shard: Path) -> int:
+    """Return the number of samples that the shard itself states, in its first four bytes."""
     with shard.open("rb") as file:
         return int.from_bytes(file.read(4), "little")
 
 
 def require_streaming() -> None:
-    """Raise a clear error where mosaicml-streaming is not installed."""
+    """Raise a MissingDependencyError if mosaicml-streaming is not installed."""
     from importlib.util import find_spec
 
     if find_spec("streaming") is None:
         raise MissingDependencyError("reading shards needs mosaicml-streaming: pip install 'ssmvl[data]'")
 
 
-def _write(folder: Path, records: Iterable[dict[str, Any]], total: int, what: str) -> None:
-    from tqdm import tqdm
-
+def _write(folder: Path, records: Iterable[dict[str, Any]], total: int, label: str) -> None:
     folder.mkdir(parents=True)
     with shard_writer(folder, SHARD_BYTES) as writer:
-        for record in tqdm(records, desc=what, total=total, unit=" samples"):
+        for record in progress(records, desc=label, total=total, unit=" samples"):
             writer.write(pack_record(record))

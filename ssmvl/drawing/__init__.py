@@ -1,1 +1,1 @@
-"""Figures drawn from plain data: scan paths, sample cards, contact sheets, training curves. No torch."""
+"""Drawings of plain data: scan paths, sample cards, contact sheets and training curves. No torch."""

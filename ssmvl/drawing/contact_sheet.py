@@ -1,4 +1,4 @@
-"""A contact sheet: pictures with the question asked about each, the model's answer, and whether it was right."""
+"""Contact sheet: images with a question about each, the model's answer, and the correct answer if it was wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
 class Cell(NamedTuple):
-    """One picture of the sheet."""
+    """One image of the sheet, with its question, the model's answer and the correct answer."""
 
     image: Image.Image
     question: str
@@ -24,8 +24,8 @@ class Cell(NamedTuple):
     truth: str
 
 
-def draw_contact_sheet(rows: Mapping[str, Sequence[Cell]], picture: Path) -> None:
-    """Draw one row of cells for each type of question into a PNG; there is at least one cell."""
+def draw_contact_sheet(rows: Mapping[str, Sequence[Cell]], png: Path) -> None:
+    """Draw a PNG with one row of cells for each type of question. Needs at least one cell."""
     from matplotlib.figure import Figure
 
     columns = max(map(len, rows.values()))
@@ -54,6 +54,6 @@ def draw_contact_sheet(rows: Mapping[str, Sequence[Cell]], picture: Path) -> Non
                 0.5, -0.06, below, ha="center", va="top", transform=each.transAxes, fontsize=9,
                 color=RIGHT if right else WRONG, parse_math=False,
             )  # fmt: skip
-    with written_whole(picture) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a text that the font lacks is drawn as boxes
+    with written_whole(png) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # characters missing in the font are drawn as boxes
         figure.savefig(partial, dpi=110, format="png")

@@ -1,4 +1,4 @@
-"""Samples as a model reads them: the images it gets, and beside them the text, with what it learns in colour."""
+"""Cards of samples as a model reads them: its images next to the text, with supervised text in color."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from PIL import Image, ImageDraw, ImageFont
 from ssmvl.errors import DataError, MissingDependencyError
 from ssmvl.files import written_whole
 
-Kind = Literal["learned", "read", "image", "cut"]
-COLOURS: dict[Kind, str] = {"learned": "#116329", "read": "#6e7781", "image": "#0550ae", "cut": "#afb8c1"}
-BANDS: dict[Kind, str] = {"learned": "#d2f4d9", "image": "#ddf0ff"}  # behind the text
-LEGEND: dict[Kind, str] = {"learned": "learned", "read": "only read", "image": "places of an image"}
+Kind = Literal["supervised", "context", "image", "cut"]
+COLORS: dict[Kind, str] = {"supervised": "#116329", "context": "#6e7781", "image": "#0550ae", "cut": "#afb8c1"}
+BANDS: dict[Kind, str] = {"supervised": "#d2f4d9", "image": "#ddf0ff"}  # background of the text
+LEGEND: dict[Kind, str] = {"supervised": "supervised", "context": "context only", "image": "image places"}
 PAPER, CARD, EDGE, INK = "#f6f8fa", "#ffffff", "#d0d7de", "#1f2328"
 
-COLUMNS, LINES = 60, 14  # letters of a line, lines of a text at the most
-SIZE, LINE, HEAD = 20, 28, 44  # pixels: letters, from line to line, the line with a sample's name
+COLUMNS, LINES = 60, 14  # characters per line, maximum lines per text
+SIZE, LINE, HEAD = 20, 28, 44  # in pixels: font size, line height, height of the heading
 THUMB, PAD, GAP, MARGIN = 200, 22, 20, 32
-ACROSS, MOST_IMAGES = 2, 9
-SIGNS = {"\n": "↵\n", "\t": "⇥"}
+ACROSS, MAX_IMAGES = 2, 9
+SYMBOLS = {"\n": "↵\n", "\t": "⇥"}
 
 
 class Run(NamedTuple):
@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
 
 class Card(NamedTuple):
-    """One sample."""
+    """One sample: its name and a note in the heading, its images, and its text as runs."""
 
     name: str
     note: str
@@ -43,31 +43,30 @@ class Card(NamedTuple):
 
 
 def wrapped(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs as lines of at most `COLUMNS` letters, broken behind blanks; line breaks, tabs and the like as signs."""
-    letters = [(letter, run.kind) for run in runs for raw in run.text for letter in _sign(raw)]
+    """Wrap runs to lines of at most `COLUMNS` characters, after spaces. Unprintable characters become symbols."""
+    characters = [(character, run.kind) for run in runs for raw in run.text for character in _printable(raw)]
     lines, start = [], 0
-    while start < len(letters):
-        window = [letter for letter, _ in letters[start : start + COLUMNS + 1]]
+    while start < len(characters):
+        window = [character for character, _ in characters[start : start + COLUMNS + 1]]
         if "\n" in window:
             length = window.index("\n") + 1
         elif len(window) <= COLUMNS:
             length = len(window)
-        else:  # behind the last blank; in the middle of a word that fills a line
-            blanks = [at for at, letter in enumerate(window[:COLUMNS]) if letter == " "]
-            length = blanks[-1] + 1 if blanks else COLUMNS
-        line = [(letter, kind) for letter, kind in letters[start : start + length] if letter != "\n"]
-        lines.append(
-            [Run("".join(letter for letter, _ in part), kind) for kind, part in groupby(line, key=lambda pair: pair[1])]
-        )
+        else:  # after the last space, or within a word that fills the line
+            spaces = [at for at, character in enumerate(window[:COLUMNS]) if character == " "]
+            length = spaces[-1] + 1 if spaces else COLUMNS
+        line = [pair for pair in characters[start : start + length] if pair[0] != "\n"]
+        parts = groupby(line, key=lambda pair: pair[1])
+        lines.append([Run("".join(character for character, _ in part), kind) for kind, part in parts])
         start += length
     return lines
 
 
-def draw_samples(title: str, cards: Sequence[Card], picture: Path) -> None:
-    """Draw a card for each sample, two in a row, into a PNG; it is written whole or not at all.
+def draw_samples(title: str, cards: Sequence[Card], png: Path) -> None:
+    """Draw a PNG with a card for each sample, two per row. The file is written atomically.
 
     Raises:
-        MissingDependencyError: matplotlib, whose letters are used, is not installed.
+        MissingDependencyError: matplotlib, whose fonts are used, is not installed.
         DataError: the file cannot be written.
     """
     plain, bold = _font("DejaVuSansMono.ttf"), _font("DejaVuSansMono-Bold.ttf")
@@ -84,20 +83,20 @@ def draw_samples(title: str, cards: Sequence[Card], picture: Path) -> None:
     draw = ImageDraw.Draw(sheet)
     _draw_title(draw, title, plain, bold, sheet.width)
     for row, height in zip(rows, heights, strict=True):
-        for place, number in enumerate(row):
-            left = MARGIN + place * (width + GAP)
+        for column, number in enumerate(row):
+            left = MARGIN + column * (width + GAP)
             draw.rounded_rectangle((left, top, left + width, top + height), 12, CARD, EDGE, 2)
             _draw_card(sheet, (left + PAD, top + PAD), cards[number], texts[number], plain, bold)
         top += height + GAP
     try:
-        with written_whole(picture) as partial:
+        with written_whole(png) as partial:
             sheet.save(partial, "PNG", optimize=True)
-    except (OSError, ValueError) as error:  # ValueError: a path without a name
-        raise DataError(f"{picture}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+    except (OSError, ValueError) as error:  # ValueError: a path without a file name
+        raise DataError(f"{png}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _sign(letter: str) -> str:
-    return SIGNS.get(letter) or (letter if letter.isprintable() else "·")
+def _printable(character: str) -> str:
+    return SYMBOLS.get(character) or (character if character.isprintable() else "·")
 
 
 def _font(name: str) -> ImageFont.FreeTypeFont:
@@ -112,15 +111,15 @@ def _font(name: str) -> ImageFont.FreeTypeFont:
 def _draw_title(
     draw: ImageDraw.ImageDraw, title: str, plain: ImageFont.FreeTypeFont, bold: ImageFont.FreeTypeFont, width: int
 ) -> None:
-    """The title on the left, the legend on the right; below it where both do not fit."""
-    letter = plain.getlength("m")
-    legend = sum(letter * (len(text) + 4) for text in LEGEND.values())
-    room = int((width - 2 * MARGIN - legend) / letter)
-    draw.text((MARGIN, MARGIN), _short(title, max(room, 20)), INK, bold)
-    x = width - MARGIN - legend + 2 * letter
+    """Draw the title on the left and the legend on the right. A title that is too long is cut."""
+    advance = plain.getlength("m")
+    legend = sum(advance * (len(text) + 4) for text in LEGEND.values())
+    columns = int((width - 2 * MARGIN - legend) / advance)
+    draw.text((MARGIN, MARGIN), _shorten(title, max(columns, 20)), INK, bold)
+    x = width - MARGIN - legend + 2 * advance
     for kind, text in LEGEND.items():
         _draw_run(draw, (x, MARGIN), Run(f" {text} ", kind), plain)
-        x += letter * (len(text) + 4)
+        x += advance * (len(text) + 4)
 
 
 def _draw_card(
@@ -133,36 +132,36 @@ def _draw_card(
 ) -> None:
     draw = ImageDraw.Draw(sheet)
     left, top = corner
-    letter = plain.getlength("m")
-    columns = int((THUMB + GAP) / letter) + COLUMNS
-    draw.text((left, top), _short(card.name, columns - len(card.note) - 3), INK, bold)
-    draw.text((left + (columns - len(card.note)) * letter, top), card.note, COLOURS["read"], plain)
+    advance = plain.getlength("m")
+    columns = int((THUMB + GAP) / advance) + COLUMNS
+    draw.text((left, top), _shorten(card.name, columns - len(card.note) - 3), INK, bold)
+    draw.text((left + (columns - len(card.note)) * advance, top), card.note, COLORS["context"], plain)
     top += HEAD
     _draw_images(sheet, (left, top), card.images, plain)
     for number, line in enumerate(lines):
         x = left + THUMB + GAP + 0.0
         for run in line:
             _draw_run(draw, (x, top + number * LINE), run, plain)
-            x += letter * len(run.text)
+            x += advance * len(run.text)
 
 
 def _draw_run(draw: ImageDraw.ImageDraw, corner: tuple[float, float], run: Run, font: ImageFont.FreeTypeFont) -> None:
     x, y = corner
     if run.kind in BANDS:
         draw.rectangle((x, y - 2, x + font.getlength("m") * len(run.text), y + LINE - 5), BANDS[run.kind])
-    draw.text((x, y), run.text, COLOURS[run.kind], font)
+    draw.text((x, y), run.text, COLORS[run.kind], font)
 
 
 def _draw_images(
     sheet: Image.Image, corner: tuple[int, int], images: Sequence[Image.Image], font: ImageFont.FreeTypeFont
 ) -> None:
-    """One image large, several as squares in a square; an empty frame where there is none."""
+    """Draw one image large, several in a square grid, or an empty frame if there is none."""
     left, top = corner
-    shown = images[:MOST_IMAGES]
+    shown = images[:MAX_IMAGES]
     if not shown:
         draw = ImageDraw.Draw(sheet)
         draw.rounded_rectangle((left, top, left + THUMB, top + THUMB), 8, PAPER, EDGE)
-        draw.text((left + THUMB / 2, top + THUMB / 2), "no image", COLOURS["cut"], font, anchor="mm")
+        draw.text((left + THUMB / 2, top + THUMB / 2), "no image", COLORS["cut"], font, anchor="mm")
         return
     each = math.ceil(math.sqrt(len(shown)))
     side = (THUMB - 4 * (each - 1)) // each
@@ -172,8 +171,8 @@ def _draw_images(
         sheet.paste(image.resize((side, side), method), (left + column * (side + 4), top + row * (side + 4)))
 
 
-def _short(text: str, columns: int) -> str:
-    """A text in one line, cut in the middle where it is too long."""
-    signs = "".join(letter if letter.isprintable() else "·" for letter in text)
+def _shorten(text: str, columns: int) -> str:
+    """Return a text as one line, cut in the middle if it is longer than `columns`."""
+    line = "".join(character if character.isprintable() else "·" for character in text)
     half = max(1, columns // 2 - 1)
-    return signs if len(signs) <= columns else f"{signs[:half]}…{signs[-half:]}"
+    return line if len(line) <= columns else f"{line[:half]}…{line[-half:]}"

@@ -1,4 +1,4 @@
-"""Loss and accuracy of a run over time, drawn from its TensorBoard logs."""
+"""Plots of a run's loss and accuracy, from its TensorBoard logs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 from ssmvl.files import written_whole
 
 LOSS, ACCURACY = "loss/train/total", "accuracy/"
-SMOOTH = 5  # logged values that one point of a curve is the mean of
+SMOOTH = 5  # logged values averaged for each point of a curve
 Curve = dict[int, float]
 
 
-def draw_curves(logs: Mapping[str, Path], picture: Path) -> None:
-    """Draw loss and accuracy by type of question into a PNG, stage after stage.
+def draw_curves(logs: Mapping[str, Path], png: Path) -> None:
+    """Plot the loss, and the accuracy by type of question, of consecutive stages to a PNG.
 
     Args:
-        logs: the TensorBoard folder of each stage, in their order; one that is not there is left out.
-        picture: the PNG.
+        logs: TensorBoard directory of each stage, in order; missing directories are skipped.
+        png: file to write.
     """
     from matplotlib.figure import Figure
 
@@ -44,18 +44,18 @@ def draw_curves(logs: Mapping[str, Path], picture: Path) -> None:
             (line,) = each.plot(steps, _smooth([curve[s] for s in steps]), linewidth=1.2)
             lines[name.removeprefix(ACCURACY)] = line
     axes[LOSS].set(xlabel="step", ylabel="loss per supervised token", yscale="log")
-    axes[ACCURACY].set(xlabel="step", ylabel="right answers in training", ylim=(0, 1.02))
+    axes[ACCURACY].set(xlabel="step", ylabel="accuracy in training", ylim=(0, 1.02))
     lines.pop(LOSS, None)
     if lines:
         legend = axes[ACCURACY].legend(lines.values(), lines.keys(), frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)
-    with written_whole(picture) as partial:
+    with written_whole(png) as partial:
         figure.savefig(partial, dpi=140, format="png")
 
 
 def read_scalars(folder: Path) -> dict[str, Curve]:
-    """{name: {step: value}} of one TensorBoard folder; where a resumed run wrote a step again, its later value."""
+    """Read {name: {step: value}} from a TensorBoard directory; for a step repeated after resuming, the later value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})

@@ -1,1 +1,1 @@
-"""Test questions asked of a trained model, and its answers scored. Imports no Composer."""
+"""Evaluation: ask a trained model test questions and score its answers. Imports no Composer."""

@@ -13,44 +13,44 @@ from ssmvl.evaluation.runner import Answered
 
 
 class Row(TypedDict):
-    """Scores of one type of question; shares from 0 to 1."""
+    """Scores of one type of question. Shares are from 0 to 1."""
 
     accuracy: float
-    interval: tuple[float, float]  # of the accuracy, 95 % (Wilson)
+    interval: tuple[float, float]  # of the accuracy: 95% Wilson interval
     blind: float  # accuracy with a black image
     swapped: float  # accuracy with another record's image
-    commonest: float  # share of the commonest true answer
+    commonest: float  # share of the most common true answer
     n: int
 
 
 def results(answered: Iterable[Answered]) -> dict[str, Row]:
-    """One row for each type of question, sorted; an answer is right if it is exact."""
+    """Compute one row for each type of question, sorted by type. An answer is correct if it matches exactly."""
     from scipy.stats import binomtest
 
     types: dict[str, list[Answered]] = {}
-    for one in answered:
-        types.setdefault(one.type, []).append(one)
-    found = {}
+    for answer in answered:
+        types.setdefault(answer.type, []).append(answer)
+    rows = {}
     for type_, group in sorted(types.items()):
-        n, right = len(group), sum(one.seen == one.truth for one in group)
-        low, high = binomtest(right, n).proportion_ci(method="wilson")
-        found[type_] = Row(
-            accuracy=right / n,
+        n, correct = len(group), sum(answer.seen == answer.truth for answer in group)
+        low, high = binomtest(correct, n).proportion_ci(method="wilson")
+        rows[type_] = Row(
+            accuracy=correct / n,
             interval=(float(low), float(high)),
-            blind=sum(one.blind == one.truth for one in group) / n,
-            swapped=sum(one.swapped == one.truth for one in group) / n,
-            commonest=max(Counter(one.truth for one in group).values()) / n,
+            blind=sum(answer.blind == answer.truth for answer in group) / n,
+            swapped=sum(answer.swapped == answer.truth for answer in group) / n,
+            commonest=max(Counter(answer.truth for answer in group).values()) / n,
             n=n,
         )
-    return found
+    return rows
 
 
-def table(found: Mapping[str, Row]) -> Table:
-    """`results` for the screen."""
+def table(rows: Mapping[str, Row]) -> Table:
+    """Format `results` as a table for the terminal."""
     shown = Table("question", box=None, pad_edge=False)
-    for title in ("accuracy", "95 % interval", "blank image", "other image", "commonest", "n"):
+    for title in ("accuracy", "95% interval", "blank image", "other image", "most common", "n"):
         shown.add_column(title, justify="right")
-    for type_, row in found.items():
+    for type_, row in rows.items():
         low, high = row["interval"]
         shares = (f"{share:.1%}" for share in (row["blind"], row["swapped"], row["commonest"]))
         shown.add_row(Text(type_), f"{row['accuracy']:.1%}", f"{low:.1%} – {high:.1%}", *shares, str(row["n"]))

@@ -1,4 +1,4 @@
-"""Test questions, each asked three times: with its images, with black ones and with another record's."""
+"""Runs test questions, each three times: with its images, with black images and with another record's images."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ssmvl.errors import DataError
 from ssmvl.generation.assistant import Assistant
 from ssmvl.interfaces import Count, DatasetPart
 from ssmvl.processing.processor import IMAGE, Processor
 from ssmvl.processing.transforms import read_image
+from ssmvl.progress import progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The `evaluation:` of a recipe: its fields are the schema.
+    """The `evaluation:` of a recipe. Its fields are the schema.
 
     Args:
-        data: asked with its `test` split.
-        batch: questions asked at once.
-        max_new_tokens: length of an answer at the most.
+        data: its `test` split is used.
+        batch: questions per batch.
+        max_new_tokens: maximum length of an answer.
     """
 
     data: DatasetPart
@@ -33,7 +33,7 @@ class Evaluation:
 
 
 class Answered(NamedTuple):
-    """A test question, its true answer as the prompt teaches it, and the model's three."""
+    """A test question, the true answer as the prompt teaches it, and the model's three answers."""
 
     type: str
     question: str
@@ -44,26 +44,26 @@ class Answered(NamedTuple):
 
 
 def require_answerable(records: Sequence[Mapping[str, Any]], processor: Processor, max_new_tokens: int) -> str:
-    """Check, before a model is trained, that each record can be asked and scored; its images are decoded.
+    """Check that every record can be asked and scored, decoding its images. Called before training.
 
     Returns:
-        A note on answers longer than `max_new_tokens`, which can only count as wrong, or an empty string.
+        A note on answers longer than `max_new_tokens`, which always count as wrong, or an empty string.
 
     Raises:
-        DataError: the set is empty, or a record cannot be asked or scored; names the record.
+        DataError: the set is empty, or a record cannot be asked or scored. Names the record.
     """
     if not records:
         raise DataError("the evaluation set is empty")
     lengths: list[int] = []
-    for record in tqdm(records, desc="checking the evaluation set", unit=" records", disable=None, leave=False):
+    for record in progress(records, desc="checking the evaluation set", unit=" records", leave=False):
         try:
             talk = record["conversation"]
             if len(talk) % 2:
-                raise DataError("its last question has no answer")
+                raise DataError("the last question has no answer")
             if not isinstance(record["type"], str):
-                raise DataError(f"its type must be a text; it is {record['type']!r}")
+                raise DataError(f"type must be a string, received {record['type']!r}")
             processor.encode(talk, record["images"], train=True)
-            for single in one_question_each([record]):  # which are asked without their answers
+            for single in one_question_each([record]):  # asked without the answer
                 processor.read(single["conversation"][:-1], single["images"])
                 lengths.append(len(processor.answer_ids(single["conversation"])))
         except (ValueError, LookupError, TypeError) as error:  # a DataError is a ValueError
@@ -71,11 +71,11 @@ def require_answerable(records: Sequence[Mapping[str, Any]], processor: Processo
             raise DataError(f"the evaluation set's sample {name!r} cannot be used: {error}") from error
     cut = sum(length > max_new_tokens for length in lengths)
     longer = f"{cut:,} of {len(lengths):,} answers are longer than max_new_tokens={max_new_tokens}"
-    return f"{longer}; they can only count as wrong" if cut else ""
+    return f"{longer}; they always count as wrong" if cut else ""
 
 
 def one_question_each(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Split each record into one per answer, with the turns and images before it.
+    """Split each record into one per answer, with the preceding turns and images.
 
     `source` is the index of the original record.
     """
@@ -94,14 +94,14 @@ def ask(
 ) -> list[Answered]:
     """Ask the last question of the chosen records, three times each.
 
-    An answer is compared with what the assistant's prompt teaches of the true one; see `Processor.taught`.
+    Answers are compared with the true answer as the prompt teaches it; see `Processor.taught`.
 
     Args:
         assistant: the model.
-        records: all test records, see `one_question_each`; the other images are those of the record half the list away
-            (repeated where it has fewer), a single record's its own. Questions of one `source` are one record here.
+        records: all test records; see `one_question_each`. The swapped images come from the record half the list away,
+            repeated if it has fewer; a single record keeps its own. Questions of one `source` count as one record.
         chosen: indices of `records`.
-        options: batch size and length of the answers.
+        options: batch size and maximum length of the answers.
     """
     sources = [record.get("source", index) for index, record in enumerate(records)]
     latest = {sources[index]: index for index, record in enumerate(records) if record["images"]}
@@ -109,7 +109,7 @@ def ask(
     other_of = dict(zip(pictured, pictured[half:] + pictured[:half], strict=True))
     others = {index: latest[other_of[source]] for index, source in enumerate(sources) if source in other_of}
     answered: list[Answered] = []
-    for start in range(0, len(chosen), options.batch):
+    for start in progress(range(0, len(chosen), options.batch), desc="evaluating", unit=" batches", leave=False):
         indices = chosen[start : start + options.batch]
         talks = [records[index]["conversation"] for index in indices]
         prompts = [talk[:-1] for talk in talks]

@@ -1,1 +1,1 @@
-"""Answers from a trained model."""
+"""Generation: answers from a trained model."""

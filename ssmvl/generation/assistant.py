@@ -1,4 +1,4 @@
-"""Assistant: a model and its processor, asked questions about images; saved to and loaded from a folder."""
+"""Assistant: a model and its processor, which answer questions about images; saved, loaded and pushed to the Hub."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ssmvl.model.saved import (
 from ssmvl.model.vlm import VisionLanguageModel
 from ssmvl.processing.batch import collate, pad
 from ssmvl.processing.processor import Processor
-from ssmvl.processing.tokenizers import without_beginning
+from ssmvl.processing.tokenizers import disable_bos
 from ssmvl.processing.transforms import ImageLike
 from ssmvl.recipes.merge import Recipe
 
@@ -43,7 +43,7 @@ class Assistant:
     """Answers questions about images.
 
     Args:
-        model: put into evaluation mode.
+        model: is set to evaluation mode.
         processor: the model's.
         recipe: saved with the weights.
     """
@@ -52,7 +52,7 @@ class Assistant:
         self.model, self.processor, self.recipe = model.eval(), processor, recipe
         self._step: Callable[..., Tensor] = model.step
 
-    @torch.no_grad()  # not inference_mode: what it caches could not be trained with afterwards
+    @torch.no_grad()  # not inference_mode: tensors cached here could not be used in training
     def generate(
         self,
         prompts: Sequence[str | Sequence[Message]],
@@ -60,16 +60,16 @@ class Assistant:
         *,
         max_new_tokens: int = 64,
     ) -> list[str]:
-        """Greedy answers, one for each prompt; a row's answer does not depend on the others.
+        """Generate a greedy answer to each prompt, independent of the other prompts.
 
         Args:
             prompts: questions, or conversations that end with one.
-            images: for each prompt an image, a list of them, or None; see `Processor.encode` for where they stand.
-            max_new_tokens: length of an answer at the most.
+            images: for each prompt an image, a list of images, or None; `Processor.encode` says where they are put.
+            max_new_tokens: maximum length of an answer.
 
         Raises:
             DataError: prompts is not a list of texts or conversations, images is not a list of the same length,
-                max_new_tokens is not a whole number, or an image cannot be decoded.
+                max_new_tokens is not an integer, or an image cannot be decoded.
             BackendError: the logits are NaN.
         """
         check_lists(prompts, images, max_new_tokens)
@@ -88,36 +88,36 @@ class Assistant:
     def generate_ids(
         self, ids: Tensor, mask: Tensor, images: Sequence[ImageLike] = (), *, max_new_tokens: int = 64
     ) -> list[str]:
-        """Greedy answers to rows of ids that a caller made, padded on either side: only real positions are read.
+        """Generate greedy answers to rows of ids. Padding, on either side, is not read.
 
         Args:
             ids: (B, T), -1 at image places; each image takes `Processor.tokens_of(image)` of them.
-            mask: (B, T), true or 1 at real positions.
-            images: in the order of their places.
-            max_new_tokens: length of an answer at the most.
+            mask: (B, T), True or 1 at real positions.
+            images: in the order of their image places.
+            max_new_tokens: maximum length of an answer.
 
         Raises:
-            DataError: ids and mask differ in shape, a row has no real position, an id is none of the tokenizer's,
-                image places and images do not match in number, or max_new_tokens is no whole number.
+            DataError: ids and mask differ in shape, a row has no real position, an id is not in the vocabulary,
+                the numbers of image places and images do not match, or max_new_tokens is not an integer.
         """
         check_lists([], images, max_new_tokens)
         if ids.ndim != 2 or ids.shape != mask.shape:
             raise DataError(
-                f"ids and mask must have one shape (B, T), received {tuple(ids.shape)}, {tuple(mask.shape)}"
+                f"ids and mask must both have shape (B, T), received {tuple(ids.shape)}, {tuple(mask.shape)}"
             )
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise DataError(f"ids must be whole numbers, received {ids.dtype}")
+            raise DataError(f"ids must be integers, received {ids.dtype}")
         if not bool(((mask == 0) | (mask == 1)).all()):
-            raise DataError("mask must be true or 1 at real positions and false or 0 elsewhere; it has other values")
+            raise DataError("mask must be True or 1 at real positions and False or 0 elsewhere, but has other values")
         rows = [row[real] for row, real in zip(ids.cpu(), mask.cpu().bool(), strict=True)]
         limit = cast(int, self.model.language.num_tokens)
         for number, row in enumerate(rows):
             if not len(row):
-                raise DataError(f"row {number} has no real position; give it at least one id")
+                raise DataError(f"row {number} has no real position; it needs at least one")
             wrong = row[(row >= limit) | ((row < 0) & (row != IMAGE_PLACE))]
             if len(wrong):
                 raise DataError(
-                    f"row {number} has the id {int(wrong[0])}; ids are 0…{limit - 1}, or -1 at image places"
+                    f"row {number} has id {int(wrong[0])}; allowed are 0…{limit - 1}, and -1 at image places"
                 )
         counts = [int((row == IMAGE_PLACE).sum()) for row in rows]
         tokens = [self.processor.tokens_of(image) for image in images]
@@ -133,9 +133,9 @@ class Assistant:
         return self._answer(samples, max_new_tokens) if rows and max_new_tokens > 0 else [""] * len(rows)
 
     def compile(self) -> None:
-        """Compile the decoding step with torch.compile: equal answers, faster after a slow first one.
+        """Compile the decoding step with torch.compile: same answers, faster after a slow first one.
 
-        Needs a C++ compiler on a CPU, Triton on a GPU. A new number of prompts compiles again, eight times at most.
+        Needs a C++ compiler on a CPU, Triton on a GPU. Each new number of prompts recompiles, at most eight times.
         """
         self._step = torch.compile(self.model.step, dynamic=False)
 
@@ -153,15 +153,15 @@ class Assistant:
         return [self.processor.decode(ids) for ids in answers]
 
     def _continue(self, logits: Tensor, state: Any, limit: int) -> list[list[int]]:
-        """Step greedily until every row has ended; ids of each row without its end."""
+        """Decode greedily until every row has ended. Returns each row's ids, without the end token."""
         end, num_tokens = self.processor.end_id, cast(int, self.model.language.num_tokens)
         steps = []
         done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        for number in range(limit):
+        for step in range(limit):
             ids = logits[:, :num_tokens].argmax(-1)
             steps.append(ids)
             done |= ids == end
-            if number + 1 == limit or self._ended(done):
+            if step + 1 == limit or self._ended(done):
                 break
             logits = self._step(ids, state)
         rows = torch.stack(steps, dim=1).tolist()
@@ -174,52 +174,52 @@ class Assistant:
         return bool(done.all())
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights (safetensors), recipe, tokenizer, model card and format version, whole or not at all.
+        """Write weights (safetensors), recipe, tokenizer, model card and format version atomically.
 
         Args:
-            folder: made if it is not there; a model card in it that somebody else wrote stays.
+            folder: directory, created if it does not exist. A model card in it without ssmvl's marker is kept.
 
         Raises:
-            CheckpointError: the folder holds other files, which would be lost, or cannot be written; or the model
-                could not be loaded again: its tensors are not those of its recipe, or not finite.
+            CheckpointError: the directory holds other files, which would be lost, or cannot be written; or the model
+                could not be loaded again, because its tensors do not match its recipe or are not finite.
         """
         save_folder(folder, own_tensors(self.model), self.recipe, self.processor, self.model)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Upload what `save_pretrained` writes to the hub, as the user that huggingface_hub is logged in as.
+        """Upload the files of `save_pretrained` to the Hub, as the user logged in with huggingface_hub.
 
         Args:
-            repo_id: `owner/model`; made if it is not there.
-            private: whether a new one is.
+            repo_id: `owner/model`; created if it does not exist.
+            private: whether a new repository is private.
 
         Returns:
-            The address of the upload.
+            The URL of the upload.
 
         Raises:
-            CheckpointError: `repo_id` is no such id, or the hub refuses it or cannot be reached.
+            CheckpointError: `repo_id` is malformed, or the Hub rejects it or cannot be reached.
         """
         if not (isinstance(repo_id, str) and ID.fullmatch(repo_id)):
-            raise CheckpointError(f"{repo_id!r} names no model of the hub; write owner/model")
-        older = ["*.safetensors", "*.safetensors.index.json"]  # shards of a larger model would be read first
+            raise CheckpointError(f"{repo_id!r} is not a Hub model id; write owner/model")
+        older = ["*.safetensors", "*.safetensors.index.json"]  # shards of an earlier, larger model would be read first
         with tempfile.TemporaryDirectory() as name:
             folder, api = Path(name) / "model", HfApi()
             self.save_pretrained(folder)
             try:
                 api.create_repo(repo_id, private=private, exist_ok=True)
                 if api.file_exists(repo_id, CARD_FILE) and not is_ours(api.hf_hub_download(repo_id, CARD_FILE)):
-                    (folder / CARD_FILE).unlink()  # the one that somebody wrote stays
+                    (folder / CARD_FILE).unlink()  # keep a card without our marker
                 return str(api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=older))
-            except (OSError, ValueError) as error:  # the hub's own errors are OSErrors, a malformed id is a ValueError
+            except (OSError, ValueError) as error:  # Hub errors are OSErrors, a malformed id is a ValueError
                 reason = short(" ".join(str(error).split()))
-                raise CheckpointError(f"{repo_id}: cannot be pushed to the hub ({reason})") from error
+                raise CheckpointError(f"{repo_id} cannot be pushed to the Hub ({reason})") from error
 
     def save_language(self, folder: str | Path) -> None:
-        """Write the language model alone with its tokenizer in the layout of transformers, whole or not at all.
+        """Write only the language model and its tokenizer, in the layout of transformers, atomically.
 
         Raises:
             ContractError: transformers has no such model.
-            CheckpointError: the folder holds other files, which would be lost, or cannot be written; or the model is
-                not the one of its recipe, see `save_pretrained`.
+            CheckpointError: the directory holds other files, which would be lost, or cannot be written; or the model
+                does not match its recipe, see `save_pretrained`.
         """
         write = getattr(self.model.language, "to_transformers", None)
         if write is None:
@@ -238,33 +238,33 @@ def load(
     dtype: torch.dtype | None = None,
     verify: bool = True,
 ) -> Assistant:
-    """The assistant saved in a folder, in the `model` folder of a run, or in the hub; or one of weights from elsewhere.
+    """Load a saved model from a directory, a run folder or the Hub; or, with a recipe, weights from elsewhere.
 
     Args:
-        weights: a run folder, one that `save_pretrained` wrote, or the id of a model in the hub, which is fetched. With
-            a recipe, what `build_model` takes as `weights`, such as a released checkpoint.
-        recipe: of the model, as `load_recipe` takes it; None if it was saved with the weights.
-        device: where the model lies; the current CUDA device, or the CPU where there is none, if None.
-        dtype: of the parameters, fp32 if None.
-        verify: whether files are compared with the digests they were saved with, see `build_model`.
+        weights: a run folder, a directory written by `save_pretrained`, or a Hub id, which is downloaded. With a
+            recipe, any `weights` of `build_model`, such as a released checkpoint.
+        recipe: of the model, as for `load_recipe`; None if it was saved with the weights.
+        device: device of the model; None means the current CUDA device, or the CPU if there is none.
+        dtype: of the parameters; None means fp32.
+        verify: whether files are compared with the digests saved with them, see `build_model`.
 
     Raises:
         RecipeError: the recipe has mistakes.
-        CheckpointError: nothing of that name is found, or it holds no model, a damaged one, or one of a newer format.
-        BackendError: there is no such device here, or `dtype` is no torch.dtype of floating point.
+        CheckpointError: the model is not found, or the files hold no model, a damaged one, or one of a newer format.
+        BackendError: the device is not available, or `dtype` is not a floating-point torch.dtype.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise BackendError(f"dtype must be one of floating point, such as torch.bfloat16; received {dtype!r}")
+        raise BackendError(f"dtype must be a floating-point torch.dtype, such as torch.bfloat16; received {dtype!r}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise BackendError(f"device {device!r} cannot be used here ({reason}); such as 'cpu' or 'cuda:0'") from error
+        raise BackendError(f"device {device!r} is not available ({reason}); use 'cpu' or 'cuda:0'") from error
     if recipe is None:
         folder, _ = saved_folder(weights)
         return load_saved(Blueprint.of(folder), folder, device=device, dtype=dtype, verify=verify)
     blueprint = Blueprint.of(recipe)
-    model = build_model(blueprint, device=_usual(device), dtype=dtype, weights=weights, verify=verify)
+    model = build_model(blueprint, device=_or_current_cuda(device), dtype=dtype, weights=weights, verify=verify)
     return Assistant(model, blueprint.processor, blueprint.recipe)
 
 
@@ -276,17 +276,17 @@ def load_saved(
     dtype: torch.dtype | None = None,
     verify: bool = True,
 ) -> Assistant:
-    """The assistant saved in a folder whose recipe is bound; see `load`."""
+    """Load a saved model whose recipe is already bound; see `load`."""
     folder, version = saved_folder(folder)
-    model = build_model(blueprint, device=_usual(device), dtype=dtype, weights=folder, verify=verify)
+    model = build_model(blueprint, device=_or_current_cuda(device), dtype=dtype, weights=folder, verify=verify)
     processor = blueprint.processor_for(model, folder)
     if version == 1:
-        without_beginning(processor.tokenizer)
+        disable_bos(processor.tokenizer)
     return Assistant(model, processor, blueprint.recipe)
 
 
-def _usual(device: torch.device | str | None) -> torch.device | str | None:
-    """The current CUDA device where none is named and there is one."""
+def _or_current_cuda(device: torch.device | str | None) -> torch.device | str | None:
+    """Return the given device; if it is None, the current CUDA device, or None without CUDA."""
     if device is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device

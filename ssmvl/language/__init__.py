@@ -1,1 +1,1 @@
-"""Language models and their state."""
+"""Language models and their states."""

@@ -1,4 +1,4 @@
-"""How others write the weights of Mamba language models: the layouts of state-spaces and of transformers."""
+"""Third-party checkpoint layouts of Mamba language models: state-spaces and transformers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ NAMES = {
 TIED = {"lm_head.weight": "embedding.weight"}
 HF_MODELS = {"mamba": ("Mamba1", "MambaForCausalLM"), "mamba2": ("Mamba2", "Mamba2ForCausalLM")}  # by model_type
 HF_LAYOUT = Layout(part="language", rules={"embedding.*": ["backbone.embeddings.*"], **NAMES}, tied=TIED)
-# Options of mamba-ssm's models. Those in ONLY have one value that a model here has; of the others, `norm_epsilon`,
-# `tie_embeddings` and `n_layer` are compared, shapes show the sizes, and nothing depends on the rest.
-ONLY = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": []}
+# Options of mamba-ssm's models. Those in FIXED_OPTIONS must have the value that models here support. `norm_epsilon`,
+# `tie_embeddings`, `n_layer`, `d_model`, `expand` and `model_type` are compared with the model or its tensors, other
+# sizes follow from shapes, and nothing depends on the rest.
+FIXED_OPTIONS = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": []}
 MODEL_OPTIONS = {
     "d_model", "n_layer", "vocab_size", "ssm_cfg", "attn_cfg", "residual_in_fp32", "fused_add_norm",
     "pad_vocab_size_multiple", "tie_embeddings", "norm_epsilon", "expand", "initializer_cfg", "model_type",
-    "architectures", "torch_dtype", "dtype", "transformers_version", *ONLY,
+    "architectures", "torch_dtype", "dtype", "transformers_version", *FIXED_OPTIONS,
 }  # fmt: skip
-# Arguments of mamba-ssm's layers. What is not compared below, shapes or names show, or only initial values or speed
-# depend on it.
+# Arguments of mamba-ssm's layers. Those that are not compared below follow from shapes or names, or affect only initial
+# values or speed.
 SSM_OPTIONS = {
     "Mamba1": {
         "layer", "d_state", "d_conv", "expand", "conv_bias", "bias", "dt_rank", "dt_min", "dt_max", "dt_init",
@@ -42,11 +43,12 @@ SSM_OPTIONS = {
 
 
 def state_spaces(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
-    """The layout of `state-spaces/mamba-*` and `mamba2-*`, as mamba-ssm writes it.
+    """Layout of `state-spaces/mamba-*` and `mamba2-*`, as written by mamba-ssm.
+
+    A Mamba-1 file needs no config, because its shapes show everything.
 
     Raises:
-        CheckpointError: a Mamba-2 file without its config, or a config that says something else than the tensors, or
-            something unknown. Of Mamba-1, shapes show everything.
+        CheckpointError: a Mamba-2 file has no config, or the config contradicts the tensors or has unknown options.
     """
     if "backbone.embedding.weight" not in names:
         return None
@@ -56,15 +58,15 @@ def state_spaces(names: Collection[str], config: Mapping[str, Any]) -> Layout | 
     _require_model_options(config, names)
     options = config.get("ssm_cfg") or {}
     if not isinstance(options, Mapping):
-        raise CheckpointError(f"the config.json beside it has {options!r} as ssm_cfg; it must be a mapping")
-    said = options.get("layer", "Mamba1") if config else kind
-    if said != kind:
-        raise CheckpointError(f"the config.json beside it says layer {said!r}, but the tensors are of {kind}")
+        raise CheckpointError(f"its config.json has ssm_cfg = {options!r}; it must be a mapping")
+    layer = options.get("layer", "Mamba1") if config else kind
+    if layer != kind:
+        raise CheckpointError(f"its config.json has layer {layer!r}, but the tensors are those of {kind}")
     unknown = sorted(options.keys() - SSM_OPTIONS[kind])
     if unknown:
         raise CheckpointError(
-            f"the config.json beside it has ssm_cfg options that no {kind} layer here knows: {', '.join(unknown)}; "
-            f"known are {', '.join(sorted(SSM_OPTIONS[kind]))}"
+            f"its config.json has unknown ssm_cfg options for {kind}: {', '.join(unknown)}. "
+            f"Allowed: {', '.join(sorted(SSM_OPTIONS[kind]))}"
         )
     expects: dict[str, Any] = {}
     if kind == "Mamba2":
@@ -76,11 +78,11 @@ def state_spaces(names: Collection[str], config: Mapping[str, Any]) -> Layout | 
             "dt_limit": _range(options.get("dt_limit", (0.0, inf))),
         }
         if options.get("norm_before_gate"):
-            expects["norm_before_gate"] = True  # which no mixer here has
+            expects["norm_before_gate"] = True  # no mixer here supports it
     if "expand" in config:
         need(config, ["d_model"], kind)
         expects["inner"] = config["expand"] * config["d_model"]
-    expects = _expects(kind, expects, config.get("norm_epsilon", 1e-5))
+    expects = _expected_attributes(kind, expects, config.get("norm_epsilon", 1e-5))
     if "d_model" in config:
         expects["width"] = config["d_model"]
     equal = {"lm_head.weight": "backbone.embedding.weight"} if config.get("tie_embeddings", bool(config)) else {}
@@ -89,21 +91,22 @@ def state_spaces(names: Collection[str], config: Mapping[str, Any]) -> Layout | 
 
 
 def transformers_mamba(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
-    """The layout of transformers' `MambaForCausalLM` and `Mamba2ForCausalLM`.
+    """Layout of transformers' `MambaForCausalLM` and `Mamba2ForCausalLM`.
 
     Raises:
-        CheckpointError: the file has no config, without which it could be FalconMamba's, or one of another layer.
+        CheckpointError: the file has no config, without which it could be FalconMamba's, or its config is that of
+            another model or contradicts its tensors.
     """
     if "backbone.embeddings.weight" not in names:
         return None
     need(config, ["model_type"], "Mamba")
-    said, _ = HF_MODELS.get(str(config["model_type"]), ("", ""))
-    if not said:
+    layer, _ = HF_MODELS.get(str(config["model_type"]), ("", ""))
+    if not layer:
         known = ", ".join(HF_MODELS)
-        raise CheckpointError(f"the config.json beside it has model_type {config['model_type']!r}; supported: {known}")
+        raise CheckpointError(f"its config.json has model_type {config['model_type']!r}; supported: {known}")
     kind = _kind(names)
-    if said != kind:
-        raise CheckpointError(f"the config.json beside it is of {said}, but the tensors are of {kind}")
+    if layer != kind:
+        raise CheckpointError(f"its config.json describes {layer}, but the tensors are those of {kind}")
     expects: dict[str, Any] = {}
     if kind == "Mamba2":
         need(config, ["n_groups", "state_size", "head_dim", "time_step_limit"], "Mamba-2")
@@ -116,14 +119,15 @@ def transformers_mamba(names: Collection[str], config: Mapping[str, Any]) -> Lay
             "dt_limit": _range(config["time_step_limit"]),
         }
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        expects["hidden_act"] = config["hidden_act"]  # which no mixer here has
-    tied = config.get("tie_word_embeddings", kind == "Mamba1")  # as transformers' two configurations have it
+        expects["hidden_act"] = config["hidden_act"]  # no mixer here supports it
+    tied = config.get("tie_word_embeddings", kind == "Mamba1")  # the defaults of transformers' two configurations
     equal = {"lm_head.weight": "backbone.embeddings.weight"} if tied else {}
-    return replace(HF_LAYOUT, equal=equal, expects=_expects(kind, expects, config.get("layer_norm_epsilon", 1e-5)))
+    expects = _expected_attributes(kind, expects, config.get("layer_norm_epsilon", 1e-5))
+    return replace(HF_LAYOUT, equal=equal, expects=expects)
 
 
 class _OneOf:
-    """Equal to each of some values."""
+    """Equal to any of several values."""
 
     def __init__(self, *values: object) -> None:
         self.values = tuple(dict.fromkeys(values))
@@ -136,32 +140,29 @@ class _OneOf:
 
 
 def _require_model_options(config: Mapping[str, Any], names: Collection[str]) -> None:
-    """Check the options of a state-spaces config beside `ssm_cfg`.
+    """Check the options of a state-spaces config other than `ssm_cfg`.
 
     Raises:
-        CheckpointError: one is unknown, describes another model than the tensors, or none that is built here.
+        CheckpointError: an option is unknown, contradicts the tensors, or has an unsupported value.
     """
     if unknown := sorted(config.keys() - MODEL_OPTIONS):
         known = ", ".join(sorted(MODEL_OPTIONS))
-        raise CheckpointError(
-            f"the config.json beside it has options that are unknown here: {', '.join(unknown)}; known are {known}"
-        )
+        raise CheckpointError(f"its config.json has unknown options: {', '.join(unknown)}. Allowed: {known}")
     layers = len({name.split(".")[2] for name in names if name.startswith("backbone.layers.")})
     if config.get("n_layer", layers) != layers:
-        raise CheckpointError(f"the config.json beside it says n_layer {config['n_layer']}, the tensors have {layers}")
+        depth = config["n_layer"]
+        raise CheckpointError(f"its config.json has n_layer {depth}, but the tensors have {layers} layers")
     if not str(config.get("model_type", "mamba")).startswith("mamba"):
         raise CheckpointError(
-            f"the config.json beside it has model_type {config['model_type']!r}, not that of mamba-ssm"
+            f"its config.json has model_type {config['model_type']!r}, but mamba-ssm's start with 'mamba'"
         )
-    for key, allowed in ONLY.items():
+    for key, allowed in FIXED_OPTIONS.items():
         if config.get(key, allowed) != allowed:
-            raise CheckpointError(
-                f"the config.json beside it has {key} = {config[key]!r}; only {allowed!r} is supported"
-            )
+            raise CheckpointError(f"its config.json has {key} = {config[key]!r}; only {allowed!r} is supported")
 
 
 def _kind(names: Collection[str]) -> str:
-    """Which layer the tensors are of; only one of the two has a step size bias apart."""
+    """Layer type of the tensors; only Mamba-2 has a separate step size bias."""
     return "Mamba2" if any(name.endswith(".mixer.dt_bias") for name in names) else "Mamba1"
 
 
@@ -169,7 +170,7 @@ def _range(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _expects(kind: str, of_mixers: Mapping[str, Any], eps: float) -> dict[str, Any]:
+def _expected_attributes(kind: str, mixer: Mapping[str, Any], eps: float) -> dict[str, Any]:
     norms = ["norm_f", "layers.0.norm", *(["layers.0.mixer.norm"] if kind == "Mamba2" else [])]
-    expects = {f"layers.0.mixer.{name}": value for name, value in of_mixers.items()}
+    expects = {f"layers.0.mixer.{name}": value for name, value in mixer.items()}
     return expects | {f"{name}.eps": eps for name in norms}

@@ -1,4 +1,4 @@
-"""Decoder language models made of recurrent mixers."""
+"""Decoder-only language models built from recurrent mixers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ssmvl.ops.checks import check_rows
 
 __all__ = ["MambaLM", "Mamba1LM"]
 
-STRETCH = 1024  # positions of a prefill that pass through the layers at once
+PREFILL_CHUNK = 1024  # positions of a prefill that pass through the layers at once
 
 
 class MambaLM(nn.Module):
@@ -32,12 +32,12 @@ class MambaLM(nn.Module):
 
     Args:
         width: D.
-        num_layers: blocks.
-        num_tokens: ids of the tokenizer; checked against it when it is loaded.
-        mixer: the blocks' mixer, causal.
-        vocab_multiple: the embedding's rows V are `num_tokens` rounded up to a multiple of this.
-        tied: whether the head is the embedding.
-        weights: `none`, a checkpoint's file or folder, or its id in the hub; see `build_model`.
+        num_layers: number of blocks.
+        num_tokens: number of token ids; compared with the tokenizer when that is loaded.
+        mixer: the causal mixer of each block.
+        vocab_multiple: the embedding has V rows, `num_tokens` rounded up to a multiple of this.
+        tied: whether the head uses the embedding's weight.
+        weights: `none`, a checkpoint's file or directory, or its Hub id; see `build_model`.
 
     Source: arXiv 2405.21060 and arXiv 2312.00752, the language models of both papers.
     """
@@ -59,8 +59,10 @@ class MambaLM(nn.Module):
         self.width, self.num_tokens, self.weights = width, num_tokens, weights
         self.vocab_rows = -(-num_tokens // vocab_multiple) * vocab_multiple
         self.embedding = nn.Embedding(self.vocab_rows, width)
-        nn.init.normal_(self.embedding.weight, std=width**-0.5)  # tied: logits start near unit size
-        blocks = [Block(_decoding(mixer(width=width, num_paths=1)), norm=RMSNorm(width)) for _ in range(num_layers)]
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)  # if tied, logits start near unit scale
+        blocks = [
+            Block(_require_decoding(mixer(width=width, num_paths=1)), norm=RMSNorm(width)) for _ in range(num_layers)
+        ]
         scale_residual(blocks, num_layers)
         self.layers = nn.ModuleList(blocks)
         self.norm_f = RMSNorm(width)
@@ -71,7 +73,7 @@ class MambaLM(nn.Module):
         return self.embedding(ids)
 
     def backbone(self, embeds: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Embeds (B, T, D), segments (B, T) -> hidden (B, T, D), normed."""
+        """Embeds (B, T, D), segments (B, T) -> hidden (B, T, D), after the final norm."""
         x = _residual(embeds)
         for block in self.layers:
             x = block(x, None, segments)
@@ -79,29 +81,31 @@ class MambaLM(nn.Module):
 
     @torch.no_grad()
     def prefill(self, embeds: Tensor, lengths: Tensor, state: RecurrentState) -> Tensor:
-        """Embeds (B, T, D) right-padded, lengths (B,) -> hidden (B, T, D), normed; advances `state`; no gradients.
+        """Embeds (B, T, D) right-padded, lengths (B,) -> hidden (B, T, D), after the final norm.
+
+        Advances `state` in place; no gradients.
 
         Raises:
-            ShapeError: the state belongs to another model, or to other rows, dtype or device, or lengths do not fit.
+            ShapeError: the state has another model, number of rows, dtype or device, or lengths do not fit.
         """
         state.check(self._name, len(embeds), self.embedding.weight)
         check_rows("prefill", embeds.shape[0], embeds.shape[1], lengths, None, embeds.device)
         hidden = embeds.new_empty(embeds.shape, dtype=self.norm_f.weight.dtype)
-        # In stretches, so that beside the result memory does not grow with T: each continues from the last one's state.
-        for start in range(0, max(embeds.shape[1], 1), STRETCH):
-            x = _residual(embeds[:, start : start + STRETCH])
+        # In chunks, each from the state of the previous one: apart from the result, memory does not grow with T.
+        for start in range(0, max(embeds.shape[1], 1), PREFILL_CHUNK):
+            x = _residual(embeds[:, start : start + PREFILL_CHUNK])
             rest = (lengths - start).clamp(0, x.shape[1])
             for block, layer in zip(self.layers, state.layers, strict=True):
                 x = block.prefill(x, rest, layer)
-            hidden[:, start : start + STRETCH] = self.norm_f(x)
+            hidden[:, start : start + PREFILL_CHUNK] = self.norm_f(x)
         return hidden
 
     @torch.no_grad()
     def step(self, embeds: Tensor, state: RecurrentState) -> Tensor:
-        """Embeds (B, D) -> hidden (B, D), normed; advances `state` in place; no gradients.
+        """Embeds (B, D) -> hidden (B, D), after the final norm; advances `state` in place; no gradients.
 
         Raises:
-            ShapeError: the state belongs to another model, or to other rows, dtype or device.
+            ShapeError: the state has another model, number of rows, dtype or device.
         """
         state.check(self._name, len(embeds), self.embedding.weight)
         x = _residual(embeds)
@@ -114,28 +118,28 @@ class MambaLM(nn.Module):
         if self.lm_head is not None:
             return self.lm_head(cast_for(hidden, self.lm_head))
         weight: Tensor = self.embedding.weight
-        if type(self.embedding) is not nn.Embedding:  # an adapter of the embedding changes the head that is tied to it
+        if type(self.embedding) is not nn.Embedding:  # an adapter of the embedding also changes the tied head
             weight = self.embedding(torch.arange(self.vocab_rows, device=hidden.device))
         return F.linear(hidden, weight)
 
     def new_state(
         self, rows: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> RecurrentState:
-        """A state of `rows` rows that has seen nothing; device and dtype default to the weights'."""
+        """The initial state of `rows` rows; device and dtype default to those of the weights."""
         return RecurrentState(self._name, [b.mixer.new_state(rows, device, dtype) for b in self.layers])
 
     def to_transformers(self, end_id: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The model as transformers has it: its tensors by name, and its `config.json`.
+        """Convert to the format of transformers: the tensors by name, and the contents of `config.json`.
 
         Args:
             end_id: id of the end token.
 
         Raises:
-            ContractError: transformers has no such model; says why.
+            ContractError: transformers has no equivalent model; states the reason.
         """
         mixer = self.layers[0].mixer
         if not isinstance(mixer, Mamba1Mixer | Mamba2Mixer):
-            raise ContractError(f"transformers has no language model of {type(mixer).__name__}")
+            raise ContractError(f"transformers has no language model with {type(mixer).__name__} mixers")
         config: dict[str, Any] = {
             "hidden_size": self.width,
             "num_hidden_layers": len(self.layers),
@@ -150,12 +154,14 @@ class MambaLM(nn.Module):
         if isinstance(mixer, Mamba2Mixer):
             if mixer.norm.groups != mixer.num_groups:
                 raise ContractError(
-                    "transformers' Mamba-2 normalizes each group from version 5 on: norm_groups must be num_groups, "
-                    f"which is {mixer.num_groups}, but is {mixer.norm.groups}"
+                    "transformers' Mamba-2 normalizes each group separately from version 5 on: norm_groups must equal "
+                    f"num_groups, which is {mixer.num_groups}, but is {mixer.norm.groups}"
                 )
             if mixer.num_groups > 1:
-                what = "transformers below version 5 normalizes the whole width, so its logits differ for this model"
-                warnings.warn(what, UserWarning, stacklevel=3)
+                message = (
+                    "transformers before version 5 normalizes the whole width, so its logits for this model differ"
+                )
+                warnings.warn(message, UserWarning, stacklevel=3)
             config |= {"model_type": "mamba2", "head_dim": mixer.head_dim, "num_heads": mixer.heads}
             config |= {"n_groups": mixer.num_groups, "time_step_limit": list(mixer.dt_limit)}
         else:
@@ -172,21 +178,21 @@ class MambaLM(nn.Module):
         return f"{type(mixer).__name__} LM, width {self.width}, {len(self.layers)} layers, {', '.join(sizes)}"
 
     def shard_units(self) -> Sequence[nn.Module]:
-        """Each block; never the embedding and the head, which may be one."""
+        """The blocks, without the embedding and the head, which may share one weight."""
         return list(self.layers)
 
 
 class Mamba1LM(MambaLM):
-    """A `MambaLM` of Mamba-1 mixers.
+    """A `MambaLM` with Mamba-1 mixers.
 
     Args:
         width: D.
-        num_layers: blocks.
-        num_tokens: ids of the tokenizer; checked against it when it is loaded.
-        mixer: the blocks' mixer, causal.
-        vocab_multiple: the embedding's rows V are `num_tokens` rounded up to a multiple of this.
-        tied: whether the head is the embedding.
-        weights: `none`, a checkpoint's file or folder, or its id in the hub; see `build_model`.
+        num_layers: number of blocks.
+        num_tokens: number of token ids; compared with the tokenizer when that is loaded.
+        mixer: the causal mixer of each block.
+        vocab_multiple: the embedding has V rows, `num_tokens` rounded up to a multiple of this.
+        tied: whether the head uses the embedding's weight.
+        weights: `none`, a checkpoint's file or directory, or its Hub id; see `build_model`.
     """
 
     def __init__(
@@ -211,16 +217,16 @@ class Mamba1LM(MambaLM):
         )
 
 
-def _decoding(mixer: nn.Module) -> nn.Module:
-    """A mixer that a language model can decode with.
+def _require_decoding(mixer: nn.Module) -> nn.Module:
+    """Return the mixer if a language model can decode with it.
 
     Raises:
         ContractError: it lacks a method; without it the model would train but could not generate.
     """
-    lacking = [name for name in ("prefill", "step", "new_state") if not callable(getattr(mixer, name, None))]
-    if lacking:
-        what = f"the mixer {type(mixer).__name__} lacks {', '.join(lacking)}"
-        raise ContractError(f"{what}, without which a language model cannot generate; see ssmvl.interfaces.Mixer")
+    missing = [name for name in ("prefill", "step", "new_state") if not callable(getattr(mixer, name, None))]
+    if missing:
+        what = f"the mixer {type(mixer).__name__} lacks {', '.join(missing)}"
+        raise ContractError(f"{what}, which a language model needs to generate; see ssmvl.interfaces.Mixer")
     return mixer
 
 

@@ -1,4 +1,4 @@
-"""The state of a recurrent language model: the states of its mixers, collected."""
+"""State of a recurrent language model: the states of all its mixers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FORMAT_VERSION = "1"
 
 
 class RecurrentState:
-    """One state per layer; every tensor has the rows first.
+    """One state per layer; rows are the first axis of every tensor.
 
     Args:
-        model: names the architecture the state belongs to; `write` and `load` refuse any other.
-        layers: each layer's state, a named tuple of tensors.
+        model: name of the architecture that the state belongs to; `write` and `load` reject any other.
+        layers: the state of each layer, a named tuple of tensors.
     """
 
     def __init__(self, model: str, layers: Sequence[NamedTuple]) -> None:
@@ -34,21 +34,21 @@ class RecurrentState:
         return sum(tensor.nbytes for _, tensor in self._named())
 
     def check(self, model: str, rows: int, weight: Tensor) -> None:
-        """Check that this is a state of `model`, of `rows` rows, in the dtype and on the device of its `weight`.
+        """Check that this is a state of `model` with `rows` rows, in the dtype and on the device of its `weight`.
 
         Raises:
-            ShapeError: it is not.
+            ShapeError: one of these differs.
         """
         if model != self.model:
             raise ShapeError(f"a state of {self.model} cannot be used by {model}; make one with its new_state({rows})")
         first: Tensor = self.layers[0][0]
-        own = first.shape[0]
+        own_rows = first.shape[0]
         if (first.dtype, first.device) != (weight.dtype, weight.device):
-            needs = f"{weight.dtype} on {weight.device}"
-            raise ShapeError(f"the model needs a state in {needs}, received one in {first.dtype} on {first.device}")
-        if rows != own:
+            expected = f"{weight.dtype} on {weight.device}"
+            raise ShapeError(f"the model needs a state in {expected}, received one in {first.dtype} on {first.device}")
+        if rows != own_rows:
             raise ShapeError(
-                f"a state of {own} rows cannot take {rows}; make one with new_state({rows}), or use rows()"
+                f"a state of {own_rows} rows cannot be used for {rows}; make one with new_state({rows}), or use rows()"
             )
 
     def rows(self, index: Tensor | Sequence[int]) -> Self:
@@ -59,45 +59,47 @@ class RecurrentState:
         """Overwrite these rows with the rows of `other`.
 
         Raises:
-            ShapeError: `other` belongs to another model, to one of other shapes, or has not one row for each index.
+            ShapeError: `other` belongs to another model, has other shapes, or does not have one row for each index.
         """
         if other.model != self.model:
             raise ShapeError(f"a state of {other.model} cannot be written into a state of {self.model}")
         pairs = list(zip(self._named(), other._named(), strict=True))
-        places, rows = len(self.rows(index).layers[0][0]), other.layers[0][0].shape[0]
-        if places != rows:
-            raise ShapeError(f"{places} rows cannot be overwritten with {rows}; give one index for each row")
-        for (name, mine), (_, theirs) in pairs:
-            if mine.shape[1:] != theirs.shape[1:]:
-                raise ShapeError(f"{name} is {tuple(theirs.shape[1:])} a row there, {tuple(mine.shape[1:])} here")
-        for (_, mine), (_, theirs) in pairs:
-            mine[_index(index, mine)] = theirs.to(mine.dtype)
+        count, rows = len(self.rows(index).layers[0][0]), other.layers[0][0].shape[0]
+        if count != rows:
+            raise ShapeError(f"{count} rows cannot be overwritten with {rows}; pass one index for each row")
+        for (name, target), (_, source) in pairs:
+            if target.shape[1:] != source.shape[1:]:
+                shape, received = tuple(target.shape[1:]), tuple(source.shape[1:])
+                raise ShapeError(f"{name} must have shape {shape} per row, received {received}")
+        for (_, target), (_, source) in pairs:
+            target[_index(index, target)] = source.to(target.dtype)
 
     def clone(self) -> Self:
         """A copy."""
         return type(self)(self.model, [type(s)(*(t.clone() for t in s)) for s in self.layers])
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file, with the model's name and the format's version."""
+        """Save to a safetensors file, with the model's name and the format version."""
         write_tensors(path, dict(self._named()), {"state_format": FORMAT_VERSION, "model": self.model})
 
     def load(self, path: str | Path) -> None:
         """Overwrite this state with a saved one of the same model, rows and dtype.
 
         Raises:
-            CheckpointError: the file holds no such state; says what differs.
+            CheckpointError: the file does not hold such a state; names the difference.
         """
         tensors, metadata = read_tensors(path)
         for key, expected in (("state_format", FORMAT_VERSION), ("model", self.model)):
             if metadata.get(key) != expected:
-                raise CheckpointError(f"{path}: {key} is {metadata.get(key)!r}, this state needs {expected!r}")
-        for name, mine in self._named():
-            theirs = tensors.get(name)
-            if theirs is None or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
-                got = "nothing" if theirs is None else f"{theirs.dtype} {tuple(theirs.shape)}"
-                raise CheckpointError(f"{path}: {name} is {got}, this state needs {mine.dtype} {tuple(mine.shape)}")
-        for name, mine in self._named():
-            mine.copy_(tensors[name])
+                raise CheckpointError(f"{path}: {key} is {metadata.get(key)!r}, but this state needs {expected!r}")
+        for name, target in self._named():
+            saved = tensors.get(name)
+            if saved is None or saved.shape != target.shape or saved.dtype != target.dtype:
+                actual = "missing" if saved is None else f"{saved.dtype} {tuple(saved.shape)}"
+                needed = f"{target.dtype} {tuple(target.shape)}"
+                raise CheckpointError(f"{path}: {name} is {actual}, but this state needs {needed}")
+        for name, target in self._named():
+            target.copy_(tensors[name])
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for i, layer in enumerate(self.layers):
@@ -106,7 +108,7 @@ class RecurrentState:
 
 
 def _index(index: Tensor | Sequence[int], tensor: Tensor) -> Tensor:
-    found = torch.atleast_1d(torch.as_tensor(index, device=tensor.device))
-    if found.is_floating_point() or found.ndim != 1:
-        raise ShapeError(f"rows are chosen by a list of numbers or a mask, received {index}")
-    return found if found.dtype == torch.bool else found.long()
+    indices = torch.atleast_1d(torch.as_tensor(index, device=tensor.device))
+    if indices.is_floating_point() or indices.ndim != 1:
+        raise ShapeError(f"rows must be chosen by a list of integers or a mask, received {index}")
+    return indices if indices.dtype == torch.bool else indices.long()

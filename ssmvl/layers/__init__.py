@@ -1,1 +1,1 @@
-"""Modules made of ops: norms, MLPs, mixers with their state, residual blocks."""
+"""Modules built from the ops: norms, MLPs, mixers with their states, residual blocks."""

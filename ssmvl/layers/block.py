@@ -1,4 +1,4 @@
-"""The residual block that language models and connectors stack."""
+"""Residual block of language models and connectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Block", "scale_residual"]
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)); then, where there is an MLP, x + mlp(mlp_norm(x)). The residual keeps the dtype of x.
+    """x + mixer(norm(x)), then x + mlp(mlp_norm(x)) if there is an MLP. The residual keeps the dtype of x.
 
     Args:
         mixer: a mixer.
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def scale_residual(blocks: Iterable[Block], count: int) -> None:
-    """Scale each mixer's `out_proj` by 1/sqrt(count), so that a residual stream of `count` mixers keeps its size."""
+    """Scale each mixer's `out_proj` by 1/sqrt(count), so that the residual stream of `count` mixers keeps its scale."""
     for block in blocks:
         for name, parameter in block.mixer.named_parameters():
             if name == "out_proj.weight":

@@ -1,4 +1,4 @@
-"""Layers that may be wrapped: called as they are, with adapters, quantized weights, parametrizations and hooks."""
+"""Calls of layers that adapters, quantization, parametrizations or hooks may have changed, without bypassing them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["cast_for", "conv_taps", "is_plain"]
 
 
 def cast_for(x: Tensor, module: nn.Module) -> Tensor:
-    """Cast x to the dtype that a layer computes in: its weight's, or that of a container's first parameter with one.
+    """Cast x to the compute dtype of a layer: that of its weight, or of a container's first floating-point parameter.
 
-    A layer whose weight is not floating point (4 and 8 bits) casts its input itself; x stays as it is.
+    A layer with a quantized weight (4 or 8 bits) casts its input itself; x is returned unchanged.
     """
     weight = getattr(module, "weight", None)
     for parameter in [weight] if isinstance(weight, Tensor) else module.parameters():
@@ -27,7 +27,7 @@ def cast_for(x: Tensor, module: nn.Module) -> Tensor:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Check that reading the weight of a Linear does the same as calling it: nothing wraps, replaces or hooks it."""
+    """Return True if using a Linear's weight is equivalent to calling it: nothing wraps, replaces or hooks it."""
     hooks = (
         layer._forward_pre_hooks,
         layer._forward_hooks,
@@ -38,36 +38,36 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def conv_taps(conv: nn.Conv1d) -> Tensor:
-    """The taps (C, W) of a depthwise convolution, whose layer is not called: the op works on taps.
+    """Return the taps (C, W) of a depthwise convolution. The op uses them directly, so the layer is not called.
 
-    Forward and backward hooks of the layer, which may do no more than watch, do not run.
+    The layer's forward and backward hooks do not run. They raise no error, because they may only observe.
 
     Raises:
-        ContractError: something wraps the layer, or changes its weight when it is called, and would be bypassed.
+        ContractError: something wraps the layer, or changes its weight during a call, and would be bypassed.
     """
     if not isinstance(conv, nn.Conv1d) or (type(conv) is not nn.Conv1d and not is_parametrized(conv)):
         raise ContractError(
             f"the mixer's conv1d is a {type(conv).__name__}, which would be bypassed: the mixer reads its taps and "
-            "does not call it. Leave conv1d out of the layers that adapters or quantization replace"
+            "does not call it. Exclude conv1d from the layers that adapters or quantization replace"
         )
     if conv._forward_pre_hooks or "forward" in conv.__dict__:
         raise ContractError(
-            "the mixer's conv1d has forward pre-hooks or a forward of its own, which would be bypassed: the mixer "
-            "reads its taps and does not call it. Use torch.nn.utils.parametrizations in place of weight_norm, "
-            "spectral_norm or pruning by hooks"
+            "the mixer's conv1d has forward pre-hooks or a replaced forward, which would be bypassed: the mixer reads "
+            "its taps and does not call it. Use torch.nn.utils.parametrizations instead of weight_norm, spectral_norm "
+            "or pruning by hooks"
         )
     return conv.weight.squeeze(1)
 
 
 def per_path(x: Tensor, linear: nn.Module, count: int) -> Tensor:
-    """X (*, count*I) -> (*, count*O): each path's part by its own rows (count*O, I) of a Linear.
+    """X (*, count*I) -> (*, count*O): each path's part of x times the path's rows of a Linear's weight (count*O, I).
 
-    The weight of a plain Linear is read, and its bias left to the caller, who adds it in fp32. Any other layer is
-    called, with its bias, and what it gives for the rows of other paths is dropped.
+    For a plain Linear, the weight is used directly and the bias is left to the caller, who adds it in fp32. Any other
+    layer is called, with its bias, and its outputs for the rows of other paths are dropped.
     """
     if not is_plain(linear):
-        every = linear(x.unflatten(-1, (count, -1))).unflatten(-1, (count, -1))
-        return every.diagonal(dim1=-3, dim2=-2).mT.flatten(-2)
+        outputs = linear(x.unflatten(-1, (count, -1))).unflatten(-1, (count, -1))
+        return outputs.diagonal(dim1=-3, dim2=-2).mT.flatten(-2)
     weight = cast(nn.Linear, linear).weight
     if count == 1:
         return F.linear(x, weight)

@@ -1,4 +1,4 @@
-"""The Mamba-1 mixer over K scan paths, with the state it decodes from."""
+"""Mamba-1 mixer over K scan paths, and its decoding state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Mamba1Mixer"]
 
 
 class Mamba1State(NamedTuple):
-    """What one mixer remembers: conv (B, W-1, E) in the weights' dtype, ssm (B, E, S) in fp32 at least."""
+    """Decoding state of one mixer: conv (B, W-1, E) in the dtype of the weights, ssm (B, E, S) at least in fp32."""
 
     conv: Tensor
     ssm: Tensor
@@ -28,9 +28,9 @@ class Mamba1State(NamedTuple):
 class Mamba1Mixer(nn.Module):
     """Mamba-1: in_proj -> causal conv -> selective scan -> gate SiLU(z) -> out_proj, along K paths at once.
 
-    `in_proj` and `out_proj` are shared by the paths. Paths with parameters of their own (conv, x_proj, dt_proj, A_log
-    and D) fold into the channels (K*E channels, K groups), others into the batch: one gather, one scan, one gather
-    back, however many paths.
+    All paths share `in_proj` and `out_proj`. Paths with their own parameters (conv, x_proj, dt_proj, A_log and D) are
+    folded into the channels (K*E channels, K groups), paths with shared parameters into the batch. Any number of paths
+    takes one gather, one scan and one gather back.
 
     Args:
         width: D.
@@ -38,9 +38,9 @@ class Mamba1Mixer(nn.Module):
         d_state: S.
         expand: E / D.
         d_conv: W, taps of the convolution.
-        dt_rank: width of the bottleneck that step sizes come from; ceil(D / 16) if None.
-        path_parameters: whether each path has its own.
-        merge: how the K results, back in raster order, become one before the gate.
+        dt_rank: rank of the projection to step sizes; ceil(D / 16) if None.
+        path_parameters: whether each path has its `own` parameters, or all paths have `shared` ones.
+        merge: how the K results, back in raster order, are combined before the gate.
 
     Source: arXiv 2312.00752 (Mamba); VMamba (arXiv 2401.10166), several paths.
     """
@@ -72,7 +72,7 @@ class Mamba1Mixer(nn.Module):
         """X (B, L, D), K paths of L, segments (B, L) -> (B, L, D).
 
         Raises:
-            ShapeError: `paths` is not one of L positions for each of the mixer's paths, or comes with segments.
+            ShapeError: `paths` does not hold K paths of L positions, or is combined with segments.
         """
         self.folding.check(x.shape[1], paths, segments)
         x, z = self._project(x)
@@ -102,7 +102,7 @@ class Mamba1Mixer(nn.Module):
     def new_state(
         self, rows: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Mamba1State:
-        """A state of `rows` rows that has seen nothing; device and dtype default to the weights'.
+        """The initial state of `rows` rows; device and dtype default to those of the weights.
 
         Raises:
             ShapeError: the mixer has several paths.

@@ -1,4 +1,4 @@
-"""The Mamba-2 mixer over K scan paths, with the state it decodes from."""
+"""Mamba-2 mixer over K scan paths, and its decoding state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssmvl.errors import ShapeError
 from ssmvl.interfaces import Count, Paths
-from ssmvl.layers.discretisation import initial_dt_bias, negative_exp
+from ssmvl.layers.discretization import initial_dt_bias, negative_exp
 from ssmvl.layers.linear import cast_for, conv_taps
 from ssmvl.layers.norm import GatedRMSNorm
 from ssmvl.layers.paths import PathFolding, PathParameters
@@ -21,7 +21,7 @@ __all__ = ["Mamba2Mixer"]
 
 
 class Mamba2State(NamedTuple):
-    """What one mixer remembers: conv (B, W-1, C) in the weights' dtype, ssm (B, H, P, S) in fp32 at least."""
+    """Decoding state of one mixer: conv (B, W-1, C) in the dtype of the weights, ssm (B, H, P, S) at least in fp32."""
 
     conv: Tensor
     ssm: Tensor
@@ -30,9 +30,9 @@ class Mamba2State(NamedTuple):
 class Mamba2Mixer(nn.Module):
     """Mamba-2: in_proj -> causal conv -> SSD -> gated RMSNorm over E -> out_proj, along K paths at once.
 
-    `in_proj`, the norm and `out_proj` are shared by the paths. Paths with parameters of their own (conv, dt_bias, A_log
-    and D) fold into the head axis (K*H heads, K*G groups), others into the batch: one gather, one SSD, one gather back,
-    however many paths.
+    All paths share `in_proj`, the norm and `out_proj`. Paths with their own parameters (conv, dt_bias, A_log and D) are
+    folded into the head axis (K*H heads, K*G groups), paths with shared parameters into the batch. Any number of paths
+    takes one gather, one SSD and one gather back.
 
     Args:
         width: D.
@@ -41,17 +41,17 @@ class Mamba2Mixer(nn.Module):
         head_dim: P; divides expand * width.
         expand: E / D.
         d_conv: W, taps of the convolution.
-        num_groups: G, heads that share B and C; divides the number of heads.
-        norm_groups: parts of E that are normalized apart; num_groups, as in the original code, if None. transformers up
-            to version 4.57 normalizes the whole width, which is 1.
+        num_groups: G, groups of heads that share B and C; divides the number of heads.
+        norm_groups: parts of E that are normalized separately; if None, num_groups, as in the original code.
+            1 normalizes the whole width, as transformers does up to version 4.57.
         dt_limit: lowest and highest step size.
-        dt_init: lowest and highest step size at first. Steps weigh what a head remembers against what it sees now.
-        A_init: lowest and highest -A at first; a head forgets within about 1 / (dt * -A) positions.
-        path_parameters: whether each path has its own.
-        merge: how the K results, back in raster order, become one before `out_proj`.
+        dt_init: lowest and highest initial step size. The step size weighs a head's memory against its current input.
+        A_init: lowest and highest initial -A. A head forgets within about 1 / (dt * -A) positions.
+        path_parameters: whether each path has its `own` parameters, or all paths have `shared` ones.
+        merge: how the K results, back in raster order, are combined before `out_proj`.
 
     Raises:
-        ShapeError: head_dim or norm_groups does not divide E, num_groups does not divide H, or a range is none.
+        ShapeError: head_dim or norm_groups does not divide E, num_groups does not divide H, or a range is invalid.
 
     Source: arXiv 2405.21060 (Mamba-2); ML-Mamba's released connector (several paths).
     """
@@ -100,7 +100,7 @@ class Mamba2Mixer(nn.Module):
         self.channels = channels
         self.in_proj = nn.Linear(width, inner + channels + heads, bias=False)
         self.conv1d = nn.Conv1d(own * channels, own * channels, d_conv, groups=own * channels)
-        # dt_bias, A_log and D of each path start as copies of the first's.
+        # dt_bias, A_log and D of each path start as copies of those of the first.
         self.dt_bias = nn.Parameter(initial_dt_bias(heads, *dt_init).repeat(own))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(*A_init).log().repeat(own))
         self.D = nn.Parameter(torch.ones(own * heads))
@@ -111,7 +111,7 @@ class Mamba2Mixer(nn.Module):
         """X (B, L, D), K paths of L, segments (B, L) -> (B, L, D).
 
         Raises:
-            ShapeError: `paths` is not one of L positions for each of the mixer's paths, or comes with segments.
+            ShapeError: `paths` does not hold K paths of L positions, or is combined with segments.
         """
         self.folding.check(x.shape[1], paths, segments)
         z, xBC, dt = self._project(x)
@@ -130,7 +130,7 @@ class Mamba2Mixer(nn.Module):
         y, ssm = ssd(*inputs, **self._ssd_parameters(), state=state.ssm, lengths=lengths)
         state.conv.copy_(window)
         state.ssm.copy_(ssm)
-        return self._leave(y.flatten(2), z)
+        return self._output(y.flatten(2), z)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
@@ -138,12 +138,12 @@ class Mamba2Mixer(nn.Module):
         z, xBC, dt = self._project(x)
         xBC = causal_conv_step(xBC, self._taps, self.conv1d.bias, state.conv)
         y = ssd_step(*self._ssd_inputs(xBC, dt), state.ssm, **self._ssd_parameters())
-        return self._leave(y.flatten(1), z)
+        return self._output(y.flatten(1), z)
 
     def new_state(
         self, rows: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Mamba2State:
-        """A state of `rows` rows that has seen nothing; device and dtype default to the weights'.
+        """The initial state of `rows` rows; device and dtype default to those of the weights.
 
         Raises:
             ShapeError: the mixer has several paths.
@@ -165,7 +165,7 @@ class Mamba2Mixer(nn.Module):
         z, xBC, dt = projected.split([self.inner, self.channels, self.heads], dim=-1)
         return z, xBC, dt
 
-    def _leave(self, y: Tensor, z: Tensor) -> Tensor:
+    def _output(self, y: Tensor, z: Tensor) -> Tensor:
         return self.out_proj(self.norm(y, z))
 
     def _ssd_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Norms computed in fp32 at least."""
+"""Norms computed at least in fp32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["RMSNorm", "GatedRMSNorm"]
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight over the last axis, computed in fp32 at least; (*, D) -> (*, D) in the weight's dtype.
+    """x / rms(x) * weight over the last axis, computed at least in fp32; (*, D) -> (*, D) in the dtype of the weight.
 
     Args:
         width: D.
@@ -32,10 +32,10 @@ class GatedRMSNorm(RMSNorm):
     Args:
         width: E.
         eps: added to the mean square.
-        groups: parts of the width that are normalised apart; 1 for the whole.
+        groups: number of parts of the width that are normalized separately.
 
     Raises:
-        ShapeError: groups do not divide the width.
+        ShapeError: `groups` does not divide the width.
 
     Source: Mamba-2 (arXiv 2405.21060), the norm before `out_proj`; its groups: §8.
     """
@@ -46,6 +46,6 @@ class GatedRMSNorm(RMSNorm):
             raise ShapeError(f"norm_groups {groups} must divide the inner width {width}")
         self.groups = groups
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]  # a gate more than its base
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]  # takes a gate, unlike its base
         """X (*, E), or (*, K, E) where K paths share the gate; gate (*, E) -> the shape of x."""
         return rms_norm(x, self.weight, self.eps or 0.0, gate, self.groups)

@@ -1,4 +1,4 @@
-"""Mamba-1's selective scan over K paths at once: its parameters, and what the op's arguments are made of."""
+"""Selective scan of Mamba-1 over K paths at once: its parameters, and the arguments of its op."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ssmvl.layers.discretisation import initial_dt_bias, negative_exp
+from ssmvl.layers.discretization import initial_dt_bias, negative_exp
 from ssmvl.layers.linear import is_plain, per_path
 
 __all__ = ["selective_parameters", "selective_arguments"]
@@ -16,15 +16,15 @@ __all__ = ["selective_parameters", "selective_arguments"]
 def selective_parameters(
     inner: int, count: int, *, d_state: int, dt_rank: int
 ) -> tuple[nn.Linear, nn.Linear, nn.Parameter, nn.Parameter]:
-    """x_proj, dt_proj, A_log and D of `count` paths, each path's rows one after the other.
+    """Create x_proj, dt_proj, A_log and D for `count` paths, with the rows of the paths concatenated.
 
-    Step sizes, A and D of every path start alike; x_proj and dt_proj.weight differ.
+    dt_proj.bias, A_log and D start equal for all paths; x_proj and dt_proj.weight differ.
 
     Args:
         inner: E.
-        count: K, sets of parameters.
+        count: K, number of parameter sets.
         d_state: S.
-        dt_rank: width of the bottleneck that step sizes come from.
+        dt_rank: rank of the projection to step sizes.
 
     Source: arXiv 2312.00752 (Mamba), §3.6; VMamba (arXiv 2401.10166), several paths.
     """
@@ -40,14 +40,14 @@ def selective_parameters(
 def selective_arguments(
     x: Tensor, x_proj: nn.Module, dt_proj: nn.Module, A_log: Tensor, D: Tensor, count: int
 ) -> dict[str, Any]:
-    """X (*, K*E) and the parameters of K = `count` paths -> arguments of `selective_scan` and of its step.
+    """X (*, K*E) and the parameters of K = `count` paths -> arguments of `selective_scan` and `selective_scan_step`.
 
-    x and dt are (*, K*E), A (K*E, S), B and C (*, K, S): K groups of channels. The bias of a plain `dt_proj` is added
-    by the op, in fp32; that of a wrapped one (adapters, quantized weights) by the layer.
+    x and dt are (*, K*E), A is (K*E, S), B and C are (*, K, S): K groups of channels. The op adds the bias of a plain
+    `dt_proj`, in fp32; a wrapped `dt_proj` (adapters, quantized weights) adds its bias itself.
     """
     size = A_log.shape[1]
     projected = per_path(x, x_proj, count)
-    if is_plain(x_proj) and x_proj.bias is not None:  # ours has none
+    if is_plain(x_proj) and x_proj.bias is not None:  # ours has no bias
         projected = projected + cast(Tensor, x_proj.bias)
     projected = projected.unflatten(-1, (count, -1))
     dt, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)

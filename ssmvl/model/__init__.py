@@ -1,1 +1,1 @@
-"""The vision-language model: built from a recipe, loaded, saved, and its costs."""
+"""Vision-language model: building it from a recipe, loading, saving, and its costs."""

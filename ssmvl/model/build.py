@@ -1,4 +1,4 @@
-"""Models built from recipes, with or without weights."""
+"""Building of models from recipes, with or without weights."""
 
 from __future__ import annotations
 
@@ -47,47 +47,47 @@ def build_model(
     """Build the model of a recipe.
 
     Args:
-        recipe: a name, a YAML file, a saved folder, a recipe, or what `ssmvl.check` returns.
-        overrides: `"model.connector.scan_order=csm"`, applied one by one.
-        device: where the parameters lie; `meta` builds shapes only.
-        dtype: of the parameters, fp32 if None.
-        weights: `none` keeps initial weights and fetches nothing. `recipe` loads those that the recipe's parts name.
-            Anything else is a checkpoint of a whole model, in a layout that is registered as a `checkpoint`: a file, a
-            folder, or an id in the hub, after `unwrap:` if the prefixes of wrappers are to be stripped from its names.
-            Encoders that such a file does not hold load their own. Where the recipe that a model was saved with lies
-            beside its weights, it must describe the same encoders, fusion, connector and language model.
-        verify: whether a folder's files are compared with the digests they were saved with (`SHA256SUMS`). That reads
-            them once more: False saves it for a huge model.
+        recipe: a name, a YAML file, the directory of a saved model, a recipe, or the result of `ssmvl.check`.
+        overrides: such as `"model.connector.scan_order=csm"`, applied in order.
+        device: device of the parameters; `meta` builds shapes only.
+        dtype: of the parameters; None means fp32.
+        weights: `none` keeps initial weights and downloads nothing. `recipe` loads the weights named by the recipe's
+            parts. Anything else is a checkpoint of a whole model in a layout registered as a `checkpoint`: a file, a
+            directory or a Hub id. The prefix `unwrap:` strips the prefixes of wrappers from its tensor names. Encoders
+            that are missing from the checkpoint load their own weights. If the recipe of a saved model is next to the
+            weights, it must describe the same encoders, fusion, connector and language model.
+        verify: whether the files of a directory are compared with the digests saved with them (`SHA256SUMS`). This
+            reads them once more; False skips it, for a huge model.
 
     Returns:
         The model, in training mode.
 
     Raises:
-        RecipeError: every mistake of the recipe, before any weight is allocated.
+        RecipeError: the recipe has mistakes; lists all of them, before any weight is allocated.
         CheckpointError: weights are missing or do not fit.
     """
     blueprint = Blueprint.of(recipe, *overrides)
     if device is not None and torch.device(device).type == "meta":
         if weights != "none":
-            raise CheckpointError(f"a model on meta holds no weights, but weights={str(weights)!r} was asked for")
+            raise CheckpointError(f"a model on meta has no weights, but weights is {str(weights)!r}")
         with torch.device("meta"), _default_dtype(dtype):
             return blueprint.assemble() if blueprint is recipe or dtype else blueprint.model
-    weights_named = weights != "none"
+    load_own = weights != "none"
     if not isinstance(weights, list):
         weights = opened_weights(blueprint, weights, verify=verify)
-    everything = any(one.fills_model for one in weights)
-    with torch.device(device or "cpu"), _default_dtype(dtype), _NoInitialValues() if everything else nullcontext():
+    complete = any(opened.fills_model for opened in weights)
+    with torch.device(device or "cpu"), _default_dtype(dtype), _NoInitialValues() if complete else nullcontext():
         model = blueprint.assemble()
-    for one in weights:
-        one.copy_into(model)
-    for encoder in model.encoders.values() if weights_named and not everything else ():
-        if hasattr(encoder, "load_weights"):  # as ssmvl 0.1 had them
+    for opened in weights:
+        opened.copy_into(model)
+    for encoder in model.encoders.values() if load_own and not complete else ():
+        if hasattr(encoder, "load_weights"):  # an encoder written for ssmvl 0.1
             encoder.load_weights()
     return model
 
 
 def opened_weights(blueprint: Blueprint, name: str | Path, *, verify: bool = True) -> StartingWeights:
-    """The files that a model starts from, opened and compared with the model, before any weight is allocated.
+    """Open a model's pretrained weights and compare them with the model, before any weight is allocated.
 
     Args:
         blueprint: of the model.
@@ -97,51 +97,51 @@ def opened_weights(blueprint: Blueprint, name: str | Path, *, verify: bool = Tru
     Raises:
         CheckpointError: a file is missing or does not fit.
     """
-    opened = starting_weights(blueprint.model, name, verify=verify)
-    for one in opened:
-        if one.layout is NATIVE_LAYOUT:  # written by us
-            require_same_model(Path(one.source).with_name("recipe.yaml"), blueprint)
-        one.check(blueprint.model.get_submodule(one.part))
-    return opened
+    weights = starting_weights(blueprint.model, name, verify=verify)
+    for opened in weights:
+        if opened.layout is NATIVE_LAYOUT:  # saved by ssmvl
+            require_same_model(Path(opened.source).with_name("recipe.yaml"), blueprint)
+        opened.check(blueprint.model.get_submodule(opened.part))
+    return weights
 
 
 def build_processor(recipe: Recipe | Blueprint, model: VisionLanguageModel, folder: Path | None = None) -> Processor:
-    """The processor of a model.
+    """Create the processor of a model.
 
     Args:
         recipe: names the prompt and the tokenizer.
-        model: states how many places an image needs; may be on `meta`.
-        folder: a saved folder, whose own tokenizer is used.
+        model: determines the number of image places per image; may be on `meta`.
+        folder: directory of a saved model, whose tokenizer is used instead of the recipe's.
 
     Raises:
-        CheckpointError: the tokenizer cannot be found, fetched or read.
-        ContractError: the tokenizer has another number of ids than the language model.
+        CheckpointError: the tokenizer cannot be found, downloaded or read.
+        ContractError: the tokenizer and the language model have different numbers of ids.
     """
     return Blueprint.of(recipe).processor_for(model, folder)
 
 
 def require_same_settings(model: nn.Module, described: VisionLanguageModel) -> None:
-    """Check that a model, whose parts may be wrapped, has the settings of its recipe, which tensors do not show.
+    """Check that a model has the settings of its recipe that tensors do not show.
 
     Args:
-        model: to be saved.
-        described: the model of the recipe, on `meta`.
+        model: the model to save; its parts may be wrapped.
+        described: the recipe's model, on `meta`.
 
     Raises:
-        CheckpointError: a setting differs, such as the eps of a norm; names each.
+        CheckpointError: settings differ, such as the eps of a norm; lists all of them.
     """
-    wrapper = re.compile(r"(^|\.)(_orig_mod|module)(?=\.|$)")  # of torch.compile and of data parallel
-    ours = {wrapper.sub("", name).lstrip("."): value for name, value in module_settings(model).items()}
-    given = {name: value for name, value in module_settings(described).items() if name in ours}
-    own = {name: ours[name] for name in given}
-    require_same("the model has other settings than its recipe", own, given, other="the recipe")
+    wrapper = re.compile(r"(^|\.)(_orig_mod|module)(?=\.|$)")  # of torch.compile and data parallelism
+    settings = {wrapper.sub("", name).lstrip("."): value for name, value in module_settings(model).items()}
+    needed = {name: value for name, value in module_settings(described).items() if name in settings}
+    own = {name: settings[name] for name in needed}
+    require_same("the model's settings differ from those of its recipe", own, needed, other="the recipe")
 
 
 def require_same_model(path: Path, blueprint: Blueprint) -> None:
-    """Compare with the recipe that our own weights were saved with, if it is there: shapes do not show everything.
+    """Compare a model with the recipe saved next to its weights, if that exists: shapes do not show everything.
 
     Raises:
-        CheckpointError: that recipe describes another model, or cannot be built.
+        CheckpointError: the saved recipe describes a different model, or cannot be built.
     """
     if not path.is_file():
         return
@@ -154,29 +154,29 @@ def require_same_model(path: Path, blueprint: Blueprint) -> None:
             return
         other = Blueprint.of(described).model
     except RecipeError as error:
-        raise CheckpointError(f"{path}, which the weights were saved with, cannot be built: {error}") from error
+        raise CheckpointError(f"{path}, the recipe saved with the weights, cannot be built: {error}") from error
     require_same(
-        f"{path.parent} holds weights of another model than {recipe.source}",
-        _what_counts(blueprint.model),
-        _what_counts(other),
-        "write into the recipe what they were saved with, or build from the folder itself",
+        f"{path.parent} holds weights of a different model than {recipe.source}",
+        _answer_settings(blueprint.model),
+        _answer_settings(other),
+        "change the recipe to match the saved one, or build from the directory itself",
     )
 
 
-def _what_counts(model: VisionLanguageModel) -> dict[str, object]:
-    """The settings that answers depend on; of a scan order its paths, whatever it is called."""
-    found = module_settings(model)
+def _answer_settings(model: VisionLanguageModel) -> dict[str, object]:
+    """Return the settings that answers depend on. Scan orders are compared by their paths, not their names."""
+    settings = module_settings(model)
     for part in ("language", *(f"encoders.{name}" for name in model.encoders)):
-        found.pop(f"{part}.weights", None)
+        settings.pop(f"{part}.weights", None)
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if isinstance(value, PathTables):
-                found[f"{name}.{key}.order"] = _Order(found[f"{name}.{key}.order"], value)
-    return found
+                settings[f"{name}.{key}.order"] = _Order(settings[f"{name}.{key}.order"], value)
+    return settings
 
 
 class _Order:
-    """A scan order, equal to another that gives the same paths."""
+    """A scan order that equals any other with the same paths."""
 
     def __init__(self, name: object, tables: PathTables) -> None:
         self.name, self.paths = name, tables(tables.grid, torch.device("cpu")).order.tolist()
@@ -190,9 +190,9 @@ class _Order:
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """Parameters are made in `dtype`, never in fp32 first: a model that fits is not built at twice its size.
+    """Create parameters directly in `dtype`, not in fp32 first, which could take twice the memory.
 
-    It is torch's default for all threads, so models are built one at a time.
+    The default dtype applies to all threads, so models are built one at a time.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
@@ -203,7 +203,7 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 class _NoInitialValues(TorchFunctionMode):
-    """Leaves out the drawing of random values, where every one of them is overwritten."""
+    """Skips random initialization, for models whose weights are all overwritten."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in RANDOM:

@@ -1,4 +1,4 @@
-"""The files that a model starts from: found, opened, recognized among the layouts, compared with their parts."""
+"""Pretrained weights of a model: find and open files, recognize their layout, compare them with their parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ssmvl.model.vlm import VisionLanguageModel
 from ssmvl.plugins import components
 
 UNWRAP = "unwrap:"
-PARTS = {  # contents of a file of each part, and the key of a recipe that names it
+PARTS = {  # by part: what such a file holds, and the option that names it
     "language": ("a language model", "model.language.weights"),
     "encoder": ("an encoder", "model.encoders.NAME.weights"),
     "model": ("a whole model", "init_from of a stage, or weights= of build_model"),
@@ -31,21 +31,21 @@ class Weights:
     """An opened checkpoint, its layout, and the part of a model that it fills.
 
     Attributes:
-        found: the file.
+        checkpoint: the opened file.
         layout: its layout.
         part: dotted name of the part; empty for a whole model.
-        fitted: the tensors for that part, once they were compared with it.
+        fitted: the tensors for that part, after they have been compared with it.
     """
 
-    found: OpenedCheckpoint
+    checkpoint: OpenedCheckpoint
     layout: Layout
     part: str = ""
     fitted: Fitted = field(default_factory=dict)
 
     @property
     def source(self) -> str:
-        """The file, for messages."""
-        return self.found.source
+        """Path of the file, for messages."""
+        return self.checkpoint.source
 
     @property
     def fills_model(self) -> bool:
@@ -53,28 +53,28 @@ class Weights:
         return self.layout.part == "model" and not self.layout.absent
 
     def check(self, module: nn.Module) -> None:
-        """Compare them with the part that the layout is of, which may be on `meta`.
+        """Compare the tensors with the part that the layout describes, which may be on `meta`.
 
         Raises:
-            CheckpointError: they do not fit.
+            CheckpointError: the tensors do not fit.
         """
         try:
-            self.fitted = self.layout.fit(module, self.found.tensors, self.source)
+            self.fitted = self.layout.fit(module, self.checkpoint.tensors, self.source)
         except CheckpointError as error:
-            advice = _advice(self.found) if self.layout.part == "encoder" else ""  # `model.` may be meant elsewhere
+            advice = _advice(self.checkpoint) if self.layout.part == "encoder" else ""  # others may have prefixes
             raise CheckpointError(f"{error}{advice}") from error
 
     def load(self, module: nn.Module) -> None:
-        """Copy them into the part that the layout is of, cast to its dtypes.
+        """Copy the tensors into the part that the layout describes, cast to its dtypes.
 
         Raises:
-            CheckpointError: they do not fit; nothing was copied.
+            CheckpointError: the tensors do not fit; nothing is copied.
         """
         self.check(module)
         copy_fitted(module, self.fitted)
 
     def copy_into(self, model: VisionLanguageModel) -> None:
-        """Copy them into a model equal to the one they were compared with."""
+        """Copy the tensors into a model equal to the one that they were compared with."""
         copy_fitted(model.get_submodule(self.part), self.fitted)
 
 
@@ -82,11 +82,11 @@ StartingWeights = list[Weights]
 
 
 def starting_weights(model: VisionLanguageModel, name: str | Path, *, verify: bool = True) -> StartingWeights:
-    """Open every file that a model starts from.
+    """Open all pretrained weights of a model.
 
     Args:
         model: on `meta`.
-        name: `none`, `recipe` for those that the parts name, or a checkpoint of a whole model.
+        name: `none`, `recipe` for the weights that the parts name, or a checkpoint of a whole model.
         verify: see `open_checkpoint`.
 
     Raises:
@@ -99,13 +99,13 @@ def starting_weights(model: VisionLanguageModel, name: str | Path, *, verify: bo
     if name != "recipe":
         named.pop("language", None)
         opened.append(open_weights(name, "model", verify=verify))
-    if not any(one.fills_model for one in opened):
+    if not any(weights.fills_model for weights in opened):
         opened += [open_part(model, part, verify=verify) for part in named]
     return opened
 
 
 def parts_with_weights(model: VisionLanguageModel) -> dict[str, str]:
-    """The weights that parts of a model name, by part: `language`, `encoders.NAME`."""
+    """Return the weights that parts of a model name, by part: `language`, `encoders.NAME`."""
     parts: dict[str, Any] = {"language": model.language}
     own = {name: encoder for name, encoder in model.encoders.items() if not hasattr(encoder, "load_weights")}
     parts |= {f"encoders.{name}": encoder for name, encoder in own.items()}
@@ -113,10 +113,10 @@ def parts_with_weights(model: VisionLanguageModel) -> dict[str, str]:
 
 
 def open_part(model: VisionLanguageModel, part: str, *, verify: bool = True) -> Weights:
-    """Open the file that a part of a model names.
+    """Open the file of weights that a part of a model names.
 
     Raises:
-        CheckpointError: it is missing or not recognized.
+        CheckpointError: the file is missing or not recognized.
     """
     module: Any = model.get_submodule(part)
     kind: Literal["language", "encoder"] = "language" if part == "language" else "encoder"
@@ -132,75 +132,75 @@ def open_weights(
     *,
     verify: bool = True,
 ) -> Weights:
-    """Open a checkpoint and recognize its layout; no tensor is read yet.
+    """Open a checkpoint and recognize its layout. Reads no tensor yet.
 
     Args:
-        name: a file, a folder, or the id of a model in the hub, which is fetched; after `unwrap:` if the prefixes that
-            wrappers add to names are to be stripped.
-        part: what it is to fill.
-        own: gives the layout where the part has its own; else it is recognized among the registered ones.
-        verify: whether files are compared with the digests beside them, see `open_checkpoint`.
+        name: a file, a directory, or a Hub id, which is downloaded. The prefix `unwrap:` strips the prefixes that
+            wrappers add to tensor names.
+        part: the part to fill.
+        own: returns the layout if the part has its own; if None, the registered layouts are tried.
+        verify: whether files are compared with the digests next to them, see `open_checkpoint`.
 
     Raises:
-        CheckpointError: it cannot be found or read, no registered layout or more than one recognizes it, the config
-            that its layout needs is not beside it, or its layout fills another part.
+        CheckpointError: the checkpoint cannot be found or read, is not recognized by exactly one registered layout,
+            lacks the config that its layout needs, or has the layout of another part.
     """
     unwrap = str(name).startswith(UNWRAP)
-    place = str(name).removeprefix(UNWRAP) if unwrap else name
-    path = local(place, "*.safetensors", "*.json", "recipe.yaml", DIGESTS_FILE)
+    source = str(name).removeprefix(UNWRAP) if unwrap else name
+    path = local(source, "*.safetensors", "*.json", "recipe.yaml", DIGESTS_FILE)
     if path.is_dir() and not any(path.glob("*.safetensors")):
-        path = local(place, "*.bin", "*.pt", "*.pth", "*.json")  # in the hub, an older model
-    found = open_checkpoint(path, verify=verify, unwrap=unwrap)
-    layout = _recognized(found) if own is None else _own_layout(own, found)
+        path = local(source, "*.bin", "*.pt", "*.pth", "*.json")  # an older model on the Hub
+    checkpoint = open_checkpoint(path, verify=verify, unwrap=unwrap)
+    layout = _recognize(checkpoint) if own is None else _own_layout(own, checkpoint)
     if layout.part != part:
-        noun, where = PARTS[layout.part]
-        raise CheckpointError(f"{found.source}: this file holds {noun}; load it with {where}")
-    return Weights(found, layout)
+        noun, option = PARTS[layout.part]
+        raise CheckpointError(f"{checkpoint.source}: this file holds {noun}; load it with {option}")
+    return Weights(checkpoint, layout)
 
 
-def _own_layout(own: Callable[[Collection[str], Mapping[str, Any]], Layout], found: OpenedCheckpoint) -> Layout:
+def _own_layout(own: Callable[[Collection[str], Mapping[str, Any]], Layout], checkpoint: OpenedCheckpoint) -> Layout:
     try:
-        return own(found.tensors.keys(), found.config)
+        return own(checkpoint.tensors.keys(), checkpoint.config)
     except CheckpointError as error:
-        raise CheckpointError(f"{found.source}: {error}") from error
-    except (Exception, SystemExit) as error:  # foreign code, which a strange config may break anywhere
-        what = f"the config beside it does not describe such a model ({foreign(error)})"
-        raise CheckpointError(f"{found.source}: {what}") from error
+        raise CheckpointError(f"{checkpoint.source}: {error}") from error
+    except (Exception, SystemExit) as error:  # third-party code, which an unusual config may break anywhere
+        what = f"the config next to it does not describe such a model ({foreign(error)})"
+        raise CheckpointError(f"{checkpoint.source}: {what}") from error
 
 
-def _recognized(found: OpenedCheckpoint) -> Layout:
-    """The one registered layout that recognizes a checkpoint."""
-    layouts, failures, refused = {}, "", []
-    registered = components().names("checkpoint")
-    for known in registered:
+def _recognize(checkpoint: OpenedCheckpoint) -> Layout:
+    """Return the one registered layout that recognizes a checkpoint."""
+    layouts, failures, rejections = {}, "", []
+    registered, names, config = components().names("checkpoint"), checkpoint.tensors.keys(), checkpoint.config
+    for kind in registered:
         try:
-            layout = components().find("checkpoint", known).load()(names=found.tensors.keys(), config=found.config)
+            layout = components().find("checkpoint", kind).load()(names=names, config=config)
             if not (layout is None or isinstance(layout, Layout)):
-                raise ContractError(f"it must give a Layout or None, gave {layout!r}")
-        except CheckpointError as error:  # its kind of file, but not one that it can read
-            refused.append(str(error))
+                raise ContractError(f"it must return a Layout or None, returned {layout!r}")
+        except CheckpointError as error:  # recognized, but not readable
+            rejections.append(str(error))
             continue
-        except (Exception, SystemExit) as error:  # foreign code: it breaks no other layout
-            failures += f"\ncheckpoint {known!r} failed: {foreign(error)}"
+        except (Exception, SystemExit) as error:  # third-party code must not break other layouts
+            failures += f"\ncheckpoint {kind!r} failed: {foreign(error)}"
             continue
         if layout is not None:
-            layouts[known] = layout
-    if refused and not layouts:
-        raise CheckpointError(f"{found.source}: {'; '.join(refused)}")
+            layouts[kind] = layout
+    if rejections and not layouts:
+        raise CheckpointError(f"{checkpoint.source}: {'; '.join(rejections)}")
     if len(layouts) != 1:
         what = f"{' and '.join(layouts)} all recognize" if layouts else "no registered layout recognizes"
-        first = short(", ".join(sorted(found.tensors)[:3]))
-        kind = found.config.get("model_type")
-        config = f"; its config.json has model_type {kind!r}" if kind and not layouts else ""
+        first = short(", ".join(sorted(names)[:3]))
+        model_type = config.get("model_type")
+        hint = f"; its config.json has model_type {model_type!r}" if model_type and not layouts else ""
         raise CheckpointError(
-            f"{found.source}: {what} its names ({first}, …){config}. Layouts: {', '.join(registered)}{failures}"
-            + _advice(found)
+            f"{checkpoint.source}: {what} its names ({first}, …){hint}. Layouts: {', '.join(registered)}{failures}"
+            + _advice(checkpoint)
         )
     (layout,) = layouts.values()
     return layout
 
 
-def _advice(found: OpenedCheckpoint) -> str:
-    """Advice for a file whose names all begin with the prefix of a wrapper; empty for others."""
-    prefix = wrapper_of(found.tensors)
+def _advice(checkpoint: OpenedCheckpoint) -> str:
+    """Return advice for a file whose names all begin with the prefix of a wrapper; empty for others."""
+    prefix = wrapper_of(checkpoint.tensors)
     return f"\nEach name begins with {prefix!r}, which a wrapper adds; {UNWRAP}PATH strips it" if prefix else ""

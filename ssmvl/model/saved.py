@@ -1,4 +1,4 @@
-"""The folder a model is saved in: weights, recipe, tokenizer, format version and model card; whole or not at all."""
+"""Saved models: directories with weights, recipe, tokenizer, format version and model card, written atomically."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ssmvl import __version__
@@ -26,7 +27,7 @@ from ssmvl.recipes.binding import components_in
 from ssmvl.recipes.merge import Recipe
 from ssmvl.registry import Plugin
 
-FORMAT_VERSION = 2  # 1: texts did not begin with what the tokenizer's post-processor puts before them
+FORMAT_VERSION = 2  # 1: texts lacked the tokens that the tokenizer's post-processor prepends
 CARD_FILE = "README.md"
 OURS = "<!-- Written by ssmvl. Saving again writes it anew, unless this line is deleted. -->"
 CARD = """---
@@ -44,7 +45,7 @@ language model {language}; prompt {prompt}. `recipe.yaml` says how it is built a
 ```python
 import ssmvl
 
-assistant = ssmvl.load("path or id of this folder")
+assistant = ssmvl.load("path or id of this directory")
 print(assistant.generate(["What is in the image?"], ["image.png"]))
 ```
 """
@@ -57,9 +58,9 @@ def save_folder(
     processor: Processor,
     model: nn.Module | None = None,
 ) -> None:
-    """Write what `saved_folder` finds; an older such folder stays until the new one is complete.
+    """Write a saved model, which `saved_folder` finds. An older one stays until the new one is complete.
 
-    A model card that lies there and is not ours stays.
+    A model card in the directory without our marker is kept.
 
     Raises:
         CheckpointError: see `write_files` and `require_loadable`.
@@ -73,17 +74,17 @@ def save_folder(
         "torch": torch.__version__,
         "plugins": plugins_of(blueprint),
     }
-    ours = _card(blueprint.recipe)
+    generated = _card(blueprint.recipe)
     texts = {
         "recipe.yaml": blueprint.recipe.to_yaml(),
-        CARD_FILE: card.read_bytes().decode(errors=BYTES) if card.is_file() and not is_ours(card) else ours,
+        CARD_FILE: card.read_bytes().decode(errors=BYTES) if card.is_file() and not is_ours(card) else generated,
         ABOUT_FILE: json.dumps(about, indent=2) + "\n",
     }
     write_files(folder, own, texts | tokenizer_files(processor))
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model, without the names of wrappers (torch.compile, DDP, DataParallel) around its parts."""
+    """Return a model's state dict without the name prefixes of torch.compile, DDP and DataParallel around its parts."""
     wrappers = [
         f"{name}." if name else ""
         for name, module in model.named_modules()
@@ -105,22 +106,22 @@ def require_loadable(
     processor: Processor,
     model: nn.Module | None = None,
 ) -> dict[str, Tensor]:
-    """Check that what is saved can be loaded with the recipe: names, shapes, finite values, tokenizer and prompt.
+    """Check that a model can be loaded with its recipe: names, shapes, finite values, tokenizer and prompt.
 
     Args:
         folder: for messages.
-        tensors: of the model, by name.
+        tensors: the model's, by name.
         blueprint: of the recipe that is saved with them.
         processor: saved with them.
-        model: if given, its settings are compared with the recipe's too.
+        model: if given, its settings are also compared with the recipe's.
 
     Returns:
         The tensors to write. Tied ones appear once, under their first name. Others that share memory are copied.
 
     Raises:
-        CheckpointError: it cannot be loaded; says why.
+        CheckpointError: the model could not be loaded; states the reason.
     """
-    what = f"{folder} is not written"
+    what = f"{folder} was not written"
     others = [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]
     if others:
         raise CheckpointError(
@@ -128,68 +129,67 @@ def require_loadable(
         )
     described = blueprint.model
     try:
-        NATIVE_LAYOUT.check(described, tensors, f"{what}: what should be saved")
+        NATIVE_LAYOUT.check(described, tensors, f"{what}: the state dict to save")
         if model is not None:
             require_same_settings(model, described)
     except CheckpointError as error:
         advice = "merge adapters (merge_and_unload), and remove parametrizations, weight_norm and pruning first"
-        told = str(error) if str(error).startswith(what) else f"{what}: {error}"
-        raise CheckpointError(f"{told}\n{advice}; another model needs its own recipe") from error
+        message = str(error) if str(error).startswith(what) else f"{what}: {error}"
+        raise CheckpointError(f"{message}\n{advice}; a different model needs its own recipe") from error
     if any(tensor.is_meta for tensor in tensors.values()):
-        raise CheckpointError(f"{what}: a model on meta holds no weights")
-    wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if wrong:
+        raise CheckpointError(f"{what}: a model on meta has no weights")
+    not_finite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if not_finite:
         raise CheckpointError(
-            f"{what}: {len(wrong)} of {len(tensors)} tensors are not finite: {short(', '.join(wrong[:5]))}"
+            f"{what}: {len(not_finite)} of {len(tensors)} tensors are not finite: {short(', '.join(not_finite[:5]))}"
         )
     ids, allowed = processor.tokenizer.get_vocab_size(), described.language.num_tokens
     if ids != allowed:
-        raise CheckpointError(f"{what}: the tokenizer has {ids} ids, the language model {allowed}")
+        raise CheckpointError(f"{what}: the tokenizer has {ids} ids, but the language model has {allowed}")
     prompt, given = cast(Prompt, blueprint.parts.prompt()), processor.prompt
     if type(prompt) is not type(given) or vars(prompt) != vars(given):
-        names = f"{type(processor.prompt).__name__}, the recipe's is {type(prompt).__name__}"
-        raise CheckpointError(f"{what}: the processor's prompt is {names}; name it as model.prompt of the recipe")
+        names = f"{type(processor.prompt).__name__}, but the recipe's is {type(prompt).__name__}"
+        raise CheckpointError(f"{what}: the processor's prompt is {names}; set model.prompt in the recipe")
     own: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name in NATIVE_LAYOUT.sources(described):
-        place = tensors[name].untyped_storage().data_ptr()
-        own[name] = tensors[name].clone() if place in seen else tensors[name]
-        seen.add(place)
+        address = tensors[name].untyped_storage().data_ptr()
+        own[name] = tensors[name].clone() if address in seen else tensors[name]
+        seen.add(address)
     return own
 
 
 def write_files(folder: str | Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
-    """`write_folder`, of a folder as a user names it.
+    """Write a directory given by a user's path, see `write_folder`.
 
     Raises:
-        CheckpointError: the folder holds other files, which would be lost; a file is in its way; or it cannot be
+        CheckpointError: the directory holds other files, which would be lost; a file is in its way; or it cannot be
             written.
     """
     try:
         write_folder(Path(folder).expanduser(), tensors, texts)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written as a folder ({error})") from error
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        raise CheckpointError(f"the directory {folder} cannot be written ({error})") from error
 
 
 def is_ours(card: str | Path) -> bool:
-    """Whether a model card has the line with which ours says that it may be replaced."""
+    """Return True if a model card has our marker, which allows replacing it."""
     return OURS.encode() in Path(card).read_bytes()
 
 
 def tokenizer_files(processor: Processor) -> dict[str, str]:
-    """The processor's tokenizer as two files that we and transformers read, by name."""
+    """Return the processor's tokenizer as two files, by name, that ssmvl and transformers read."""
     return {TOKENIZER_FILE: processor.tokenizer.to_str(pretty=True), CONFIG_FILE: config_text(processor.end)}
 
 
 def saved_folder(name: str | Path) -> tuple[Path, int]:
-    """The folder of a saved model, and its format version.
+    """Find the directory of a saved model, and its format version.
 
     Args:
-        name: the folder, one whose folder `model` it is, as of a run, or the id of a model in the hub, which is
-            fetched.
+        name: the directory, its parent if it is named `model`, such as a run folder, or a Hub id, which is downloaded.
 
     Raises:
-        CheckpointError: it holds no model, or one of a newer format.
+        CheckpointError: there is no saved model, or it has a newer format.
     """
     folder = local(name, "*.safetensors", "*.json", "*.yaml", DIGESTS_FILE)
     try:
@@ -199,28 +199,28 @@ def saved_folder(name: str | Path) -> tuple[Path, int]:
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(
             f"{folder} holds no saved model: {ABOUT_FILE} cannot be read ({type(error).__name__}: {error}). "
-            "Weights from elsewhere need a recipe: ssmvl.load(WEIGHTS, recipe=NAME)"
+            "Other weights need a recipe: ssmvl.load(WEIGHTS, recipe=NAME)"
         ) from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has format version {version}; this ssmvl reads up to {FORMAT_VERSION}; update it"
+            f"{folder} has format version {version}, but this ssmvl reads up to {FORMAT_VERSION}; update ssmvl"
         )
     _require_plugins(folder, plugins)
     return folder, version
 
 
 def plugins_of(blueprint: Blueprint) -> list[dict[str, str]]:
-    """The plugins that the components of a model come from, as plain data."""
-    found = {bound.entry.plugin for bound in components_in(blueprint.parts) if bound.entry and bound.entry.plugin}
-    return [plugin._asdict() for plugin in sorted(found)]
+    """Return the plugins that a model's components come from, as plain data."""
+    plugins = {bound.entry.plugin for bound in components_in(blueprint.parts) if bound.entry and bound.entry.plugin}
+    return [plugin._asdict() for plugin in sorted(plugins)]
 
 
 def _require_plugins(folder: Path, plugins: Iterable[Plugin]) -> None:
-    """Check that the plugins that a model was saved with are installed, in whatever version."""
+    """Check that the plugins that a model was saved with are installed, in any version."""
     registry = components()
-    there = {(entry.plugin.distribution, entry.plugin.name) for entry in registry.entries() if entry.plugin}
+    available = {(entry.plugin.distribution, entry.plugin.name) for entry in registry.entries() if entry.plugin}
     for plugin in plugins:
-        if (plugin.distribution, plugin.name) in there:
+        if (plugin.distribution, plugin.name) in available:
             continue
         why = f"is not installed; pip install {plugin.distribution}=={plugin.version}"
         if any((other.distribution, other.name) == (plugin.distribution, plugin.name) for other in registry.disabled):

@@ -1,4 +1,4 @@
-"""A trial of a model on `meta`: every part is run once, and its shapes are compared with its contract."""
+"""Trial run of a model on `meta`: each part runs once, and its shapes are compared with its contract."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ssmvl.model.costs import autocast_on_meta
 from ssmvl.ops.splice import splice
 from ssmvl.recipes.binding import Bound
 
-IMAGES, TEXT = 2, 8  # images, and text positions behind each
+IMAGES, TEXT = 2, 8  # images, and text positions after each
 PLACEMENTS = ("before_all_text", "in_place")
 TALK = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
-# Torch has no exception class for code that reads the values of a tensor on `meta`, only these messages.
+# Torch has no exception class for code that reads values of a tensor on `meta`, only these messages.
 NEEDS_VALUES = re.compile(r"meta tensor|meta device|on meta|'meta' backend|data-dependent", re.IGNORECASE)
 
 
@@ -30,53 +30,54 @@ NEEDS_VALUES = re.compile(r"meta tensor|meta device|on meta|'meta' backend|data-
 def trial(blueprint: Blueprint) -> tuple[list[Problem], list[str]]:
     """Run encoders, fusion, connector, splice and language model forward, then one prefill and one step.
 
-    A part that fails, or gives another shape than it should, is taken to give the right one, so that every broken part
-    is found.
+    A part that fails or returns the wrong shape is assumed to return the right one, so that every broken part is found.
 
     Returns:
         Parts that break their contract, and notes on parts that cannot run on `meta`.
     """
     problems = prompt_problems("model.prompt", cast(Bound, blueprint.parts.prompt))
-    found = _Trial(blueprint)
-    with patch.object(torch, "autocast", autocast_on_meta), found.watched_mixers(), suppress(_UnknownShapesError):
-        found.run()
-    return [*problems, *found.problems], list(found.notes)
+    run = _Trial(blueprint)
+    with patch.object(torch, "autocast", autocast_on_meta), run.watched_mixers(), suppress(_UnknownShapesError):
+        run.run()
+    return [*problems, *run.problems], list(run.notes)
 
 
 def prompt_problems(path: str, prompt: Bound) -> list[Problem]:
-    """Check where a prompt puts images, and the pieces that it makes of a short conversation."""
+    """Check the image placement of a prompt, and its pieces of a short conversation."""
     try:
         made: Prompt = prompt()
         if made.image_placement not in PLACEMENTS:
-            allowed = " or ".join(map(repr, PLACEMENTS))
-            return [Problem(path, f"{prompt}: image_placement is {made.image_placement!r}; allowed is {allowed}")]
+            allowed = ", ".join(PLACEMENTS)
+            return [Problem(path, f"{prompt}: image_placement is {made.image_placement!r}. Allowed: {allowed}")]
         pieces = made.pieces(TALK, "<end>")
-        listed = isinstance(pieces, list)
-        wrong = [one for one in pieces if not (isinstance(one, Piece) and isinstance(one.text, str))] if listed else []
-        if wrong or not listed:
-            given = f"one with {wrong[0]!r}" if wrong else repr(pieces)
-            return [Problem(path, f"{prompt}: pieces must give a list of Piece(text), gave {short(given)}")]
+        is_list = isinstance(pieces, list)
+        wrong = [p for p in pieces if not (isinstance(p, Piece) and isinstance(p.text, str))] if is_list else []
+        if wrong or not is_list:
+            returned = f"one with {wrong[0]!r}" if wrong else repr(pieces)
+            return [Problem(path, f"{prompt}: pieces must return a list of Piece(text), returned {short(returned)}")]
         if not any(piece.supervised and TALK[1]["content"] in piece.text for piece in pieces):
-            return [Problem(path, f"{prompt}: no piece with the assistant's text is supervised, so nothing is learned")]
-    except (Exception, SystemExit) as error:  # a foreign prompt may raise anything
+            return [
+                Problem(path, f"{prompt}: no piece with the assistant's text is supervised, so there are no labels")
+            ]
+    except (Exception, SystemExit) as error:  # a third-party prompt may raise any error
         return [Problem(path, f"{prompt} fails: {foreign(error)}")]
     return []
 
 
 class _UnknownShapesError(Exception):
-    """The shapes that follow cannot be known; the reason was reported."""
+    """Shapes of later parts are unknown; the reason has been reported."""
 
 
 class _Trial:
-    """One forward of a model, part by part."""
+    """One forward pass of a model, part by part."""
 
     def __init__(self, blueprint: Blueprint) -> None:
         self.blueprint = blueprint
-        self.problems: dict[Problem, None] = {}  # a mixer's is the same in every block
+        self.problems: dict[Problem, None] = {}  # a dict, because a mixer has the same problem in every block
         self.notes: dict[str, None] = {}
 
     def run(self) -> None:
-        """Every part, in the order of a forward."""
+        """Run all parts in the order of a forward pass."""
         parts, model = self.blueprint.parts, self.blueprint.model
         features = {name: self._encode(name, encoder) for name, encoder in model.encoders.items()}
         fusion: Any = model.fusion
@@ -85,7 +86,7 @@ class _Trial:
         language, at = cast(LanguageModel, model.language), ("model.connector", parts.connector)
         tokens = self._value(*at, "num_tokens", lambda: model.tokens_per_image)
         is_count = isinstance(tokens, int) and tokens > 0
-        self._require(*at, is_count, f"num_tokens must give a whole number from 1, gave {tokens!r}")
+        self._require(*at, is_count, f"num_tokens must return a positive integer, returned {tokens!r}")
         shape = (IMAGES, tokens, language.width)
         visual = self._call(*at, "forward", shape, model.connector, fused, model.grid)
         self._read(language, visual)
@@ -97,7 +98,7 @@ class _Trial:
         before = len(self.problems)
         features = self._call(*at, "forward", (IMAGES, encoder.grid.length, encoder.width), encoder, pixels)
         if len(self.problems) == before:
-            self._call(*at, "forward of no image", (0, encoder.grid.length, encoder.width), encoder, pixels[:0])
+            self._call(*at, "forward without images", (0, encoder.grid.length, encoder.width), encoder, pixels[:0])
         return features
 
     def _read(self, language: LanguageModel, visual: Tensor) -> None:
@@ -106,9 +107,9 @@ class _Trial:
         sizes = f"num_tokens is {language.num_tokens}, vocab_rows is {rows}"
         self._require(*at, 0 < language.num_tokens <= rows, f"each token needs a row of the vocabulary: {sizes}")
         ids = torch.zeros(IMAGES, length, dtype=torch.int64, device="meta")
-        places = torch.zeros(IMAGES * visual.shape[1], dtype=torch.int64, device="meta")
+        image_positions = torch.zeros(IMAGES * visual.shape[1], dtype=torch.int64, device="meta")
         embeds = self._call(*at, "embed", (IMAGES, length, width), language.embed, ids)
-        embeds = splice(embeds, visual, places)
+        embeds = splice(embeds, visual, image_positions)
         hidden = self._call(*at, "backbone", (IMAGES, length, width), language.backbone, embeds)
         self._call(*at, "head", (IMAGES, rows), language.head, hidden[:, -1])
         lengths = torch.full((IMAGES,), length, device="meta")
@@ -136,8 +137,8 @@ class _Trial:
         def watched(rows: int, *args: Any, **kwargs: Any) -> Any:
             state = self._value(bound.path, bound, "new_state", lambda: call(rows, *args, **kwargs))
             tensors = state if isinstance(state, tuple) and hasattr(state, "_asdict") else [None]
-            rows_first = all(isinstance(one, Tensor) and one.shape[:1] == (rows,) for one in tensors)
-            what = f"new_state must give a named tuple of tensors of {rows} rows, gave {state!r}"
+            rows_first = all(isinstance(tensor, Tensor) and tensor.shape[:1] == (rows,) for tensor in tensors)
+            what = f"new_state must return a named tuple of tensors with {rows} rows, returned {state!r}"
             self._require(bound.path, bound, rows_first, short(what))
             return state
 
@@ -153,22 +154,22 @@ class _Trial:
         return watched
 
     def _call(
-        self, path: str, part: object, method: str, shape: tuple[int, ...], call: Callable[..., object], *given: Any
+        self, path: str, part: object, method: str, shape: tuple[int, ...], call: Callable[..., object], *inputs: Any
     ) -> Tensor:
-        """The output of a part, or a tensor of the shape that it should have."""
+        """Return the output of a part, or a tensor of the shape that it should have."""
         try:
-            output = call(*given)
-        except (Exception, SystemExit) as error:  # a foreign part may raise anything
+            output = call(*inputs)
+        except (Exception, SystemExit) as error:  # a third-party part may raise any error
             self._report(path, part, method, error)
         else:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             if isinstance(output, Tensor) and got == shape:
                 return output
-            self.problems[Problem(path, f"{part}: {method} must give {shape}, gave {got}")] = None
+            self.problems[Problem(path, f"{part}: {method} must return {shape}, returned {got}")] = None
         return torch.empty(shape, device="meta")
 
     def _report(self, path: str, part: object, method: str, error: BaseException) -> None:
-        if isinstance(error, _UnknownShapesError):  # reported by a part inside of this one
+        if isinstance(error, _UnknownShapesError):  # reported by a part inside this one
             raise error
         if isinstance(error, RuntimeError) and NEEDS_VALUES.search(str(error)):
             note = f"{path}: not checked, {method} of {part} reads values, which tensors on meta do not have"
@@ -176,15 +177,15 @@ class _Trial:
         else:
             self.problems[Problem(path, f"{part}: {method} fails: {foreign(error)}")] = None
 
-    def _require(self, path: str, part: object, holds: object, message: str) -> None:
-        if not holds:
+    def _require(self, path: str, part: object, condition: object, message: str) -> None:
+        if not condition:
             self.problems[Problem(path, f"{part}: {message}")] = None
             raise _UnknownShapesError
 
     def _value(self, path: str, part: object, method: str, call: Callable[[], Any]) -> Any:
-        """The result of a method that the rest of the trial depends on."""
+        """Return the result of a method that the rest of the trial depends on."""
         try:
             return call()
-        except (Exception, SystemExit) as error:  # foreign code
+        except (Exception, SystemExit) as error:  # third-party code
             self._report(path, part, method, error)
             raise _UnknownShapesError from error

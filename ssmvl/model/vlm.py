@@ -1,4 +1,4 @@
-"""VisionLanguageModel: encode -> fuse -> connect -> splice -> language model. Holds built parts, knows no recipe."""
+"""VisionLanguageModel: encode -> fuse -> connect -> splice -> language model. Holds built parts, no recipe."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ssmvl.ops.splice import require_filled, splice
 
 __all__ = ["VisionLanguageModel"]
 
-CHUNK = 1024  # positions that a prefill embeds and reads at once
+CHUNK = 1024  # positions that a prefill embeds and reads at a time
 Images = Mapping[ImageSpec, Tensor]
 
 
 class VisionLanguageModel(nn.Module):
-    """A vision-language model of given parts.
+    """A vision-language model made of the given parts.
 
     Args:
         encoders: vision encoders by name.
-        fusion: joins their features.
-        connector: makes visual tokens of them, as wide as the language model.
+        fusion: fuses their features.
+        connector: turns these into visual tokens as wide as the language model.
         language: the language model.
     """
 
@@ -38,7 +38,7 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def grid(self) -> Grid:
-        """How the fused features lie."""
+        """Grid of the fused features."""
         return cast(Fusion, self.fusion).grid
 
     @property
@@ -48,7 +48,7 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def image_specs(self) -> tuple[ImageSpec, ...]:
-        """Each different input of the encoders, once, in their order."""
+        """Distinct image specs of the encoders, in their order."""
         return tuple(dict.fromkeys(cast(VisionEncoder, encoder).image_spec for encoder in self.encoders.values()))
 
     def forward(
@@ -59,27 +59,27 @@ class VisionLanguageModel(nn.Module):
         images: Images,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """Logits at the supervised positions only.
+        """Compute the logits at the supervised positions only.
 
         Args:
             ids: (B, T), -1 at image places.
             image_positions: (I*M,) flat indices of the image places.
             label_positions: (n,) flat indices of the positions that predict a supervised token.
             images: {spec: uint8 (I, 3, S, S)}.
-            segments: (B, T) where rows are packed.
+            segments: (B, T) if rows are packed.
 
         Returns:
             (n, V).
 
         Raises:
-            ShapeError: images and image places do not match in number.
+            ShapeError: the numbers of images and image places do not match.
         """
         language = cast(LanguageModel, self.language)
         embeds = language.embed(ids.clamp(min=0))
         if next(iter(images.values())).shape[0]:
             embeds = splice(embeds, self.encode(images), image_positions)
         else:
-            # Every rank must touch every part, or sharded ranks that do have images would wait for this one.
+            # Every rank must run every part, else sharded ranks that do have images would wait for this one.
             blank = {spec: pixels.new_zeros(1, *pixels.shape[1:]) for spec, pixels in images.items()}
             embeds = splice(embeds, embeds.new_empty(0, 1, embeds.shape[-1]), image_positions)
             embeds = embeds + 0 * self.encode(blank).sum().to(embeds.dtype)
@@ -92,7 +92,9 @@ class VisionLanguageModel(nn.Module):
         return self.connector(self.fusion(features), self.grid)
 
     def prefill(self, ids: Tensor, lengths: Tensor, visual: Tensor, image_positions: Tensor, state: Any) -> Tensor:
-        """Read rows into `state`, `CHUNK` positions at a time: memory grows with T by ids and visual tokens only.
+        """Read rows into `state`, `CHUNK` positions at a time.
+
+        Apart from ids and visual tokens, memory does not grow with T.
 
         Args:
             ids: (B, T) right-padded, -1 at image places.
@@ -105,33 +107,33 @@ class VisionLanguageModel(nn.Module):
             (B, V), logits after each row's last real position.
 
         Raises:
-            ShapeError: images and image places do not match in number.
+            ShapeError: the numbers of images and image places do not match.
         """
         language, tokens = cast(LanguageModel, self.language), visual.flatten(0, 1)
-        if ids.shape[1] <= CHUNK:  # as most are; the general way waits for a GPU in each chunk
+        if ids.shape[1] <= CHUNK:  # the usual case; the loop below waits for the GPU in each chunk
             embeds = splice(language.embed(ids.clamp(min=0)), visual, image_positions)
             hidden = language.prefill(embeds, lengths, state)
             return language.head(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
         require_filled(visual, image_positions)
-        places = image_positions % ids.shape[1]  # of the image places in their rows
+        columns = image_positions % ids.shape[1]  # of the image places
         last = torch.zeros((), device=ids.device)
         for start in range(0, ids.shape[1], CHUNK):
             chunk = ids[:, start : start + CHUNK]
-            length, inside = chunk.shape[1], (places >= start) & (places < start + CHUNK)
-            flat = image_positions[inside] // ids.shape[1] * length + places[inside] - start
+            length, inside = chunk.shape[1], (columns >= start) & (columns < start + CHUNK)
+            flat = image_positions[inside] // ids.shape[1] * length + columns[inside] - start
             embeds = splice(language.embed(chunk.clamp(min=0)), tokens[None, inside], flat)
             hidden = language.prefill(embeds, (lengths - start).clamp(0, length), state)
             end = lengths - 1 - start
-            found = hidden[torch.arange(len(ids), device=ids.device), end.clamp(0, length - 1)]
-            last = torch.where(((end >= 0) & (end < length))[:, None], found, last.to(found.dtype))
+            states = hidden[torch.arange(len(ids), device=ids.device), end.clamp(0, length - 1)]
+            last = torch.where(((end >= 0) & (end < length))[:, None], states, last.to(states.dtype))
         return language.head(last)
 
     def step(self, ids: Tensor, state: Any) -> Tensor:
-        """Ids (B,) -> logits (B, V); `state` advances in place."""
+        """Advance `state` in place by one token per row: ids (B,) -> logits (B, V)."""
         language = cast(LanguageModel, self.language)
         return language.head(language.step(language.embed(ids), state))
 
     def shard_units(self) -> Iterator[nn.Module]:
-        """Modules that are sharded as one each, the model itself excepted."""
+        """Yield the modules that are sharded as one unit each, except for the model itself."""
         for part in (*self.encoders.values(), self.connector, self.language):
             yield from part.shard_units()

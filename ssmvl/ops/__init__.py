@@ -1,1 +1,1 @@
-"""Pure functions on tensors: one reference path in plain PyTorch each."""
+"""Pure functions on tensors, each with a reference implementation in plain PyTorch."""

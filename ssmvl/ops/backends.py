@@ -1,7 +1,7 @@
-"""Which implementation of an op is used: one table, backend -> op -> callable, with what each cannot do.
+"""Backends of the ops: one table, backend -> op -> callable, with the limits of each.
 
-`auto` takes, for each call, the first backend of the table that can do it. The environment variable SSMVL_BACKEND, or
-an op's argument `backend`, asks for one by name; a call which that one cannot do is an error that says why.
+`auto` takes, for each call, the first backend in the table that supports it. The environment variable SSMVL_BACKEND or
+an op's argument `backend` selects one by name; a call that it does not support raises an error with the reason.
 """
 
 from __future__ import annotations
@@ -18,30 +18,32 @@ from ssmvl.errors import BackendError, nearest
 
 
 class Offer(NamedTuple):
-    """One op of one backend.
+    """Implementation of one op by one backend.
 
     Args:
         target: "module:attribute".
         needs: a module that must be importable.
-        device: the type of device it runs on; any if empty.
-        cannot: what a call may use that it does not take.
+        device: the device type it runs on; any if empty.
+        unsupported: features of a call that it does not support.
     """
 
     target: str
     needs: str = ""
     device: str = ""
-    cannot: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
 
 
-def _kernel(op: str, needs: str, *cannot: str) -> Offer:
-    return Offer(f"ssmvl.ops.kernels:{op}", needs, "cuda", ("torch.float64", *cannot))
+def _kernel(op: str, needs: str, *unsupported: str) -> Offer:
+    return Offer(f"ssmvl.ops.kernels:{op}", needs, "cuda", ("torch.float64", *unsupported))
 
 
 BACKENDS: Mapping[str, Mapping[str, Offer]] = {
     "mamba_ssm": {
-        "ssd": _kernel("ssd", "mamba_ssm", "float32 where TF32 is not allowed"),
-        "selective_scan": _kernel("selective_scan", "mamba_ssm", "segments", "more than 256 states"),
-        "causal_conv": _kernel("causal_conv", "causal_conv1d", "channels no multiple of 8", "taps other than 2 to 4"),
+        "ssd": _kernel("ssd", "mamba_ssm", "float32 without TF32"),
+        "selective_scan": _kernel("selective_scan", "mamba_ssm", "segments", "a state size above 256"),
+        "causal_conv": _kernel(
+            "causal_conv", "causal_conv1d", "channels not divisible by 8", "a number of taps other than 2 to 4"
+        ),
     },
     "torch": {
         "ssd": Offer("ssmvl.ops.ssd_chunks:ssd"),
@@ -54,75 +56,75 @@ BACKENDS: Mapping[str, Mapping[str, Offer]] = {
 def choose(
     op: str, x: Tensor, uses: Mapping[str, Tensor | bool | None], backend: str | None = None
 ) -> Callable[..., Any]:
-    """The implementation for one call.
+    """Choose the implementation for one call.
 
     Args:
-        op: a name of the table.
+        op: an op of the table.
         x: the input, for its device and dtype.
-        uses: what the call uses, by the names of `Offer.cannot`; an entry that is None or False is not used.
-        backend: a name of the table, "auto", or None for SSMVL_BACKEND, "auto" where that is not set.
+        uses: features by their names in `Offer.unsupported`; the call uses those that are neither None nor False.
+        backend: a backend of the table, "auto", or None for SSMVL_BACKEND, which defaults to "auto".
 
     Raises:
-        BackendError: no such backend, or it cannot do this call.
+        BackendError: the backend is unknown, or does not support this call.
     """
     used = frozenset(name for name, value in uses.items() if value is not None and value is not False)
-    wanted = backend or os.environ.get("SSMVL_BACKEND") or "auto"
-    return _choose(op, x.device.type, used | {str(x.dtype)}, wanted)
+    requested = backend or os.environ.get("SSMVL_BACKEND") or "auto"
+    return _choose(op, x.device.type, used | {str(x.dtype)}, requested)
 
 
 @cache
-def _choose(op: str, device: str, used: frozenset[str], wanted: str) -> Callable[..., Any]:
-    _check_name(wanted)
-    for name in BACKENDS if wanted == "auto" else (wanted,):
+def _choose(op: str, device: str, used: frozenset[str], requested: str) -> Callable[..., Any]:
+    _check_name(requested)
+    for name in BACKENDS if requested == "auto" else (requested,):
         offer = BACKENDS[name][op]
-        reason = _why_not(offer, device, used)
+        reason = _unusable_reason(offer, device, used)
         if not reason:
             module, _, attribute = offer.target.partition(":")
             return getattr(importlib.import_module(module), attribute)
-    raise BackendError(f"backend {wanted!r} cannot do this call of {op}: {reason}; allow another with backend 'auto'")
+    raise BackendError(f"backend {requested!r} cannot run this call of {op}: {reason}; use 'auto' to allow others")
 
 
-def _check_name(wanted: str) -> None:
-    if wanted != "auto" and wanted not in BACKENDS:
-        raise BackendError(f"no backend {wanted!r}.{nearest(wanted, ('auto', *BACKENDS))}")
+def _check_name(requested: str) -> None:
+    if requested != "auto" and requested not in BACKENDS:
+        raise BackendError(f"unknown backend {requested!r}.{nearest(requested, ('auto', *BACKENDS))}")
 
 
-def _why_not(offer: Offer, device: str, used: Iterable[str] = ()) -> str:
+def _unusable_reason(offer: Offer, device: str, used: Iterable[str] = ()) -> str:
     if offer.device and device != offer.device:
-        return f"it runs on {offer.device}, the input is on {device}"
-    refused = [name for name in offer.cannot if name in used]
-    if refused:
-        return f"it does not take {' and '.join(refused)}"
-    return _why_missing(offer.needs)
+        return f"it runs on {offer.device}, but the input is on {device}"
+    unsupported = [name for name in offer.unsupported if name in used]
+    if unsupported:
+        return f"it does not support {' and '.join(unsupported)}"
+    return _import_failure(offer.needs)
 
 
 @cache
-def _why_missing(module: str) -> str:
+def _import_failure(module: str) -> str:
     try:
         if module:
             importlib.import_module(module)
-    except Exception as error:  # foreign code: a missing GPU, or a Triton that does not fit, raises what it likes
+    except Exception as error:  # third-party code may raise anything, e.g. without a GPU or with the wrong Triton
         return f"{module} cannot be imported ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     return ""
 
 
 def report(device: str) -> dict[str, dict[str, str]]:
-    """Backend -> op -> why it is never used on `device`; "" where it is, for the calls that it takes."""
-    return {name: {op: _why_not(offer, device) for op, offer in ops.items()} for name, ops in BACKENDS.items()}
+    """Backend -> op -> reason that it is never used on `device`; "" if it is used for the calls that it supports."""
+    return {name: {op: _unusable_reason(offer, device) for op, offer in ops.items()} for name, ops in BACKENDS.items()}
 
 
 def describe(device: str) -> dict[str, str]:
-    """Op -> a line that says which backends it tries on `device`, in their order, and why not the others."""
-    wanted = os.environ.get("SSMVL_BACKEND") or "auto"
-    _check_name(wanted)
+    """Op -> a line that lists the backends tried on `device`, in order, and the reasons against the others."""
+    requested = os.environ.get("SSMVL_BACKEND") or "auto"
+    _check_name(requested)
     lines = {}
     for op in BACKENDS["torch"]:
-        used, refused = [], []
+        used, unusable = [], []
         for name, reasons in report(device).items():
             if reasons[op]:
-                refused.append(f"; not {name}: {reasons[op]}")
-            elif wanted in ("auto", name):
-                cannot = BACKENDS[name][op].cannot
-                used.append(name + (f" (unless a call uses {', '.join(cannot)})" if cannot else ""))
-        lines[op] = f"{wanted} = {', then '.join(used) or 'none'}{''.join(refused)}"
+                unusable.append(f"; not {name}: {reasons[op]}")
+            elif requested in ("auto", name):
+                unsupported = BACKENDS[name][op].unsupported
+                used.append(name + (f" (unless a call uses {', '.join(unsupported)})" if unsupported else ""))
+        lines[op] = f"{requested} = {', then '.join(used) or 'none'}{''.join(unusable)}"
     return lines

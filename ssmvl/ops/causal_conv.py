@@ -1,4 +1,4 @@
-"""Causal depthwise convolution over positions, then SiLU, with a window carried from call to call."""
+"""Causal depthwise convolution over positions, then SiLU; a window carries the last inputs from call to call."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def causal_conv(
     segments: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y[t] = SiLU(bias + sum_j weight[:, W-1-j] * x[t-j]), positions before the start taken from `window`.
+    """y[t] = SiLU(bias + sum_j weight[:, W-1-j] * x[t-j]); x before the first position is `window`.
 
-    Computed in `promote_types(x.dtype, float32)`, autocast or not.
+    Computes in `promote_types(x.dtype, float32)`, with or without autocast.
 
     Args:
         x: (B, L, C).
         weight: (C, W).
         bias: (C,).
         window: (B, W-1, C), the inputs before the first position; zeros if None. Not with `segments`.
-        lengths: (B,) real positions of right-padded rows; the returned window ends there.
+        lengths: (B,) number of real positions in each right-padded row; the returned window ends after them.
         segments: (B, L); a position never sees another segment.
         backend: see `ssmvl.ops.backends`.
 
@@ -41,8 +41,8 @@ def causal_conv(
         y (B, L, C) and the window (B, W-1, C) after each row's last real position, both in the dtype of `x`.
 
     Raises:
-        ShapeError: shapes, lengths or segments that do not fit, or both a window and segments.
-        BackendError: the backend asked for cannot do this.
+        ShapeError: shapes, lengths or segments do not fit, or both a window and segments are given.
+        BackendError: the requested backend does not support this call.
     """
     sizes = check_axes("causal_conv", {"x": (x, "BLC"), "weight": (weight, "CW"), "bias": (bias, "C")})
     rows, length, channels, taps = (sizes[a] for a in "BLCW")
@@ -50,10 +50,10 @@ def causal_conv(
     check_floats("causal_conv", x)
     check_rows("causal_conv", rows, length, lengths, segments, x.device)
     if window is not None and segments is not None:
-        raise ShapeError("causal_conv: a window and segments exclude each other; a packed row starts from nothing")
+        raise ShapeError("causal_conv: window and segments are mutually exclusive; packed rows start from zeros")
     uses = {
-        "channels no multiple of 8": channels % 8 != 0,
-        "taps other than 2 to 4": not 2 <= taps <= 4,
+        "channels not divisible by 8": channels % 8 != 0,
+        "a number of taps other than 2 to 4": not 2 <= taps <= 4,
     }
     run = choose("causal_conv", x, uses, backend)
     before = x.new_zeros(rows, taps - 1, channels) if window is None else window.to(x.dtype, copy=length == 0)
@@ -68,7 +68,7 @@ def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, window: Ten
     """One position of `causal_conv`: x (B, C) -> (B, C); shifts `window` (B, W-1, C) in place. No gradients.
 
     Raises:
-        ShapeError: shapes that do not fit.
+        ShapeError: shapes do not fit.
     """
     sizes = check_axes("causal_conv_step", {"x": (x, "BC"), "weight": (weight, "CW"), "bias": (bias, "C")})
     check_axes("causal_conv_step", {"window": (window, "BVC")}, {**sizes, "V": sizes["W"] - 1})
@@ -83,10 +83,10 @@ def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, window: Ten
 
 
 def _window(x: Tensor, before: Tensor, lengths: Tensor | None) -> Tensor:
-    """The inputs (B, W-1, C) up to each row's end, of `before` and `x` one after the other."""
+    """The last W-1 inputs (B, W-1, C) of each row, taken from `before` followed by `x`."""
     reach, length = before.shape[1], x.shape[1]
     if lengths is None:
         return torch.cat([before, x[:, max(0, length - reach) :]], dim=1)[:, -reach:] if reach else before
-    places = (lengths[:, None] + torch.arange(reach, device=x.device))[..., None].expand_as(before)
-    old, new = before.gather(1, places.clamp(max=reach - 1)), x.gather(1, (places - reach).clamp(min=0))
-    return torch.where(places < reach, old, new)
+    index = (lengths[:, None] + torch.arange(reach, device=x.device))[..., None].expand_as(before)
+    old, new = before.gather(1, index.clamp(max=reach - 1)), x.gather(1, (index - reach).clamp(min=0))
+    return torch.where(index < reach, old, new)

@@ -1,4 +1,4 @@
-"""The torch backend's causal convolution: shifted multiply-adds in place, over tiles that stay in the cache."""
+"""Causal convolution of the torch backend: shifted in-place multiply-adds over tiles that stay in the cache."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def causal_conv(
     dtype = torch.promote_types(x.dtype, torch.float32)
     reach = weight.shape[1] - 1
     same = None
-    if segments is not None:  # (W-1, B, L, 1): 1 where the input `reach - j` positions back is of the same segment
+    if segments is not None:  # (W-1, B, L, 1): 1 where the input `reach - j` positions back is in the same segment
         shifted = [F.pad(segments, [reach - j, 0], value=-2)[:, : x.shape[1]] for j in range(reach)]
         same = (torch.stack([segments, *shifted])[1:] == segments)[..., None].to(dtype)
-    given = (None if t is None else t.to(dtype) for t in (x, weight.t(), bias, window))
-    return _CausalConv.apply(*given, same)
+    inputs = (None if t is None else t.to(dtype) for t in (x, weight.t(), bias, window))
+    return _CausalConv.apply(*inputs, same)
 
 
 class _CausalConv(torch.autograd.Function):
-    """Keeps its inputs only; backward computes the sum before SiLU again."""
+    """Saves only its inputs; backward recomputes the sum before SiLU."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, taps: Tensor, bias: Tensor | None, window: Tensor | None, same: Tensor | None
     ) -> Tensor:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for place, padded, mask in _tiles(x, taps, window, same):
-            F.silu(_sum(padded, taps, bias, mask, y[:, place]), inplace=True)
+        for span, padded, mask in _tiles(x, taps, window, same):
+            F.silu(_sum(padded, taps, bias, mask, y[:, span]), inplace=True)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(x, taps, bias, window, same)
         return y
@@ -47,31 +47,32 @@ class _CausalConv(torch.autograd.Function):
         dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         d_taps = torch.zeros_like(taps, memory_format=torch.contiguous_format)
         d_bias, d_window = (None if t is None else torch.zeros_like(t) for t in (bias, window))
-        for place, padded, mask in _tiles(x, taps, window, same):
-            before = _sum(padded, taps, bias, mask, torch.empty_like(dy[:, place]))
-            d_sum = torch.ops.aten.silu_backward(dy[:, place], before)
+        for span, padded, mask in _tiles(x, taps, window, same):
+            before = _sum(padded, taps, bias, mask, torch.empty_like(dy[:, span]))
+            d_sum = torch.ops.aten.silu_backward(dy[:, span], before)
             if d_bias is not None:
                 d_bias += d_sum.sum((0, 1))
             count = d_sum.shape[1]
             for j in range(len(taps)):
                 grad = d_sum if mask is None or j == len(taps) - 1 else d_sum * mask[j]
                 d_taps[j] += torch.mul(grad, padded[:, j : j + count], out=before).sum((0, 1))
-                start = place.start + j - len(taps) + 1  # of this tap's inputs in x; before 0 they are the window's
-                own = max(0, -start)
-                if own < count:
-                    dx[:, start + own : start + count].addcmul_(grad[:, own:], taps[j])
-                if own and d_window is not None:
-                    d_window[:, start + len(taps) - 1 :][:, : min(own, count)].addcmul_(grad[:, :own], taps[j])
+                start = span.start + j - len(taps) + 1  # of this tap's inputs in x; below 0 they are in the window
+                from_window = max(0, -start)
+                if from_window < count:
+                    dx[:, start + from_window : start + count].addcmul_(grad[:, from_window:], taps[j])
+                if from_window and d_window is not None:
+                    d_part = d_window[:, start + len(taps) - 1 :][:, : min(from_window, count)]
+                    d_part.addcmul_(grad[:, :from_window], taps[j])
         return dx, d_taps, d_bias, d_window, None
 
 
 def _tiles(
     x: Tensor, taps: Tensor, window: Tensor | None, same: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """For each tile its place, the inputs (B, n+W-1, C) that n outputs read, and the mask (W-1, B, n, 1)."""
+    """Yield for each tile its slice, the inputs (B, n+W-1, C) of its n outputs, and the mask (W-1, B, n, 1)."""
     (rows, length, channels), reach = x.shape, len(taps) - 1
     first = min(reach, length)
-    tile = max(16, 2**18 // (rows * channels)) if x.is_cpu else length  # about a mebibyte
+    tile = max(16, 2**18 // (rows * channels)) if x.is_cpu else length  # about 1 MiB
     bounds = [(0, first)] if first else []
     bounds += [(start, min(start + tile, length)) for start in range(first, length, tile)]
     for start, stop in bounds:

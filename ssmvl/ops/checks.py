@@ -1,4 +1,4 @@
-"""What every op over sequences asks of its arguments, and the one line it answers with when they do not fit."""
+"""Argument checks shared by all ops over sequences; each failure raises a one-line ShapeError."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ __all__ = ["check_rows"]
 def check_axes(
     op: str, tensors: Mapping[str, tuple[Tensor | None, str]], sizes: Mapping[str, int] | None = None
 ) -> dict[str, int]:
-    """Compare the shapes of named tensors, None left out, with their axes, one letter each.
+    """Check the shapes of named tensors against their axes, one letter each; None is skipped.
 
     Args:
-        op: for the message.
-        tensors: name -> tensor and axes, as "BLH"; a letter means the size at which it is first met.
-        sizes: letters that are known already.
+        op: the op's name, for the message.
+        tensors: name -> tensor and axes, such as "BLH"; the first tensor with a letter sets its size.
+        sizes: letter -> size, for letters that are already known.
 
     Returns:
-        Every letter's size.
+        The size of every letter.
 
     Raises:
-        ShapeError: the first that does not fit, with its name, its shape and the allowed one.
+        ShapeError: a shape does not fit; names the first such tensor, its shape and the allowed one.
     """
-    found = dict(sizes or {})
+    known = dict(sizes or {})
     for name, (tensor, axes) in tensors.items():
         if tensor is None:
             continue
         shape = tuple(tensor.shape)
         if len(shape) == len(axes):
-            found = {**dict(zip(axes, shape, strict=True)), **found}
-        if shape != tuple(found.get(a) for a in axes):
-            allowed = ", ".join(str(found.get(a, a)) for a in axes) + ("," if len(axes) == 1 else "")
+            known = {**dict(zip(axes, shape, strict=True)), **known}
+        if shape != tuple(known.get(a) for a in axes):
+            allowed = ", ".join(str(known.get(a, a)) for a in axes) + ("," if len(axes) == 1 else "")
             raise ShapeError(f"{op}: {name} must have shape ({allowed}), received {shape}")
-    return found
+    return known
 
 
 def check_rows(
@@ -46,21 +46,21 @@ def check_rows(
 ) -> None:
     """Check a batch of rows, and its lengths or segments.
 
-    Values are looked at only where that costs no synchronisation: not on a GPU, not while compiling.
+    Values are checked only where this needs no synchronization: not on a GPU and not while compiling.
 
     Raises:
-        ShapeError: there are no rows; lengths are not (B,) in 0…L; segments are not (B, L), start above 0, decrease
-            or skip a number before the padding (-1); either is no tensor of int32 or int64 on `device`; or both are
-            given.
+        ShapeError: there are no rows; lengths are not (B,) in 0…L; segments are not (B, L), start with neither 0 nor
+            -1, decrease, skip a number, or continue after the padding (-1); either is not an int32 or int64 tensor on
+            `device`; or both are given.
     """
     if rows == 0:
-        raise ShapeError(f"{op}: a batch of no rows; give at least one (a row may have length 0)")
+        raise ShapeError(f"{op}: the batch has no rows; pass at least one (its length may be 0)")
     if lengths is not None and segments is not None:
-        raise ShapeError(f"{op}: lengths and segments exclude each other; mark padding in segments with -1")
-    for name, given in (("lengths", lengths), ("segments", segments)):
-        if given is None:
+        raise ShapeError(f"{op}: lengths and segments are mutually exclusive; mark padding in segments with -1")
+    for name, value in (("lengths", lengths), ("segments", segments)):
+        if value is None:
             continue
-        kind = f"{given.dtype} on {given.device}" if isinstance(given, Tensor) else type(given).__name__
+        kind = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
         if kind not in (f"torch.int32 on {device}", f"torch.int64 on {device}"):
             raise ShapeError(f"{op}: {name} must be a tensor of int32 or int64 on {device}, received {kind}")
     check_axes(op, {"lengths": (lengths, "B"), "segments": (segments, "BL")}, {"B": rows, "L": length})
@@ -71,37 +71,38 @@ def check_rows(
         wrong = ((lengths < 0) | (lengths > length)).nonzero()
         if len(wrong):
             row = int(wrong[0])
-            raise ShapeError(f"{op}: lengths[{row}] is {int(lengths[row])}; rows have 0…{length} positions")
+            raise ShapeError(f"{op}: lengths[{row}] must be in 0…{length}, received {int(lengths[row])}")
         return
     assert segments is not None
     first, before, after = segments[:, 0], segments[:, :-1], segments[:, 1:]
     wrong = ((first != 0) & (first != -1)).nonzero()
     if len(wrong):
         row = int(wrong[0])
-        raise ShapeError(f"{op}: segments[{row}, 0] is {int(first[row])}; segments of a row count 0, 1, 2, …")
+        number = int(first[row])
+        raise ShapeError(f"{op}: segments[{row}, 0] is {number}; number segments 0, 1, 2, …, then -1 for padding")
     step = after - before
     wrong = torch.where(after == -1, False, (step < 0) | (step > 1) | (before == -1)).nonzero()
     if len(wrong):
-        row, place = wrong[0].tolist()
-        pair = f"{int(before[row, place])} is followed by {int(after[row, place])}"
-        raise ShapeError(f"{op}: segments[{row}, {place + 1}]: {pair}; segments count 0, 1, 2, …, then -1 for padding")
+        row, at = wrong[0].tolist()
+        pair = f"{int(before[row, at])} is followed by {int(after[row, at])}"
+        raise ShapeError(f"{op}: segments[{row}, {at + 1}]: {pair}; number segments 0, 1, 2, …, then -1 for padding")
 
 
 def check_floats(op: str, x: Tensor) -> None:
-    """Check that the input is of a floating dtype.
+    """Check that the input has a floating-point dtype.
 
     Raises:
-        ShapeError: it is not.
+        ShapeError: it has another dtype.
     """
     if not x.is_floating_point():
-        raise ShapeError(f"{op}: x must be of a floating dtype, received {x.dtype}")
+        raise ShapeError(f"{op}: x must have a floating-point dtype, received {x.dtype}")
 
 
 def check_groups(op: str, heads: int, groups: int) -> None:
-    """Check that heads, or channels, can share groups.
+    """Check that the number of groups divides the number of heads, or of channels.
 
     Raises:
-        ShapeError: they cannot.
+        ShapeError: it does not.
     """
     if groups == 0 or heads % groups:
         raise ShapeError(

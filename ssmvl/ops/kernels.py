@@ -1,7 +1,7 @@
-"""A thin door to the authors' CUDA kernels: mamba-ssm and causal-conv1d, which are imported when first used.
+"""Adapters for the CUDA kernels of the papers' authors, mamba-ssm and causal-conv1d, imported on first use.
 
-Step sizes arrive ready and in fp32, so no kernel applies softplus. What the kernels do not take is in the table of
-`ssmvl.ops.backends`.
+`dt` holds the final step sizes in fp32, so no kernel applies softplus. The table of `ssmvl.ops.backends` lists what the
+kernels do not support.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def ssd(
     segments: Tensor | None,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """The op `ssmvl.ops.ssd.ssd`. The states between chunks have the dtype of C, as the kernel keeps them."""
+    """The op `ssmvl.ops.ssd.ssd`. The kernel stores the states between chunks in the dtype of C."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     x, dt, A, B, C, D, state = differentiable_once(x, dt, A, B, C, D, state)
@@ -54,9 +54,10 @@ def selective_scan(
     segments: None,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """The op `ssmvl.ops.selective_scan.selective_scan`, in fp32: the kernel wants one dtype for x and dt.
+    """The op `ssmvl.ops.selective_scan.selective_scan`, in fp32: the kernel requires one dtype for x and dt.
 
-    The kernel starts from zero. The recurrence is linear in its state, so what an initial one adds is computed apart.
+    The kernel starts from zero. The recurrence is linear in its state, so an initial state's contribution is computed
+    separately and added.
     """
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -68,21 +69,21 @@ def selective_scan(
     if state is not None:
         since = dt.cumsum(1)  # (B, L, E)
         for s in range(A.shape[1]):
-            left = (since * A[:, s]).exp() * state[:, None, :, s]
-            y = y + left * C[..., s].repeat_interleave(x.shape[2] // C.shape[2], 2)
+            decayed = (since * A[:, s]).exp() * state[:, None, :, s]
+            y = y + decayed * C[..., s].repeat_interleave(x.shape[2] // C.shape[2], 2)
         last = last + (since[:, -1, :, None] * A).exp() * state
     if last.requires_grad:
-        last.register_hook(_refuse)
+        last.register_hook(_reject_gradient)
     return y, last
 
 
-def _refuse(grad: Tensor | None) -> None:
-    if grad is not None:  # None where the state was not used
-        raise BackendError("selective_scan: mamba_ssm gives no gradient through the final state; use backend='torch'")
+def _reject_gradient(grad: Tensor | None) -> None:
+    if grad is not None:  # None if the state was not used
+        raise BackendError("selective_scan: mamba_ssm has no gradient through the final state; use backend='torch'")
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """(B, L, C) -> (B, C, L), laid out as the convolution wants it: channels together, groups of 8 aligned."""
+    """(B, L, C) -> (B, C, L) in the kernel's layout: contiguous channels, strides divisible by 8, 16-byte aligned."""
     if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     return x.transpose(1, 2)

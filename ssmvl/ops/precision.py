@@ -1,4 +1,4 @@
-"""Autograd functions of ops: the precision of their backward, and the refusal of second derivatives."""
+"""Autograd functions of the ops: the precision of their backward, and an error for second derivatives."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from ssmvl.errors import BackendError
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast switched off for `device`, where it is on."""
-    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+    """A context with autocast disabled for `device`."""
+    enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def backward_without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate the `backward` of an autograd Function: autocast is off in it, and differentiating it raises.
+    """Decorate the `backward` of an autograd Function: autocast is off inside, and differentiating it raises an error.
 
-    torch's `once_differentiable` attaches its error to no input, so autograd prunes it and returns what other paths
-    contribute, a wrong second derivative. Here the error lies on every path from the gradients to the inputs that the
-    Function has saved: it must save each input that its gradients depend on.
+    torch's `once_differentiable` does not attach its error to any input. Autograd prunes it and returns only what other
+    paths contribute, a wrong second derivative. Here the error is on every path from the gradients to the inputs that
+    the Function saved, so the Function must save every input that its gradients depend on.
     """
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Any:
         device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
         with torch.no_grad(), without_autocast(device):
-            found = backward(ctx, *grads)
+            results = backward(ctx, *grads)
         if not torch.is_grad_enabled():
-            return found
+            return results
         inputs = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
         if not inputs:
-            return found
-        first = [grad for grad in found if grad is not None]
-        linked = iter(_NoSecondDerivative.apply(len(first), *first, *inputs))
-        return tuple(None if grad is None else next(linked) for grad in found)
+            return results
+        tensors = [grad for grad in results if grad is not None]
+        linked = iter(_NoSecondDerivative.apply(len(tensors), *tensors, *inputs))
+        return tuple(None if grad is None else next(linked) for grad in results)
 
     return run
 
 
 def differentiable_once(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The same tensors, for an op whose own backward cannot be differentiated: a second derivative raises."""
+    """Attach an error for second derivatives to the inputs of an op whose own backward is not differentiable."""
     needed = [t for t in tensors if t is not None and t.requires_grad]
     if not (needed and torch.is_grad_enabled()):
         return tensors
-    # Empty copies are in the graph of the tensors and keep none of their memory.
+    # Empty copies are part of the tensors' graph but hold none of their memory.
     marked = iter(_Once.apply(len(needed), *needed, *(t.reshape(-1)[:0].clone() for t in needed)))
     return tuple(next(marked) if t is not None and t.requires_grad else t for t in tensors)
 
@@ -75,6 +75,6 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise BackendError(
-            "ssmvl's scans, convolutions and norms of large inputs have no second derivative: their gradients cannot "
-            "be differentiated again, as gradient penalties, MAML and Hessian-vector products do"
+            "ssmvl's scans, convolutions and norms of large inputs have no second derivative; gradient penalties, MAML "
+            "and Hessian-vector products cannot be computed through them"
         )

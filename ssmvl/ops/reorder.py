@@ -1,4 +1,4 @@
-"""Scan orders applied: the checked path table of a grid, the gather along its paths, and back."""
+"""Apply scan orders: the checked path table of a grid, and the gather along its paths and back."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ __all__ = ["path_table", "along"]
 
 
 def path_table(order: ScanOrder, grid: Grid) -> Tensor:
-    """The paths of `order` over `grid`, checked: (K, L) int64 on the CPU, each row a permutation of range(L).
+    """Evaluate and check a scan order: its paths over `grid`, (K, L) int64 on the CPU, rows permutations of range(L).
 
     Raises:
-        ContractError: the order does not give that; names the order and the first offending place.
+        ContractError: the order raises or returns anything else; names the order and the first wrong position.
     """
     name = str(order) if not hasattr(order, "__name__") else f"scan order {order.__name__!r}"
     where = f"{name} over grid {tuple(grid)}"
     try:
-        # Under a meta context torch.arange would hold no values; made in inference mode it could not be trained with.
+        # In a meta context torch.arange would have no values; a table made in inference mode cannot be trained with.
         with torch.device("cpu"), torch.inference_mode(False):
             table = order(grid=grid)
-    except Exception as error:  # a foreign order may raise anything
+    except Exception as error:  # a third-party order may raise anything
         raise ContractError(f"{where} fails: {foreign(error)}") from error
     if not isinstance(table, Tensor) or table.ndim != 2 or table.shape[1] != grid.length:
         got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
-        raise ContractError(f"{where} must give paths (K, {grid.length}), gave {got}")
+        raise ContractError(f"{where} must return paths (K, {grid.length}), returned {got}")
     if table.dtype != torch.int64:
-        raise ContractError(f"{where} must give int64 indices, gave {table.dtype}")
+        raise ContractError(f"{where} must return int64 indices, returned {table.dtype}")
     wrong = table.sort(dim=1).values != torch.arange(grid.length, device="cpu")
     if wrong.any():
         path = int(wrong.any(dim=1).nonzero()[0])
         seen: set[int] = set()
         for position, index in enumerate(table[path].tolist()):
             if index in seen or not 0 <= index < grid.length:
-                why = "again" if index in seen else f"outside 0…{grid.length - 1}"
+                why = " again" if index in seen else f", outside 0…{grid.length - 1}"
                 raise ContractError(
-                    f"{where}: path {path} is no permutation: position {position} holds index {index} {why}"
+                    f"{where}: path {path} is not a permutation: position {position} holds index {index}{why}"
                 )
             seen.add(index)
     return table
 
 
 def along(x: Tensor, order: Tensor) -> Tensor:
-    """X (B, L, K, *) -> the same shape; path k is read in the order `order[k]`. `Paths.inverse` leads back."""
+    """X (B, L, K, *) -> the same shape, path k in the order `order[k]`. `Paths.inverse` restores raster order."""
     index = order.t().reshape(1, *order.t().shape, *[1] * (x.ndim - 3)).expand(x.shape)
     return x.gather(1, index)

@@ -1,6 +1,6 @@
-"""Mamba-1's selective scan: a sequence, or one step for decoding.
+"""Selective scan of Mamba-1: over a sequence, or one step for decoding.
 
-The recurrence, channel by channel (B and C are those of the channel's group):
+The recurrence of each channel, with B and C of its group:
 
     h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] B[t]        h (S,)
     y[t] = h[t]·C[t] + D x[t]
@@ -43,7 +43,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Mamba-1's recurrence over whole sequences, forward and backward.
 
-    The torch backend computes in `promote_types(x.dtype, float32)`, autocast or not; for the other see
+    The torch backend computes in `promote_types(x.dtype, float32)`, with or without autocast; for the other backend see
     `ssmvl.ops.kernels`.
 
     Args:
@@ -57,24 +57,23 @@ def selective_scan(
         dt_softplus: whether to apply softplus; without it dt + dt_bias must not be negative.
         dt_limit: lowest and highest step size.
         state: (B, E, S), the state before the first position; zeros if None. Not with `segments`.
-        lengths: (B,) real positions of right-padded rows, what stands in the padding being finite; the returned state
-            is the one after them. Not with `segments`.
-        segments: (B, L); the state is reset where the segment changes. The returned one is that of the last.
-        chunk: positions computed together; changes speed, not results. By shape if None.
+        lengths: (B,) number of real positions in each right-padded row; values in the padding must be finite. The
+            returned state is the one after the real positions. Not with `segments`.
+        segments: (B, L); the state is reset where the segment changes. The returned state is that of the last segment.
+        chunk: positions computed together; affects speed, not results. Chosen by shape if None.
         backend: see `ssmvl.ops.backends`.
 
     Returns:
         y (B, L, E) in the dtype of `x`, and the state (B, E, S) in the computing dtype.
 
     Raises:
-        ShapeError: shapes, lengths or segments that do not fit, channels that are no multiple of groups, or both a
-            state and segments.
-        BackendError: the backend asked for cannot do this.
+        ShapeError: shapes, lengths or segments do not fit, G does not divide E, or both a state and segments are given.
+        BackendError: the requested backend does not support this call.
     """
     sequences = {"x": (x, "BLE"), "dt": (dt, "BLE"), "B": (B, "BLGS"), "C": (C, "BLGS")}
     rest = {"A": (A, "ES"), "D": (D, "E"), "dt_bias": (dt_bias, "E"), "state": (state, "BES")}
     sizes = check_axes("selective_scan", sequences | rest)
-    run = choose("selective_scan", x, {"segments": segments, "more than 256 states": sizes["S"] > 256}, backend)
+    run = choose("selective_scan", x, {"segments": segments, "a state size above 256": sizes["S"] > 256}, backend)
     dt, A, D, state = prepare(
         "selective_scan", sizes, "E", x, dt, A, D, dt_bias, dt_softplus, dt_limit, state, lengths, segments, chunk
     )
@@ -100,10 +99,10 @@ def selective_scan_step(
 ) -> Tensor:
     """One position of `selective_scan`: x, dt (B, E), B and C (B, G, S) -> y (B, E); `state` advances in place.
 
-    The other arguments are those of `selective_scan`. Gradients are not computed.
+    The other arguments are as in `selective_scan`. Gradients are not computed.
 
     Raises:
-        ShapeError: shapes that do not fit.
+        ShapeError: shapes do not fit, or `state` is not contiguous.
     """
     inputs = {"x": (x, "BE"), "dt": (dt, "BE"), "B": (B, "BGS"), "C": (C, "BGS"), "state": (state, "BES")}
     sizes = check_axes("selective_scan_step", {**inputs, "A": (A, "ES"), "D": (D, "E"), "dt_bias": (dt_bias, "E")})
@@ -111,15 +110,15 @@ def selective_scan_step(
     check_rows("selective_scan_step", rows, 1, None, None, x.device)
     check_groups("selective_scan_step", sizes["E"], groups)
     if not state.is_contiguous():
-        raise ShapeError("selective_scan_step: a state that is not contiguous cannot advance in place")
+        raise ShapeError("selective_scan_step: the state advances in place, but is not contiguous; call contiguous()")
     dtype = state.dtype
     with without_autocast(x.device), torch.no_grad():
-        given, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
+        x_cast, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
         dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, None)
         state.mul_((dt[..., None] * A).clamp_(min=LOWEST).exp_())
-        u = (given * dt).reshape(rows, groups, -1, 1)
+        u = (x_cast * dt).reshape(rows, groups, -1, 1)
         by_group = state.view(rows, groups, -1, sizes["S"]).addcmul_(u, B[:, :, None])
         y = torch.matmul(by_group, C[..., None]).view(rows, sizes["E"])
         if D is not None:
-            y.addcmul_(given, D.to(dtype))
+            y.addcmul_(x_cast, D.to(dtype))
     return y.to(x.dtype)

@@ -1,4 +1,4 @@
-"""Visual tokens copied into text embeddings at the places the processor left for them."""
+"""Copy visual tokens into text embeddings at the image places."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ def splice(embeds: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
     """Copy `visual` into `embeds` at flat `positions`.
 
     Args:
-        embeds: (B, T, D) text embeddings; what stands at the positions is overwritten.
+        embeds: (B, T, D) text embeddings; those at `positions` are replaced in the result.
         visual: (I, M, D) visual tokens, cast to the dtype of `embeds`.
         positions: (I*M,) int64 indices into the flattened (B*T), in the order of the images.
 
     Raises:
-        ShapeError: the numbers of visual tokens and of places differ.
+        ShapeError: the number of visual tokens differs from the number of image places.
     """
     require_filled(visual, positions)
     flat = embeds.flatten(0, 1).index_copy(0, positions, visual.flatten(0, 1).to(embeds.dtype))
@@ -35,6 +35,6 @@ def require_filled(visual: Tensor, positions: Tensor) -> None:
     """
     if visual.shape[0] * visual.shape[1] != positions.shape[0]:
         raise ShapeError(
-            f"{visual.shape[0]} images of {visual.shape[1]} visual tokens do not fill {positions.shape[0]} places;"
-            " each image needs exactly as many places as the connector gives tokens"
+            f"{visual.shape[0]} images of {visual.shape[1]} visual tokens do not fill {positions.shape[0]} image "
+            "places; each image needs exactly as many image places as the connector produces tokens"
         )

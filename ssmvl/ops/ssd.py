@@ -1,6 +1,6 @@
-"""Mamba-2's state-space duality: a sequence in chunks, or one step for decoding.
+"""State-space duality (SSD) of Mamba-2: a sequence in chunks, or one step for decoding.
 
-The recurrence, head by head (B and C are those of the head's group):
+The recurrence of each head, with B and C of its group:
 
     h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] ⊗ B[t]        h (P, S)
     y[t] = h[t] C[t] + D x[t]
@@ -43,7 +43,7 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """Mamba-2's recurrence over whole sequences, forward and backward.
 
-    The torch backend computes in `promote_types(x.dtype, float32)`, autocast or not; for the other see
+    The torch backend computes in `promote_types(x.dtype, float32)`, with or without autocast; for the other backend see
     `ssmvl.ops.kernels`.
 
     Args:
@@ -57,25 +57,24 @@ def ssd(
         dt_softplus: whether to apply softplus; without it dt + dt_bias must not be negative.
         dt_limit: lowest and highest step size.
         state: (B, H, P, S), the state before the first position; zeros if None. Not with `segments`.
-        lengths: (B,) real positions of right-padded rows, what stands in the padding being finite; the returned state
-            is the one after them. Not with `segments`.
-        segments: (B, L); the state is reset where the segment changes. The returned one is that of the last.
-        chunk: positions treated as one matrix product; changes speed, not results. By device and shape if None.
+        lengths: (B,) number of real positions in each right-padded row; values in the padding must be finite. The
+            returned state is the one after the real positions. Not with `segments`.
+        segments: (B, L); the state is reset where the segment changes. The returned state is that of the last segment.
+        chunk: positions per matrix product; affects speed, not results. Chosen by device and shape if None.
         backend: see `ssmvl.ops.backends`.
 
     Returns:
         y (B, L, H, P) in the dtype of `x`, and the state (B, H, P, S) in the computing dtype.
 
     Raises:
-        ShapeError: shapes, lengths or segments that do not fit, heads that are no multiple of groups, or both a state
-            and segments.
-        BackendError: the backend asked for cannot do this.
+        ShapeError: shapes, lengths or segments do not fit, G does not divide H, or both a state and segments are given.
+        BackendError: the requested backend does not support this call.
     """
     sequences = {"x": (x, "BLHP"), "dt": (dt, "BLH"), "B": (B, "BLGS"), "C": (C, "BLGS")}
     rest = {"A": (A, "H"), "D": (D, "H"), "dt_bias": (dt_bias, "H"), "state": (state, "BHPS")}
     sizes = check_axes("ssd", sequences | rest)
     exact = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    run = choose("ssd", x, {"float32 where TF32 is not allowed": exact}, backend)
+    run = choose("ssd", x, {"float32 without TF32": exact}, backend)
     dt, A, D, state = prepare(
         "ssd", sizes, "H", x, dt, A, D, dt_bias, dt_softplus, dt_limit, state, lengths, segments, chunk
     )
@@ -101,10 +100,10 @@ def ssd_step(
 ) -> Tensor:
     """One position of `ssd`: x (B, H, P), dt (B, H), B and C (B, G, S) -> y (B, H, P); `state` advances in place.
 
-    The other arguments are those of `ssd`. Gradients are not computed.
+    The other arguments are as in `ssd`. Gradients are not computed.
 
     Raises:
-        ShapeError: shapes that do not fit, or a state that is not contiguous.
+        ShapeError: shapes do not fit, or `state` is not contiguous.
     """
     inputs = {"x": (x, "BHP"), "dt": (dt, "BH"), "B": (B, "BGS"), "C": (C, "BGS"), "state": (state, "BHPS")}
     sizes = check_axes("ssd_step", {**inputs, "A": (A, "H"), "D": (D, "H"), "dt_bias": (dt_bias, "H")})
@@ -112,20 +111,20 @@ def ssd_step(
     check_rows("ssd_step", rows, 1, None, None, x.device)
     check_groups("ssd_step", sizes["H"], groups)
     if not state.is_contiguous():
-        raise ShapeError("ssd_step: a state that is not contiguous cannot advance in place")
+        raise ShapeError("ssd_step: the state advances in place, but is not contiguous; call contiguous()")
     dtype = state.dtype
     with without_autocast(x.device), torch.no_grad():
-        given, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
+        x_cast, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
         dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, None)
-        u = given * dt[..., None]
+        u = x_cast * dt[..., None]
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
         decay = (dt * A).clamp_(min=LOWEST).exp_()[..., None, None]
-        # On a CPU row by row, so that a row's state is read from memory once and written once.
+        # On a CPU one row at a time, so that each row's state is read from memory once and written once.
         views = state, decay, u, y, B, C
         for h, through, u_, y_, B_, C_ in zip(*(t.split(rows if x.is_cuda else 1) for t in views), strict=True):
             matrix = h.mul_(through).view(len(h) * groups, -1, sizes["S"])
             column, row = u_.reshape(len(matrix), -1, 1), B_.reshape(len(matrix), 1, -1)
             torch.bmm(matrix.baddbmm_(column, row), C_.reshape(len(matrix), -1, 1), out=y_.view_as(column))
         if D is not None:
-            y.addcmul_(given, D.to(dtype)[:, None])
+            y.addcmul_(x_cast, D.to(dtype)[:, None])
     return y.to(x.dtype)

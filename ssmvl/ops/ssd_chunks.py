@@ -1,15 +1,15 @@
-"""The torch backend's SSD: matrix products within chunks of a sequence, a state from chunk to chunk.
+"""SSD of the torch backend: matrix products within chunks of a sequence, a state from chunk to chunk.
 
-Letters: B rows, L positions, Z chunks, Q (at most) positions of a chunk, G groups, R heads of a group, H = G*R heads,
-P head width, S state size. With a[t] = dt[t] A, u[t] = dt[t] x[t] and s[t] the sum of a since the chunk's start:
+Letters: B rows, L positions, Z chunks, Q positions per chunk (at most), G groups, R heads per group, H = G*R heads,
+P head width, S state size. With a[t] = dt[t] A, u[t] = dt[t] x[t] and s[t] the sum of a from the chunk's start to t:
 
     y[q] = sum_{k <= q} (C[q]·B[k]) exp(s[q] - s[k]) u[k] + exp(s[q]) h C[q] + D x[q]
     h'   = exp(s[Q]) h + sum_k exp(s[Q] - s[k]) u[k] ⊗ B[k]
 
-Forward keeps the state before each chunk; backward computes everything else again, chunk by chunk, so no tensor is
-larger than the inputs and what a chunk needs stays in the cache. The gradient of a[t] is the sum over everything that
-passes from a position before t to one from t on. It is added up as such: dy·y - du·u, summed from t on, is the same
-number, but a difference of large ones where decays are strong.
+Forward saves the state before each chunk; backward recomputes everything else, chunk by chunk. No tensor is larger than
+the inputs, and the data of a chunk stay in the cache. The gradient of a[t] sums everything that flows from a position
+before t to a position at or after t. It is computed as this sum: dy·y - du·u, summed from t on, is the same number, but
+where decays are strong it is a difference of large numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ssmvl.ops.precision import backward_without_autocast
 from ssmvl.ops.steps import LOWEST
 
-LONGEST_CHUNK = 128  # beyond, fp32 differences of log decays are not good to 1e-4 at 20 a step
+LONGEST_CHUNK = 128  # beyond it, fp32 differences of log decays are not accurate to 1e-4 at a log decay of 20 per step
 
 
 def ssd(
@@ -38,37 +38,37 @@ def ssd(
     segments: Tensor | None,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """The op `ssmvl.ops.ssd.ssd` for L >= 1 and step sizes that are ready, in the dtype of `dt`."""
+    """The op `ssmvl.ops.ssd.ssd` for L >= 1 and final step sizes, in the dtype of `dt`."""
     x, B, C = (t.to(dt.dtype) for t in (x, B, C))
     if D is not None and not torch.is_grad_enabled():
-        D = D.detach()  # else it alone would make forward keep every state
-    small = x[0, 0].numel() * B.shape[3] <= 2**16  # then calls cost more than products
-    wanted = chunk or (64 if x.is_cpu and not small else LONGEST_CHUNK)
-    return _SSD.apply(x, dt, dt * A, B, C, D, state, segments, min(wanted, LONGEST_CHUNK, x.shape[1]))
+        D = D.detach()  # otherwise D alone would make forward save every state
+    small = x[0, 0].numel() * B.shape[3] <= 2**16  # then the calls cost more than the products
+    chunk = chunk or (64 if x.is_cpu and not small else LONGEST_CHUNK)
+    return _SSD.apply(x, dt, dt * A, B, C, D, state, segments, min(chunk, LONGEST_CHUNK, x.shape[1]))
 
 
 class _Chunk(NamedTuple):
-    """What one chunk of q positions is computed from, and buffers to do it in.
+    """Inputs of one chunk of q positions, and buffers for its results.
 
-    Buffers by head, (B, G, R, q, P), are for one product a head; those by group, (B, G, q, R, P), for one a group.
+    Buffers by head, (B, G, R, q, P), are for one product per head; those by group, (B, G, q, R, P), for one per group.
     """
 
     x: Tensor  # (B, q, G, R, P)
     dt: Tensor  # (B, q, G, R, 1)
     B: Tensor  # (B*G, q, S)
     C: Tensor  # (B*G, q, S)
-    sums: Tensor  # (B, G, R, q): s, counted from the middle of the chunk's total
-    since_start: Tensor  # (B, q, G, R, 1): exp(s); 0 in a segment that starts later
-    to_end: Tensor  # (B, q, G, R, 1): exp(s[Q] - s); 0 in a segment that ends earlier
-    through: Tensor  # (B, H, 1, 1): exp(s[Q])
-    same: Tensor  # (B or 1, 1, q, q): 1 where k <= q, both of one segment
+    sums: Tensor  # (B, G, R, q): s - s[Q] / 2, centered for fp32
+    since_start: Tensor  # (B, q, G, R, 1): exp(s); 0 in segments that start in this chunk
+    to_end: Tensor  # (B, q, G, R, 1): exp(s[Q] - s); 0 in segments that end before the chunk's last position
+    through: Tensor  # (B, H, 1, 1): exp(s[Q]); 0 if a segment starts in this chunk
+    same: Tensor  # (B or 1, 1, q, q): 1 where k <= q and both are in the same segment
     u: Tensor  # by head
     by_head: Tensor
     by_group: Tensor
     square: Tensor  # (B, G, R, q, q)
 
     def scores(self) -> tuple[Tensor, Tensor]:
-        """C[q]·B[k] (B, G, 1, q, q), 0 where k > q, and exp(s[q] - s[k]) in `square`; fills `u` too."""
+        """C[q]·B[k] (B, G, 1, q, q), 0 where `same` is 0, and exp(s[q] - s[k]) in `square`; also fills `u`."""
         torch.mul(self.x, self.dt, out=self.u.movedim(3, 1))
         products = torch.bmm(self.C, self.B.transpose(1, 2)).unflatten(0, self.u.shape[:2]).mul_(self.same)
         torch.sub(self.sums[..., None], self.sums[..., None, :], out=self.square)
@@ -83,14 +83,14 @@ class _Chunk(NamedTuple):
 def _cut(x: Tensor, dt: Tensor, log: Tensor, B: Tensor, C: Tensor, segments: Tensor | None, chunk: int) -> list[_Chunk]:
     rows, length, groups, size = B.shape
     tail = -length % chunk
-    # In fp64 and from the middle: the fp32 difference of two sums is then good to 6e-5 at 20 a step.
+    # In fp64 and centered: fp32 differences of two sums are then accurate to 6e-5 at a log decay of 20 per step.
     steps = F.pad(log.clamp(min=LOWEST).double(), [0, 0, 0, tail]).unflatten(1, (-1, chunk))
     sums = steps.cumsum(2)  # (B, Z, Q, H)
     total = sums[:, :, -1:]
-    centred = (sums - total / 2).to(log.dtype).transpose(2, 3).contiguous()
+    centered = (sums - total / 2).to(log.dtype).transpose(2, 3).contiguous()
     since, to_end, through = (t.clamp(min=LOWEST).exp().to(log.dtype) for t in (sums, total - sums, total[:, :, 0]))
     same = x.new_ones(chunk, chunk).tril().expand(1, steps.shape[1], 1, chunk, chunk)
-    if segments is not None:  # the filling at the end belongs to the last segment
+    if segments is not None:  # the padding of the last chunk belongs to the last segment
         ids = torch.cat([segments, segments[:, -1:].expand(-1, tail)], dim=1).unflatten(1, (-1, chunk))
         last = ids[:, :, -1:]
         before = F.pad(last, [0, 0, 1, -1])
@@ -99,7 +99,7 @@ def _cut(x: Tensor, dt: Tensor, log: Tensor, B: Tensor, C: Tensor, segments: Ten
         through = through * (last == before)
         same = same * (ids[..., :, None] == ids[..., None, :])[:, :, None]
     since, to_end = (t.unflatten(3, (groups, -1))[..., None] for t in (since, to_end))
-    decays = centred.unflatten(2, (groups, -1)), since, to_end, through[..., None, None], same
+    decays = centered.unflatten(2, (groups, -1)), since, to_end, through[..., None, None], same
     views: Iterable[tuple[Tensor, ...]] = zip(
         *(_pieces(t, groups, chunk) for t in (x, dt[..., None])),
         *(t.transpose(1, 2).reshape(-1, length, size).split(chunk, 1) for t in (B, C)),
@@ -107,12 +107,12 @@ def _cut(x: Tensor, dt: Tensor, log: Tensor, B: Tensor, C: Tensor, segments: Ten
         strict=True,
     )
     chunks: list[_Chunk] = []
-    for *inputs, centred, since, to_end, through, same in views:
+    for *inputs, centered, since, to_end, through, same in views:
         _, q, _, per_group, width = inputs[0].shape
         if not chunks or q < chunk:
             shapes = (per_group, q, width), (per_group, q, width), (q, per_group, width), (per_group, q, q)
             buffers = [x.new_empty(rows, groups, *shape) for shape in shapes]
-        cropped = [centred[..., :q], since[:, :q], to_end[:, :q], through, same[..., :q, :q]]
+        cropped = [centered[..., :q], since[:, :q], to_end[:, :q], through, same[..., :q, :q]]
         chunks.append(_Chunk._make([*inputs, *cropped, *buffers]))
     return chunks
 
@@ -179,7 +179,7 @@ class _SSD(torch.autograd.Function):
         dh = None if dh is None else dh.contiguous()
         skip = None if D is None else D.view(groups, -1, 1)
         dx, d_dt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
-        # What passes a step of the log decay: within its chunk, into it from before, out of it, and through all of it.
+        # Gradient that passes each step's log decay: within its chunk, from before it, out of it, through all of it.
         within, entered, left = (torch.zeros_like(d_dt) for _ in range(3))
         through = x.new_zeros(len(entering), x.shape[0], x.shape[2])
         d_skip = torch.zeros_like(skip) if skip is not None else None
@@ -189,11 +189,11 @@ class _SSD(torch.autograd.Function):
         chunks = _cut(x, dt, log, B, C, segments, chunk)
         later, earlier = x.new_ones(chunk, chunk).triu(), x.new_ones(chunk, chunk).tril(-1)
         views = [*zip(chunks, by_head, by_group, entering, through, strict=True)]
-        for part, (dyz, dxz, d_dtz, within_z, entered_z, left_z), wholes, before, through_z in reversed(views):
+        for part, (dyz, dxz, d_dtz, within_z, entered_z, left_z), outputs, before, through_z in reversed(views):
             du, dB_flat, dC_flat = _within(part, dyz, within_z, later, earlier)
             dh = _across(part, dyz, before, dh, du, dB_flat, dC_flat, entered_z, left_z, through_z)
-            for whole, flat in zip(wholes, (dB_flat, dC_flat), strict=True):
-                whole.copy_(flat.unflatten(0, (-1, groups)).transpose(1, 2))
+            for output, flat in zip(outputs, (dB_flat, dC_flat), strict=True):
+                output.copy_(flat.unflatten(0, (-1, groups)).transpose(1, 2))
             products = part.by_group.movedim(2, 1)
             torch.sum(torch.mul(du, part.x, out=products), -1, keepdim=True, out=d_dtz)
             torch.mul(du, part.dt, out=dxz)
@@ -209,10 +209,10 @@ class _SSD(torch.autograd.Function):
 
 
 def _within(part: _Chunk, dy: Tensor, passed: Tensor, later: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Back through the sum over the chunk's own inputs: gradients of u (B, q, G, R, P), of B and C (B*G, q, S).
+    """Backward through the sum over the chunk's own inputs: gradients of u (B, q, G, R, P), and of B and C (B*G, q, S).
 
-    What passes each step, k < t <= q, goes to `passed` (B, q, G, R, 1); `later` and `earlier` are ones where column >=
-    row and where column < row.
+    Writes the gradient that passes each step t, over all k < t <= q, to `passed` (B, q, G, R, 1). `later` is 1 where
+    column >= row, `earlier` is 1 where column < row.
     """
     products, decays = part.scores()
     weights = (decays * products).flatten(0, 2)
@@ -240,10 +240,10 @@ def _across(
     left: Tensor,
     through: Tensor,
 ) -> Tensor | None:
-    """Back through the states: adds to du, dB and dC; dh of the state after the chunk -> that of the one before.
+    """Backward through the states: dh of the state after the chunk -> dh of the state before it; adds to du, dB and dC.
 
-    What each position receives from the state goes to `entered`, what it leaves in it to `left` (B, q, G, R, 1), what
-    passes the whole chunk to `through` (B, H).
+    Writes what flows from the state before into each position to `entered`, from each position into the state after to
+    `left` (both (B, q, G, R, 1)), and through the whole chunk to `through` (B, H).
     """
     groups, by_group, matrix = part.u.shape[1], part.by_group.movedim(2, 1), part.group_matrix()
     if dh is not None:

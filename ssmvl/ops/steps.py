@@ -1,4 +1,4 @@
-"""What both state-space ops do before they start: checks, casts, and the step sizes dt."""
+"""Preparation shared by both state-space ops: checks, casts, and the step sizes dt."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ssmvl.errors import ShapeError
 from ssmvl.ops.checks import check_floats, check_groups, check_rows
 from ssmvl.ops.precision import without_autocast
 
-LOWEST = -60.0  # exp(-60) = 9e-27 stands for every smaller decay: numbers near 1e-40 are many times slower
+LOWEST = -60.0  # smaller decays are raised to exp(-60) = 9e-27: arithmetic near 1e-40 (denormals) is many times slower
 
 
 def step_sizes(
     dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float], lengths: Tensor | None
 ) -> Tensor:
-    """clamp(softplus(dt + bias), *limit), and 0 beyond each row's length: a step of 0 leaves the state as it is.
+    """clamp(softplus(dt + bias), *limit), and 0 beyond each row's length, which leaves the state unchanged.
 
     Args:
         dt: (B, L, *), or (B, *) for one position, in the computing dtype.
         bias: (*,), added first.
-        softplus: whether to apply it.
+        softplus: whether to apply softplus.
         limit: lowest and highest step size.
-        lengths: (B,), only with positions; what stands beyond them must be finite.
+        lengths: (B,), only if dt has positions; values beyond them must be finite.
 
     Raises:
-        ShapeError: the limits are no interval of numbers >= 0.
+        ShapeError: `limit` is not an interval of numbers >= 0, or starts at infinity.
     """
     low, high = limit
     if not 0 <= low <= high or low == float("inf"):
@@ -58,22 +58,23 @@ def prepare(
     segments: Tensor | None,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Check what is not a matter of shapes; dt as step sizes, A, D and the state in the computing dtype.
+    """Check everything but shapes; return dt as step sizes, and A, D and the state, in the computing dtype.
 
     Args:
-        op: for messages.
-        sizes: of the axes.
-        channels: the letter of the axis that groups share.
-        x, dt, A, D, dt_bias, softplus, limit, state, lengths, segments, chunk: the op's.
+        op: the op's name, for messages.
+        sizes: letter of an axis -> its size.
+        channels: the letter of the axis that is divided into groups.
+        x, dt, A, D, dt_bias, softplus, limit, state, lengths, segments, chunk: the op's arguments.
 
     Raises:
-        ShapeError: rows, lengths, segments, groups, limits or a chunk that do not fit, or both a state and segments.
+        ShapeError: the dtype of x, rows, lengths, segments, groups, limits or the chunk do not fit, or both a state and
+            segments are given.
     """
     check_floats(op, x)
     check_rows(op, sizes["B"], sizes["L"], lengths, segments, x.device)
     check_groups(op, sizes[channels], sizes["G"])
     if state is not None and segments is not None:
-        raise ShapeError(f"{op}: a state and segments exclude each other; a packed row starts from nothing")
+        raise ShapeError(f"{op}: state and segments are mutually exclusive; packed rows start from a state of zeros")
     if chunk is not None and chunk < 1:
         raise ShapeError(f"{op}: chunk must be at least 1, received {chunk}")
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -1,1 +1,1 @@
-"""From a user's files to model inputs: images, prompts, tokenizers, batches; the only room that opens images."""
+"""User files -> model inputs: images, prompts, tokenizers, batches. The only room that opens images."""

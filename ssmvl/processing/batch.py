@@ -1,17 +1,17 @@
-"""The ragged batch: collated, counted, split by samples, and padded or packed into what the model takes.
+"""Ragged batch: collating, counting, splitting by sample, and padding or packing into model inputs.
 
-    sample_ids       list of names; first, because StreamingDataLoader counts the first value
-    types            list of the samples' types of question, which may be empty
-    damaged          list of lists: [id, reason] of the damaged sample in whose place a sample stands, mostly empty
-    ids              (N,) the tokens of all samples, one sample after the other
+    sample_ids       list of sample names; the first key, because StreamingDataLoader counts the first value
+    types            list of question types, possibly empty
+    damaged          list of lists: [id, reason] of the damaged sample that this sample replaces; mostly empty
+    ids              (N,) the tokens of all samples, concatenated
     labels           (A,) the supervised tokens
-    label_positions  (A,) where in `ids` the logits stand that predict them
-    image_positions  (P,) where in `ids` the image places are
+    label_positions  (A,) positions in `ids` of the logits that predict `labels`
+    image_positions  (P,) positions in `ids` of the image places
     images           {ImageSpec: uint8 (I, 3, S, S)}
-    num_tokens, num_labels, num_places, num_images     lists of how many of these each sample has
+    num_tokens, num_labels, num_places, num_images     lists with the counts of each sample
 
-A plain mapping, because Composer moves only mappings and sequences to a device. Few tensors, because each is copied to
-the device alone.
+A batch is a plain mapping, because Composer moves only mappings and sequences to a device. It has few tensors, because
+each is copied to the device separately.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ COUNTS = {
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
-    """Samples of the processor, each with an optional "id", "type" and "damaged" -> one ragged batch."""
+    """Samples from the processor, each with an optional "id", "type" and "damaged" -> one ragged batch."""
     lengths = [len(sample["ids"]) for sample in samples]
     ids, labels = (torch.cat([sample[key] for sample in samples]) for key in ("ids", "labels"))
-    labels[_starts(lengths)] = IGNORED  # nothing stands before a sample's first token that could predict it
-    supervised, places = _places(labels != IGNORED), _places(ids == IMAGE_PLACE)
+    labels[_starts(lengths)] = IGNORED  # no position precedes a sample's first token to predict it
+    supervised, places = _indices(labels != IGNORED), _indices(ids == IMAGE_PLACE)
     return {
         "sample_ids": [sample.get("id", "") for sample in samples],
         "types": [sample.get("type", "") for sample in samples],
@@ -59,17 +59,17 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
 
 
 def num_samples(batch: Batch) -> int:
-    """Samples of the data set in this batch; Composer's resume position is counted in them."""
+    """Number of samples in this batch; Composer counts its resume position in samples."""
     return len(batch["sample_ids"])
 
 
 def num_tokens(batch: Batch) -> dict[str, int]:
-    """Tokens in this batch, image places included, and those that carry loss."""
+    """Number of tokens in this batch, image places included, and of supervised tokens."""
     return {"total": len(batch["ids"]), "loss_generating": len(batch["labels"])}
 
 
 def split_batch(batch: Batch, size: int) -> list[Batch]:
-    """Batches of `size` samples (the last may be smaller), each with its own samples' images."""
+    """Split into batches of `size` samples (the last may be smaller), each with the images of its samples."""
     rows = [slice(start, start + size) for start in range(0, num_samples(batch), size)]
 
     def cut(values: Tensor, counts: str) -> tuple[Tensor, ...]:
@@ -81,18 +81,18 @@ def split_batch(batch: Batch, size: int) -> list[Batch]:
     pieces = {key: cut(batch[key], counts) for key, counts in COUNTS.items()}
     images = {spec: cut(pixels, "num_images") for spec, pixels in batch["images"].items()}
     first = 0
-    for at, part in enumerate(parts):
-        part |= {key: values[at] for key, values in pieces.items()}
+    for index, part in enumerate(parts):
+        part |= {key: values[index] for key, values in pieces.items()}
         part |= {key: part[key] - first for key in ("label_positions", "image_positions")}
-        part["images"] = {spec: values[at] for spec, values in images.items()}
+        part["images"] = {spec: values[index] for spec, values in images.items()}
         first += len(part["ids"])
     return parts
 
 
 def pad(batch: Batch, length: int = 0) -> dict[str, Any]:
-    """One row per sample, padded on the right -> inputs of `VisionLanguageModel.forward`.
+    """One right-padded row per sample -> inputs of `VisionLanguageModel.forward`.
 
-    Rows have the length of the longest, `length` at least.
+    Rows are as long as the longest sample, and at least `length` long.
     """
     lengths = batch["num_tokens"]
     ids = pad_sequence(batch["ids"].split(lengths), batch_first=True)
@@ -101,15 +101,15 @@ def pad(batch: Batch, length: int = 0) -> dict[str, Any]:
     return {
         **_inputs(batch),
         "ids": ids,
-        "label_positions": batch["label_positions"] + _repeated(shifts, batch["num_labels"], ids),
-        "image_positions": batch["image_positions"] + _repeated(shifts, batch["num_places"], ids),
+        "label_positions": batch["label_positions"] + _repeat(shifts, batch["num_labels"], ids),
+        "image_positions": batch["image_positions"] + _repeat(shifts, batch["num_places"], ids),
     }
 
 
 def pack(batch: Batch) -> dict[str, Any]:
-    """All samples in one row, without padding -> inputs of `VisionLanguageModel.forward`, with `segments` (1, N)."""
+    """All samples in one row without padding -> inputs of `VisionLanguageModel.forward`, with `segments` (1, N)."""
     ids, lengths = batch["ids"], batch["num_tokens"]
-    segments = _repeated(range(len(lengths)), lengths, ids).int()
+    segments = _repeat(range(len(lengths)), lengths, ids).int()
     return {**_inputs(batch), "ids": ids[None], "segments": segments[None]}
 
 
@@ -121,16 +121,16 @@ def _starts(lengths: Sequence[int]) -> list[int]:
     return [0, *accumulate(lengths)][:-1]
 
 
-def _places(mask: Tensor) -> Tensor:
+def _indices(mask: Tensor) -> Tensor:
     return mask.nonzero().squeeze(1)
 
 
-def _counts(places: Tensor, lengths: Sequence[int]) -> list[int]:
-    """How many places lie in each stretch of these lengths."""
-    edges = torch.searchsorted(places, torch.tensor([0, *accumulate(lengths)]))
+def _counts(indices: Tensor, lengths: Sequence[int]) -> list[int]:
+    """Number of indices in each of consecutive segments of these lengths."""
+    edges = torch.searchsorted(indices, torch.tensor([0, *accumulate(lengths)]))
     return cast(list[int], edges.diff().tolist())
 
 
-def _repeated(values: Sequence[int], counts: Sequence[int], like: Tensor) -> Tensor:
-    """Each value as often as its count says, on the device of `like`, which is not waited for."""
+def _repeat(values: Sequence[int], counts: Sequence[int], like: Tensor) -> Tensor:
+    """Repeat each value `count` times, on the device of `like`, without synchronizing with it."""
     return torch.repeat_interleave(torch.tensor(values), torch.tensor(counts)).to(like.device, non_blocking=True)

@@ -1,7 +1,7 @@
 """Image decoding to RGB (allowed formats, EXIF orientation, 8 bits per channel) and re-encoding at a smaller size.
 
-`read_image` is the one reader of training, generation, verification and inspection; conversion asks it where in doubt.
-Imports no torch.
+Training, generation, verification and inspection all read images with `read_image`; conversion calls it in doubtful
+cases. Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from PIL import ExifTags, Image
 
 from ssmvl.errors import DataError, short
 
-Image.init()  # PIL opens a format by name only once it knows all
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")  # others may start other programs
+Image.init()  # PIL can open a format by name only after all plugins are loaded
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")  # other formats may start external programs
 MODES = {"JPEG": {"L", "RGB", "CMYK"}, "PNG": {"L", "LA", "RGB", "RGBA"}, "WEBP": {"RGB", "RGBA"}}
-MAX_PIXELS = 100_000_000  # a decompression bomb is refused before it is decoded
+MAX_PIXELS = 100_000_000  # a decompression bomb is rejected before it is decoded
 PNG, TEXT_CHUNKS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 LONG_TEXT = 1 << 16  # bytes
-MIN_IS_WHITE, SIGNED = 0, 2  # of TIFF; PIL inverts at 8 bits only
-DARK = 16  # of 255: what stays below was kept in few bits of many
-Turn = Image.Transpose
-UPRIGHT = {  # what turns an image of that EXIF orientation upright
-    2: Turn.FLIP_LEFT_RIGHT,
-    3: Turn.ROTATE_180,
-    4: Turn.FLIP_TOP_BOTTOM,
-    5: Turn.TRANSPOSE,
-    6: Turn.ROTATE_270,
-    7: Turn.TRANSVERSE,
-    8: Turn.ROTATE_90,
+MIN_IS_WHITE, SIGNED = 0, 2  # TIFF tag values; PIL inverts 8-bit images only
+DARK = 16  # of 255; a lower maximum means that only the low bits of a wider type are used
+Transpose = Image.Transpose
+UPRIGHT = {  # EXIF orientation -> the transpose that makes the image upright
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
 }
 
 ImageLike = str | Path | bytes | Image.Image
@@ -47,19 +47,20 @@ ImageLike = str | Path | bytes | Image.Image
 def read_image(image: ImageLike) -> Image.Image:
     """Decode a file, bytes or a PIL image to RGB: EXIF orientation applied, transparency composited onto white.
 
-    Of an animation it is the first frame. Of 16 bits the upper 8 are kept; floats are 0…1; 32-bit integers of at most
-    255 are taken as 8 bits, as PIL takes them.
+    An animation is reduced to its first frame. 16-bit values keep their upper 8 bits; floats are 0…1; 32-bit integers
+    of at most 255 are read as 8-bit values, as in PIL.
 
     Raises:
-        DataError: it cannot be found or decoded, has more than `MAX_PIXELS` pixels, or its floats or integers are out
-            of range or would be almost black.
+        DataError: the image cannot be found or decoded, has more than `MAX_PIXELS` pixels, or its floats or integers
+            are out of range or would be almost black.
     """
     what = "image bytes" if isinstance(image, bytes) else str(image)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of bombs, where our own limit follows; of damage that does no harm
+            warnings.simplefilter("ignore")  # bombs, which our own limit rejects below, and harmless damage
             if not isinstance(image, ImageLike):
-                raise DataError(f"a {type(image).__name__} is no image; give a path, encoded bytes or a PIL image")
+                kind = type(image).__name__
+                raise DataError(f"an image must be a path, encoded bytes or a PIL image, received a {kind}")
             if isinstance(image, Image.Image):
                 return _to_rgb(image, what)
             with open_image(image) as opened:
@@ -73,20 +74,20 @@ def read_image(image: ImageLike) -> Image.Image:
 
 
 def decoded(image: Image.Image, what: str) -> Image.Image:
-    """An opened image with its pixels, EXIF orientation applied; integers and floats as 8 bits, see `read_image`.
+    """Decode an opened image: EXIF orientation applied, integers and floats as 8 bits; see `read_image`.
 
     Args:
-        image: as PIL opened it.
-        what: its name, for messages.
+        image: opened by PIL.
+        what: name of the image, for messages.
 
     Raises:
-        DataError: floats or integers are out of range. PIL's decoders may raise anything else.
+        DataError: floats or integers are out of range. PIL's decoders may raise any other error.
     """
     tags = getattr(image, "tag_v2", {})
     inverted = tags.get(ExifTags.Base.PhotometricInterpretation) == MIN_IS_WHITE
     if tags.get(ExifTags.Base.SampleFormat) in (SIGNED, (SIGNED,)) and image.mode == "L":
-        raise DataError(f"{what}: signed bytes; 0 to 255 are allowed, so shift them")
-    raw = str(getattr(getattr(image, "png", None), "im_rawmode", ""))  # of a PNG, how its pixels are kept
+        raise DataError(f"{what}: signed bytes are not supported; shift the values to 0 to 255")
+    raw = str(getattr(getattr(image, "png", None), "im_rawmode", ""))  # pixel format of a PNG
     if "transparency" in image.info and not isinstance(image.info["transparency"], bytes):
         image.info["transparency"] = _transparent(image.info["transparency"], raw)
     image.load()
@@ -94,25 +95,27 @@ def decoded(image: Image.Image, what: str) -> Image.Image:
     if image.mode[0] in "IF":
         return _eight_bits(image, what, inverted)
     if raw.endswith(";16B") and 0 < max(high for _, high in _extrema(image)) < DARK:
-        raise DataError(f"{what}: 16 bits of which the upper 8 are below {DARK}, almost black; scale them")
+        raise DataError(
+            f"{what}: all 16-bit values are below {DARK << 8}, so the image would be almost black; scale them"
+        )
     return image
 
 
 def _extrema(image: Image.Image) -> list[tuple[float, float]]:
-    """The lowest and highest value of each channel of colour."""
+    """The lowest and highest value of each color channel."""
     bands = image.split()[: 1 if image.mode == "LA" else 3]
     return [cast(tuple[float, float], band.getextrema()) for band in bands]
 
 
 def _transparent(value: Any, raw: str) -> Any:
-    """The transparent value of a PNG at the depth to which PIL decodes it."""
+    """The transparent value of a PNG at the bit depth to which PIL decodes it."""
     if raw in ("L;2", "L;4"):
         return value * {"L;2": 85, "L;4": 17}[raw]
     return tuple(part >> 8 for part in value) if raw == "RGB;16B" else value
 
 
 def open_image(image: str | Path | bytes) -> Image.Image:
-    """An image of which only the header is read, from a file or its bytes; PIL may raise anything."""
+    """Open an image from a file or its bytes and read only the header; PIL may raise any error."""
     if not isinstance(image, bytes):
         with Path(image).open("rb") as file:
             if file.read(len(PNG)) != PNG:
@@ -122,43 +125,43 @@ def open_image(image: str | Path | bytes) -> Image.Image:
 
 
 def shrunk(data: bytes, max_side: int) -> bytes:
-    """An image whose longer side has at most `max_side` pixels: the very same bytes, or a smaller one encoded anew.
+    """Limit the longer side of an image to `max_side` pixels: unchanged bytes, or a smaller image, re-encoded.
 
-    JPEG (quality 95), PNG and WebP stay what they are, others become PNG; of an animation the first frame is kept.
+    JPEG (quality 95), PNG and WebP keep their format; others become PNG. An animation keeps only its first frame.
 
     Raises:
-        DataError: it cannot be decoded.
+        DataError: the image cannot be decoded.
     """
     with opened(data) as image:
         if max(image.size) <= max_side:
             return data
         kind = {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP"}.get(image.format or "", "PNG")
-        box, way = (max_side, max_side), Image.Resampling.LANCZOS
-        if kind == "JPEG":  # before its pixels are asked for, as it can be decoded at part of its size
-            image.thumbnail(box, way, reducing_gap=3.0)
+        box, filter_ = (max_side, max_side), Image.Resampling.LANCZOS
+        if kind == "JPEG":  # before the pixels are decoded, because a JPEG can be decoded at a reduced size
+            image.thumbnail(box, filter_, reducing_gap=3.0)
         image = decoded(image, "its pixels")
         if image.mode not in MODES[kind] or "transparency" in image.info:
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-        image.thumbnail(box, way, reducing_gap=3.0)
-        written = io.BytesIO()
-        image.save(written, kind, **({} if kind == "PNG" else {"quality": 95}))
-    return written.getvalue()
+        image.thumbnail(box, filter_, reducing_gap=3.0)
+        encoded = io.BytesIO()
+        image.save(encoded, kind, **({} if kind == "PNG" else {"quality": 95}))
+    return encoded.getvalue()
 
 
 @contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
-    """An image of which only the header is read; whatever fails while it is open is a DataError."""
+    """Open an image and read only its header; any error raised while it is open becomes a DataError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels raise an error
             with open_image(data) as image:
                 yield image
-    except Exception as error:  # each of PIL's decoders has errors of its own
+    except Exception as error:  # each of PIL's decoders raises its own errors
         raise DataError(f"cannot be decoded as an image ({short(reason(error))})") from error
 
 
 def reason(error: Exception) -> str:
-    """What PIL says, without the address of a Python object, which is another one in each run."""
+    """The error's message without addresses of Python objects, which differ from run to run."""
     return re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))
 
 
@@ -173,21 +176,21 @@ def _to_rgb(image: Image.Image, what: str) -> Image.Image:
 
 
 def _without_long_texts(data: bytes) -> bytes:
-    """A PNG without text and colour profiles beyond `LONG_TEXT`, for which PIL would refuse it; other bytes as is."""
-    kept, start, at = [], 0, len(PNG)
+    """Drop text and color profiles longer than `LONG_TEXT` from a PNG, which PIL would reject; keep other bytes."""
+    kept, start, offset = [], 0, len(PNG)
     kind = b"" if data.startswith(PNG) else b"IEND"
-    while kind != b"IEND" and at + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        end = at + 12 + length
-        if kind in TEXT_CHUNKS and _is_long(data[at + 8 : end - 4], kind):
-            kept.append(data[start:at])
+    while kind != b"IEND" and offset + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, offset)
+        end = offset + 12 + length
+        if kind in TEXT_CHUNKS and _is_long(data[offset + 8 : end - 4], kind):
+            kept.append(data[start:offset])
             start = end
-        at = end
+        offset = end
     return b"".join([*kept, data[start:]]) if kept else data
 
 
 def _is_long(text: bytes, kind: bytes) -> bool:
-    """Check whether the content of a text chunk, once inflated, is longer than `LONG_TEXT`."""
+    """Return True if the decompressed content of a text chunk is longer than `LONG_TEXT`."""
     if len(text) > LONG_TEXT:
         return True
     _, _, rest = text.partition(b"\0")
@@ -203,29 +206,29 @@ def _is_long(text: bytes, kind: bytes) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """PIL's own `exif_transpose` also writes the EXIF data anew, which fails where any part of them is damaged."""
+    """Apply the EXIF orientation. PIL's `exif_transpose` also rewrites the EXIF data, which fails if any is damaged."""
     orientation = None
-    with contextlib.suppress(Exception):  # EXIF data that cannot be read turn nothing
+    with contextlib.suppress(Exception):  # unreadable EXIF data rotate nothing
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
 def _eight_bits(image: Image.Image, what: str, inverted: bool) -> Image.Image:
-    """Grey of 16 or 32 bits or of floats, which PIL would clip to white or black, as grey of 8 bits."""
+    """Convert gray of 16 or 32 bits or floats, which PIL would clip to white or black, to 8 bits."""
     values, limit = np.asarray(image), 1 if image.mode == "F" else 65_535
     lowest, highest = values.min(), values.max()
-    found = f"values from {lowest} to {highest} (mode {image.mode})"
-    if not 0 <= lowest <= highest <= limit:  # NaN is none of them
-        raise DataError(f"{what}: {found}; 0 to {limit} are allowed, so scale them")
+    value_range = f"values from {lowest} to {highest} (mode {image.mode})"
+    if not 0 <= lowest <= highest <= limit:  # False for NaN
+        raise DataError(f"{what}: {value_range}; scale them to 0 to {limit}")
     transparent = image.info.get("transparency")
     alpha = None if transparent is None else Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
-    if image.mode == "I" and highest <= 255 and image.format != "PPM":  # which PIL scales to 16 bits
+    if image.mode == "I" and highest <= 255 and image.format != "PPM":  # PIL scales a PPM to 16 bits
         limit = 255
     values = limit - values if inverted else values
     scaled = np.rint(values * 255) if image.mode == "F" else values if limit == 255 else values >> 8
     if 0 < values.max() and scaled.max() < DARK:
-        raise DataError(f"{what}: {found} would be almost black, as white is {limit}; scale them")
-    grey = Image.fromarray(scaled.astype(np.uint8))
+        raise DataError(f"{what}: {value_range} would be almost black, because white is {limit}; scale them")
+    gray = Image.fromarray(scaled.astype(np.uint8))
     if alpha is not None:
-        grey.putalpha(alpha)
-    return grey
+        gray.putalpha(alpha)
+    return gray

@@ -1,4 +1,4 @@
-"""How conversations are written."""
+"""Prompt formats."""
 
 from __future__ import annotations
 
@@ -25,51 +25,54 @@ VICUNA_SYSTEM = (
 
 
 def turns(conversation: Sequence[Message]) -> list[tuple[str, str | None]]:
-    """A conversation as questions with their answers; None for an answer that is still to come.
+    """A conversation as (question, answer) pairs; None for an answer still to be generated.
 
     Raises:
-        DataError: there is no message, or they do not alternate, beginning with the user's.
+        DataError: there is no message, or the messages do not alternate, starting with the user's.
     """
     if not conversation:
-        raise DataError("an empty conversation; at least one message of the user is needed")
+        raise DataError("the conversation is empty; it needs at least one user message")
     for i, message in enumerate(conversation):
-        given, expected = message if isinstance(message, Mapping) else {}, ("user", "assistant")[i % 2]
-        if given.get("role") != expected or not isinstance(given.get("content"), str):
-            wanted = f"{{'role': {expected!r}, 'content': a text}}"
-            raise DataError(f"message {i} must be {wanted}; received {message!r}. User and assistant take turns")
-        if media := sorted(given.keys() & MEDIA):
-            raise DataError(f"message {i} has {', '.join(media)}, which would be lost; give images as an argument")
+        fields, role = message if isinstance(message, Mapping) else {}, ("user", "assistant")[i % 2]
+        if fields.get("role") != role or not isinstance(fields.get("content"), str):
+            expected = f"{{'role': {role!r}, 'content': a string}}"
+            raise DataError(f"message {i} must be {expected}; received {message!r}. User and assistant must alternate")
+        if media := sorted(fields.keys() & MEDIA):
+            raise DataError(f"message {i} has {', '.join(media)}, which would be ignored; pass images as an argument")
     texts = [message["content"] for message in conversation]
     return list(zip_longest(texts[::2], texts[1::2]))
 
 
 def stripped(conversation: Sequence[Message]) -> list[tuple[str, str | None]]:
-    """`turns` without the blanks at the ends of their texts; an empty answer is a blank.
+    """`turns` without leading and trailing whitespace; an empty answer becomes one space.
 
-    Source: the released code of Cobra (arXiv 2403.14520) and of ML-Mamba (arXiv 2407.19832), which goes back to it.
+    Source: the released code of Cobra (arXiv 2403.14520) and of ML-Mamba (arXiv 2407.19832), which is based on it.
     """
-    return [(asked.strip(), None if said is None else said.strip() or " ") for asked, said in turns(conversation)]
+    return [
+        (question.strip(), None if answer is None else answer.strip() or " ")
+        for question, answer in turns(conversation)
+    ]
 
 
 def supervised_pieces(answer: str | None, end: str) -> list[Piece]:
-    """The supervised pieces of a turn, its answer and the end; none while the answer is still to come."""
+    """The supervised pieces of a turn, its answer and the end; none if the answer is still to be generated."""
     return [] if answer is None else [Piece(answer, supervised=True), Piece(end, supervised=True, template=True)]
 
 
 class PlainPrompt:
-    """`{caption}<end>`: images, then what the assistant said; what the user said is left out.
+    """`{caption}<end>`: images, then the assistant's text; the user's text is omitted.
 
-    Blanks at the ends of a caption are stripped. Without an answer there is no text at all: a model that has seen the
-    images continues with a caption. The captions of a longer conversation follow each other.
+    Captions are stripped of leading and trailing whitespace. Without an answer there is no text at all: the model
+    generates a caption right after the images. The captions of a longer conversation are concatenated.
 
-    Source: the first stage of LLaVA (arXiv 2304.08485), with the tokenizer's end in place of a line break; the released
-    AlignDataset of Prismatic (arXiv 2402.07865), Cobra and ML-Mamba.
+    Source: the first stage of LLaVA (arXiv 2304.08485), with the tokenizer's end token instead of a line break; the
+    released AlignDataset of Prismatic (arXiv 2402.07865), Cobra and ML-Mamba.
     """
 
     image_placement: Literal["before_all_text", "in_place"] = "before_all_text"
 
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
-        """The captions; nothing else.
+        """The captions only.
 
         Raises:
             DataError: see `turns`.
@@ -79,9 +82,9 @@ class PlainPrompt:
 
 
 class MambaPrompt:
-    r"""`In: {question}\nOut: {answer}<end>`, turns one line apart; images before all text; answers are supervised.
+    r"""`In: {question}\nOut: {answer}<end>`, one line break between turns; images before all text.
 
-    Blanks at the ends of a text are left out, and an empty answer is a blank.
+    Answers are supervised. Texts are stripped of leading and trailing whitespace; an empty answer becomes one space.
 
     Source: the released code of Cobra (arXiv 2403.14520), its prompt for language models without a chat format.
     """
@@ -89,7 +92,7 @@ class MambaPrompt:
     image_placement: Literal["before_all_text", "in_place"] = "before_all_text"
 
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
-        """The text to read; after a last message of the user it ends at `Out: `.
+        """The text of the conversation; it ends with `Out: ` if the last message is the user's.
 
         Raises:
             DataError: see `turns`.
@@ -103,7 +106,7 @@ class MambaPrompt:
 
 
 class VicunaPrompt:
-    """`<s>{system} USER: {question} ASSISTANT: {answer}<end>USER: …`, turn after turn; images before their question.
+    """`<s>{system} USER: {question} ASSISTANT: {answer}<end>USER: …` for each turn; images before their question.
 
     For LLaMA tokenizers, which add the space before an answer and before the next question themselves. `<s>` stands for
     the tokenizer's BOS token and is omitted if the tokenizer has none. Images are moved to the beginning of their
@@ -115,7 +118,7 @@ class VicunaPrompt:
     image_placement: Literal["before_all_text", "in_place"] = "in_place"
 
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
-        """The text to read; after a last message of the user it ends at `ASSISTANT:`.
+        """The text of the conversation; it ends with `ASSISTANT:` if the last message is the user's.
 
         Raises:
             DataError: see `turns`.

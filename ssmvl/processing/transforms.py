@@ -1,4 +1,4 @@
-"""From an image a user has to the uint8 pixels an encoder takes."""
+"""Image transforms: a user's image -> the uint8 pixels that an encoder takes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ssmvl.processing.image_decoding import ImageLike, read_image
 
 __all__ = ["read_image", "to_pixels", "ImageLike"]
 
-STRIP, LONGEST = 16, 4096  # longer sides, in shorter ones or in pixels, are reduced first for memory
+STRIP, LONGEST = 16, 4096  # limits of the aspect ratio and of the longer side in pixels, to bound memory
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec) -> Tensor:
     """An RGB image -> uint8 (3, S, S), resized as `spec` says, bicubic.
 
-    `resize-crop` and `letterbox` give the pixels that the papers' code feeds its encoders. To bound memory, images more
-    than 16 times as long as wide are first cropped to their middle, and those longer than 4,096 pixels are reduced to
-    that before they are letterboxed.
+    `resize-crop` and `letterbox` reproduce the encoder inputs of the papers' code. To bound memory, `resize-crop` first
+    center-crops images more than 16 times as long as wide, and `letterbox` first reduces images longer than 4,096
+    pixels to that length.
 
     Source: torchvision's Resize and CenterCrop; the letterbox of Prismatic (arXiv 2402.07865).
     """
@@ -32,19 +32,19 @@ def to_pixels(image: Image.Image, spec: ImageSpec) -> Tensor:
     else:
         square = image.resize((size, size), Image.Resampling.BICUBIC)
     planes = [np.frombuffer(square.tobytes("raw", band), np.uint8) for band in "RGB"]
-    return torch.from_numpy(np.stack(planes)).view(3, size, size)  # three times as fast as turning (S, S, 3) round
+    return torch.from_numpy(np.stack(planes)).view(3, size, size)  # three times as fast as permuting (S, S, 3)
 
 
 def _center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle S x S pixels of the image once its shorter side is resized to S."""
+    """Resize the shorter side to S, then crop the middle S x S pixels."""
     (width, height), short = image.size, min(image.size)
     if max(width, height) > STRIP * short:
         image = image.crop(_middle(width, height, min(width, STRIP * short), min(height, STRIP * short)))
         width, height = image.size
     longer = int(size * max(width, height) / short)
     resized = (size, longer) if width <= height else (longer, size)
-    whole = image.resize(resized, Image.Resampling.BICUBIC)
-    return whole.crop(_middle(*resized, size, size))
+    scaled = image.resize(resized, Image.Resampling.BICUBIC)
+    return scaled.crop(_middle(*resized, size, size))
 
 
 def _middle(width: int, height: int, inner_width: int, inner_height: int) -> tuple[int, int, int, int]:
@@ -53,9 +53,9 @@ def _middle(width: int, height: int, inner_width: int, inner_height: int) -> tup
 
 
 def _padded(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
-    """An image with as much of the fill on both sides as makes it square, or one pixel short of that."""
+    """Pad an image equally on both sides with `fill`, so that it is square or one pixel short of it."""
     if (side := max(image.size)) > LONGEST:
-        inner = [max(1, round(LONGEST * own / side)) for own in image.size]
+        inner = [max(1, round(LONGEST * length / side)) for length in image.size]
         image = image.resize((inner[0], inner[1]), Image.Resampling.BICUBIC)
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2

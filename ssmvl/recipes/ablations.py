@@ -1,7 +1,7 @@
-"""Rows of the papers' ablation tables: each a recipe with overrides, under a name. Imports no torch.
+"""Ablations: rows of the papers' tables as named recipes with overrides. Imports no torch.
 
-`recipes/ablations.yaml` is a list of them; `ablation:ml_mamba/table7/csm` stands where a recipe's name may, but not as
-the `base:` of another.
+They are listed in `recipes/ablations.yaml`. A name such as `ablation:ml_mamba/table7/csm` can be used wherever a
+recipe's name can, except as the `base:` of another recipe.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Name = Annotated[str, Check("a name of letters, digits, ., _ and -", re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """One row of a table: its fields are the schema.
+    """Row of a paper's table. The fields are the schema of an entry.
 
     Args:
-        table: of the paper, e.g. `table7`.
-        row: a name for it, e.g. `csm`.
-        recipe: name of the recipe that it starts from.
+        table: table of the paper, e.g. `table7`.
+        row: name of the row, e.g. `csm`.
+        recipe: name of the recipe to which the overrides apply.
         overrides: `"a.b=c"`, applied one by one.
-        published: the paper's figures by benchmark.
-        note: what a reader of the figures must know.
+        published: the paper's results by benchmark.
+        note: caveats about the published results.
     """
 
     table: Name
@@ -43,36 +43,37 @@ class Ablation:
 
     @property
     def name(self) -> str:
-        """`ml_mamba/table7/csm`."""
+        """Name of the entry, e.g. `ml_mamba/table7/csm`."""
         return f"{self.recipe}/{self.table}/{self.row}"
 
     @property
     def run(self) -> str:
-        """The name as a run folder can have it: `ml_mamba-table7-csm`."""
+        """Name of the entry's run folder, e.g. `ml_mamba-table7-csm`."""
         return re.sub(r"[/.]", "-", self.name)
 
 
 def read_ablations(path: Path) -> list[Ablation]:
-    """The entries of a file, in its order.
+    """Read the entries of a file, in their order.
 
     Raises:
-        RecipeError: it is no list of entries, has none, or two have one name; every problem is listed.
+        RecipeError: the file is not a list of entries, is empty, or has two entries of one name. Lists every problem.
     """
-    listed = read_yaml(path)
-    if not isinstance(listed, list):
-        raise RecipeError([Problem("", "ablations are a list of entries; this is none")], str(path))
-    if not listed:
+    nodes = read_yaml(path)
+    if not isinstance(nodes, list):
+        received = "a mapping" if isinstance(nodes, dict) else type(nodes).__name__
+        raise RecipeError([Problem("", f"ablations must be a list of entries, received {received}")], str(path))
+    if not nodes:
         raise RecipeError([Problem("", "the list has no entry; write at least one, or check a recipe")], str(path))
     entries: dict[str, Ablation] = {}
     problems = []
-    for number, node in enumerate(listed, 1):
-        bound, found = bind(node, Ablation, f"entry {number}", label="an ablation")
-        problems += found
-        if not found:
+    for number, node in enumerate(nodes, 1):
+        bound, errors = bind(node, Ablation, f"entry {number}", label="an ablation")
+        problems += errors
+        if not errors:
             entry: Ablation = bound()
             if entry.run in entries:
                 other = entries[entry.run].name
-                problems.append(Problem(f"entry {number}", f"{entry.name} would run in the folder of {other}"))
+                problems.append(Problem(f"entry {number}", f"{entry.name} would share its run folder with {other}"))
             entries.setdefault(entry.run, entry)
     if problems:
         raise RecipeError(problems, str(path))
@@ -81,19 +82,19 @@ def read_ablations(path: Path) -> list[Ablation]:
 
 @functools.cache
 def shipped_ablations() -> list[Ablation]:
-    """The entries that come with the package."""
-    found = [folder / ABLATIONS_FILE for folder in shipped_folders() if (folder / ABLATIONS_FILE).is_file()]
-    return read_ablations(found[0]) if found else []
+    """Return the entries that ship with the package."""
+    paths = [folder / ABLATIONS_FILE for folder in shipped_folders() if (folder / ABLATIONS_FILE).is_file()]
+    return read_ablations(paths[0]) if paths else []
 
 
 def find_ablation(name: str) -> Ablation:
-    """The shipped entry of that name, written with or without `ablation:`.
+    """Find a shipped entry by name, with or without the prefix `ablation:`.
 
     Raises:
-        RecipeError: there is none; names the nearest, and all others.
+        RecipeError: the name is unknown. The message lists the nearest name and all names.
     """
     entries = {entry.name: entry for entry in shipped_ablations()}
     name = name.removeprefix(PREFIX)
     if name not in entries:
-        raise RecipeError([Problem("", f"no ablation named {name!r}.{nearest(name, entries)}")], PREFIX + name)
+        raise RecipeError([Problem("", f"unknown ablation {name!r}.{nearest(name, entries)}")], PREFIX + name)
     return entries[name]

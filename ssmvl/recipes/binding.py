@@ -1,4 +1,4 @@
-"""Options checked against signatures: a node of a recipe and a factory -> the factory with its options bound."""
+"""Binding: check the options in a recipe's node against a factory's signature and bind them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ssmvl.registry import INJECTED, Check, Entry, Part
 
 
 class Bound:
-    """A component with its options bound, awaiting the arguments that its kind injects.
+    """Factory with its options bound. Calling it with the injected arguments of its kind builds the component.
 
     Attributes:
-        label: "connector 'mlp' (ssmvl)", for messages.
-        path: where the recipe has it.
-        node: as the recipe has it, `{name: …, options}`; empty unless it is a registered component.
-        entry: the registered component; None if it is not one.
+        label: description for messages, e.g. "connector 'mlp' (ssmvl)".
+        path: YAML path of the node.
+        node: the node, `{name: …, options}`; empty unless this is a registered component.
+        entry: the registered component; None if this is not one.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class Bound:
         self.path, self.node, self.entry = path, dict(node or {}), entry
 
     def __call__(self, *args: Any, **injected: Any) -> Any:
-        """Build, or for a scan order ask for, the component."""
-        made = self.factory(*args, **injected, **self.options)
-        if (recorded := _MADE.get()) is not None:
-            recorded.append((self, made))
-        return made
+        """Build the component, or evaluate it if it is a scan order."""
+        built = self.factory(*args, **injected, **self.options)
+        if (record := _BUILT.get()) is not None:
+            record.append((self, built))
+        return built
 
     def components(self) -> Iterator[Bound]:
-        """The registered components in it, itself included."""
+        """Yield this component, if registered, and the registered components among its options."""
         if self.entry is not None:
             yield self
         for value in self.options.values():
@@ -59,22 +59,22 @@ class Bound:
         return self.label
 
 
-_MADE: ContextVar[list[tuple[Bound, Any]] | None] = ContextVar("made", default=None)
+_BUILT: ContextVar[list[tuple[Bound, Any]] | None] = ContextVar("built", default=None)
 
 
 @contextmanager
 def made_components() -> Iterator[list[tuple[Bound, Any]]]:
-    """While it is open: what bound components have built, each with its component."""
-    made: list[tuple[Bound, Any]] = []
-    token = _MADE.set(made)
+    """Record each bound component that is called within the context, with its result."""
+    record: list[tuple[Bound, Any]] = []
+    token = _BUILT.set(record)
     try:
-        yield made
+        yield record
     finally:
-        _MADE.reset(token)
+        _BUILT.reset(token)
 
 
 def components_in(value: Any) -> Iterator[Bound]:
-    """The registered components in a bound value: in a component, a mapping or a dataclass of them."""
+    """Yield the registered components in a bound value, which may be a component, a mapping or a dataclass."""
     if isinstance(value, Bound):
         yield from value.components()
     elif isinstance(value, Mapping):
@@ -93,8 +93,8 @@ def bind(
 ) -> tuple[Bound, list[Problem]]:
     """Check the options in `node` against the signature of `factory` and bind them.
 
-    A parameter marked `Part(kind)` takes a component, bound recursively; so do mappings of parts, and dataclasses.
-    Nothing is called. With problems the result must not be called either.
+    A parameter annotated with `Part(kind)` takes a component, which is bound recursively, as are mappings of parts and
+    dataclasses. No component is built. If there are problems, the result must not be called.
     """
     label = label or str(getattr(factory, "__name__", factory))
     if not isinstance(node, dict):
@@ -102,7 +102,7 @@ def bind(
     injected = tuple(injected)
     try:
         parameters = _parameters(factory)
-    except Exception as error:  # evaluating a foreign annotation may raise anything
+    except Exception as error:  # evaluating a third-party annotation may raise anything
         return Bound(factory, {}, label), [Problem(path, f"the signature of {label} cannot be read: {foreign(error)}")]
     allowed = {name: p for name, p in parameters.items() if name not in injected}
     options: dict[str, Any] = {}
@@ -110,12 +110,12 @@ def bind(
     for key, value in node.items():
         where = f"{path}.{key}" if path else str(key)
         if key in injected:
-            problems.append(Problem(where, f"{key!r} is not an option: it is passed by the model; leave it out"))
+            problems.append(Problem(where, f"{key!r} is not an option: the library passes it; remove it"))
         elif key not in allowed:
             problems.append(Problem(where, f"{label} has no option {key!r}.{nearest(str(key), allowed)}"))
         else:
-            options[key], found = _bind_value(value, allowed[key].annotation, where)
-            problems += found
+            options[key], errors = _bind_value(value, allowed[key].annotation, where)
+            problems += errors
     for name, parameter in allowed.items():
         if name not in node and parameter.default is parameter.empty:
             where = f"{path}.{name}" if path else name
@@ -125,7 +125,7 @@ def bind(
 
 
 class Option(NamedTuple):
-    """One option of a component, as a user reads it; `default` is empty for required options."""
+    """Option of a component, formatted for users. `default` is empty for required options."""
 
     name: str
     type: str
@@ -133,33 +133,33 @@ class Option(NamedTuple):
 
 
 def options_of(factory: Callable[..., Any], injected: Iterable[str] = ()) -> list[Option]:
-    """The options of a component or of a part of a recipe."""
-    found = []
+    """List the options of a component or of a part of a recipe."""
+    options = []
     for name, parameter in _parameters(factory).items():
         if name not in injected:
             default = parameter.default
             shown = getattr(default, "__name__", None) or ("{}" if "factory" in repr(default) else repr(default))
-            found.append(Option(name, _describe(parameter.annotation), "" if default is parameter.empty else shown))
-    return found
+            options.append(Option(name, _describe(parameter.annotation), "" if default is parameter.empty else shown))
+    return options
 
 
 def bind_part(node: Any, kind: str, path: str) -> tuple[Bound, list[Problem]]:
-    """`bind` for a component written as a name or as `{name: …, options}`."""
+    """Bind a component written as a name or as `{name: …, options}`."""
     node = {"name": node} if isinstance(node, str) else node
-    nothing = Bound(dict, {}, kind)
+    unusable = Bound(dict, {}, kind)
     names = components().names(kind)
     if not isinstance(node, dict) or not isinstance(node.get("name"), str):
         message = (
             f"expected the name of a {kind} or {{name: …, options}}, received {node!r}. Allowed: {', '.join(names)}."
         )
-        return nothing, [Problem(path, message)]
+        return unusable, [Problem(path, message)]
     try:
         entry = components().find(kind, node["name"])
         factory = entry.load()
     except SsmvlError as error:
-        return nothing, [Problem(path, str(error))]
-    except (Exception, SystemExit) as error:  # foreign code: whatever its import raises belongs in the report
-        return nothing, [Problem(path, f"{entry} cannot be imported: {foreign(error)}")]
+        return unusable, [Problem(path, str(error))]
+    except (Exception, SystemExit) as error:  # importing third-party code may raise anything
+        return unusable, [Problem(path, f"{entry} cannot be imported: {foreign(error)}")]
     options = {key: value for key, value in node.items() if key != "name"}
     return bind(options, factory, path, INJECTED[kind], str(entry), entry)
 
@@ -184,28 +184,29 @@ def _bind_value(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
         if not isinstance(value, dict) or not value:
             return {}, [Problem(path, f"expected a mapping with at least one entry, received {value!r}")]
         pairs = {key: _bind_value(item, arguments[1], f"{path}.{key}") for key, item in value.items()}
-        return {key: v for key, (v, _) in pairs.items()}, [p for _, found in pairs.values() for p in found]
+        return {key: v for key, (v, _) in pairs.items()}, [p for _, problems in pairs.values() for p in problems]
     return _convert(value, hint, path)
 
 
 def _convert(value: Any, hint: Any, path: str) -> tuple[Any, list[Problem]]:
-    """Check one plain value against its annotation with OmegaConf's typed nodes."""
-    refused = [Problem(path, f"expected {_describe(hint)}, received {value!r} ({type(value).__name__})")]
-    if isinstance(value, str) and (value == "???" or "${" in value):  # marks of OmegaConf's, which pass every type
-        return (value, []) if hint in (str, Any) and value != "???" else (None, refused)
-    if (quoted := _looks_like_text(value, hint)) is not None:
-        return None, [Problem(path, f"expected text, received {quoted!r} ({type(quoted).__name__}); put it in quotes")]
+    """Check and convert a plain value against its annotation with OmegaConf's typed nodes."""
+    mismatch = [Problem(path, f"expected {_describe(hint)}, received {value!r} ({type(value).__name__})")]
+    if isinstance(value, str) and (value == "???" or "${" in value):  # OmegaConf accepts these markers as any type
+        return (value, []) if hint in (str, Any) and value != "???" else (None, mismatch)
+    if (unquoted := _unquoted_text(value, hint)) is not None:
+        message = f"expected text, received {unquoted!r} ({type(unquoted).__name__}); put it in quotes"
+        return None, [Problem(path, message)]
     try:
         schema = OmegaConf.structured(make_dataclass("Schema", [("value", hint)]))
         node = OmegaConf.to_container(OmegaConf.merge(schema, {"value": value}))
     except (OmegaConfBaseException, ValueError, TypeError):
-        return None, refused
+        return None, mismatch
     converted = typing.cast("dict[str, Any]", node)["value"]
     return (tuple(converted) if typing.get_origin(hint) is tuple else converted), []
 
 
-def _looks_like_text(value: Any, hint: Any) -> Any:
-    """A boolean or float where text is expected: its spelling is lost, so it cannot be made text again."""
+def _unquoted_text(value: Any, hint: Any) -> Any:
+    """Return the first boolean or float where text is expected. Its original spelling is lost."""
     if hint is str and isinstance(value, bool | float):
         return value
     if str in typing.get_args(hint) and isinstance(value, list | tuple):
@@ -215,23 +216,23 @@ def _looks_like_text(value: Any, hint: Any) -> Any:
 
 def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     annotated: Any = factory
-    if isinstance(factory, type) and not is_dataclass(factory):  # whose fields may be another module's
+    if isinstance(factory, type) and not is_dataclass(factory):  # fields of a dataclass may come from other modules
         annotated = typing.cast(Any, factory).__init__
     hints = typing.get_type_hints(annotated, include_extras=True)
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    found = {n: p for n, p in inspect.signature(factory).parameters.items() if p.kind in plain}
-    return {name: p.replace(annotation=hints.get(name, Any)) for name, p in found.items()}
+    parameters = {n: p for n, p in inspect.signature(factory).parameters.items() if p.kind in plain}
+    return {name: p.replace(annotation=hints.get(name, Any)) for name, p in parameters.items()}
 
 
 def _without_none(hint: Any) -> Any:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        rest = [a for a in typing.get_args(hint) if a is not type(None)]
-        return rest[0] if len(rest) == 1 else hint
+        others = [a for a in typing.get_args(hint) if a is not type(None)]
+        return others[0] if len(others) == 1 else hint
     return hint
 
 
 def _describe(hint: Any, inside: bool = False) -> str:
-    """A type as a user reads it; `inside` of another without what is allowed of it."""
+    """Describe a type for users. `inside` another type, the limits of a `Check` are omitted."""
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     for mark in getattr(hint, "__metadata__", ()):
@@ -239,9 +240,9 @@ def _describe(hint: Any, inside: bool = False) -> str:
         return f"a {mark.kind}" if isinstance(mark, Part) else plain if inside else f"{plain}, {mark.allowed}"
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(_describe(one, inside) for one in inner)
+        return " | ".join(_describe(item, inside) for item in inner)
     if origin in (dict, list, tuple):
-        return f"{origin.__name__}[{', '.join('...' if one is ... else _describe(one, True) for one in inner)}]"
+        return f"{origin.__name__}[{', '.join('...' if item is ... else _describe(item, True) for item in inner)}]"
     if hint is types.NoneType:
         return "None"
     return hint.__name__ if isinstance(hint, type) and not inner else str(hint).replace("typing.", "")

@@ -1,4 +1,4 @@
-"""Recipe files: lookup by name among the shipped recipes and those of plugins, and reading YAML. Imports no torch."""
+"""Recipe files: lookup by name among shipped recipes and those of plugins; reading YAML. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ABLATIONS_FILE = "ablations.yaml"
 
 
 def shipped_folders() -> list[Path]:
-    """Folders of recipes: beside the package in an installation, in the checkout where there is one."""
+    """Return the directories of shipped recipes: the installed one, and the checkout's if there is one."""
     package, checkout = Path(__file__).parents[1], Path(__file__).parents[2]
     return [package / "_recipes", *([checkout / "recipes"] if (checkout / "pyproject.toml").is_file() else [])]
 
@@ -25,7 +25,7 @@ def read_yaml(path: Path) -> Any:
     """Read a YAML file as plain data; see `ssmvl.recipes.yaml_loader.parse`.
 
     Raises:
-        RecipeError: the file cannot be read, or a key is duplicated in one mapping.
+        RecipeError: the file cannot be read, or a mapping has a duplicate key.
     """
     try:
         return parse(path.read_text(encoding="utf-8"))
@@ -34,7 +34,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def recipe_path(name: str) -> Path:
-    """Where the recipe called `name` lies: the installed copy, then the checkout's folder, then a plugin's.
+    """Return the path of a recipe. The installed copy comes first, then the checkout's, then a plugin's.
 
     Raises:
         RecipeError: no recipe has that name.
@@ -45,18 +45,18 @@ def recipe_path(name: str) -> Path:
     try:
         entry = components().find("recipe", name)
     except UnknownComponentError as error:
-        problem = f"no recipe named {name!r}, and no such file.{nearest(name, recipe_names())}"
+        problem = f"unknown recipe {name!r}, and no such file exists.{nearest(name, recipe_names())}"
         raise RecipeError([Problem("", line) for line in (problem, *map(str, components().failures))], name) from error
     package, _, rest = str(entry.target).partition("/")
-    spec = find_spec(package.partition(".")[0])  # found without importing it
+    spec = find_spec(package.partition(".")[0])  # does not import the package
     for root in (spec and spec.submodule_search_locations) or []:
         if (Path(root) / rest).is_file():
             return Path(root) / rest
-    raise RecipeError([Problem("", f"{entry} says it lies in {entry.target}, which does not exist")], name)
+    raise RecipeError([Problem("", f"{entry} is registered as {entry.target}, which does not exist")], name)
 
 
 def recipe_names() -> list[str]:
-    """Names that `recipe_path` finds."""
+    """List the names that `recipe_path` finds."""
     shipped = {
         path.stem for folder in shipped_folders() for path in folder.glob("*.yaml") if path.name != ABLATIONS_FILE
     }

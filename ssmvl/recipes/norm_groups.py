@@ -1,25 +1,25 @@
-"""The default of `norm_groups`, written out: ssmvl 0.1 had another one. Imports no torch."""
+"""Make the default of `norm_groups` explicit, which was different in ssmvl 0.1. Imports no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-SAVED_BESIDE = ("ssmvl.json", ".lock", "*/checkpoints", "model/ssmvl.json")  # of a saved model, and of a run folder
+SAVED_BESIDE = ("ssmvl.json", ".lock", "*/checkpoints", "model/ssmvl.json")  # files of saved models and run folders
 
 
 def is_saved(path: Path) -> bool:
-    """True if the library wrote a recipe file, with a model or in a run folder."""
+    """Return True if the library wrote this recipe file, with a saved model or in a run folder."""
     return path.name == "recipe.yaml" and any(any(path.parent.glob(name)) for name in SAVED_BESIDE)
 
 
 def write_out(node: Any, saved: bool = False) -> Any:
-    """A recipe's data in which each `mamba2` mixer of several groups states its `norm_groups`.
+    """Add `norm_groups` to each `mamba2` mixer with several groups that does not state it.
 
     Args:
         node: a recipe's data, or a part of it.
-        saved: whether the library wrote it. Without `norm_groups`, what ssmvl 0.1 saved normalizes the whole width, and
-            a recipe of today each group.
+        saved: whether the library wrote it. The default of recipes saved by ssmvl 0.1 is to normalize the whole width;
+            today's default is to normalize each group.
     """
     if isinstance(node, list):
         return [write_out(item, saved) for item in node]

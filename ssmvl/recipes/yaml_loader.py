@@ -10,7 +10,7 @@ import yaml
 from yaml import YAMLError
 from yaml.constructor import ConstructorError
 
-# YAML 1.2's core schema. YAML 1.1 reads `yes` as true, `010` as 8 and `1:30` as 90, and `1e-4` as text.
+# Core schema of YAML 1.2. YAML 1.1 reads `yes` as true, `010` as 8, `1:30` as 90 and `1e-4` as text.
 SCALARS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -27,7 +27,7 @@ DEPTH = 100
 
 
 class _Loader(yaml.SafeLoader):
-    """Resolves the scalars below, and no others."""
+    """Loader that resolves the scalars in `SCALARS` only."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -43,20 +43,20 @@ for _tag, (_pattern, _first) in SCALARS.items():
 
 
 def parse(text: str) -> Any:
-    """The data of one YAML document; `{}` if the document is empty.
+    """Parse one YAML document; an empty document gives `{}`.
 
     Only `true` and `false` are booleans, only decimal digits without leading zeros are integers, and `1e-4` is a float.
-    Everything else, such as `yes`, `010` and `1:30`, is text, which is converted where a boolean or a number is
+    Everything else, such as `yes`, `010` and `1:30`, is text; binding converts it where a boolean or a number is
     expected. Interpolations are kept as text.
 
     Raises:
-        YAMLError: the text is not valid YAML, or a key is duplicated in one mapping.
+        YAMLError: the text is not valid YAML, or a mapping has a duplicate key.
     """
     try:
         data = yaml.load(text, Loader=_Loader)  # a SafeLoader
         _require_depth(data, DEPTH)
     except RecursionError as error:
-        raise YAMLError(f"it is nested more than {DEPTH} levels deep, or contains itself") from error
+        raise YAMLError(f"the document is nested more than {DEPTH} levels deep, or is cyclic") from error
     return {} if data is None and not text.strip() else data
 
 

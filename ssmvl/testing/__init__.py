@@ -1,7 +1,7 @@
-"""Checks that authors of components call in their own tests, one for each kind.
+"""Checks that component authors call in their own tests, one per kind.
 
-A check takes what the author registers: the class or function that the library calls with the injected arguments,
-options bound by `functools.partial`. It returns nothing; what breaks the contract of the kind is a `ContractError`.
+A check takes the registered class or function, which the library calls with the injected arguments; bind options with
+`functools.partial`. It returns nothing and raises a `ContractError` if the component violates the contract of its kind.
 
     from ssmvl.testing import check_mixer
 

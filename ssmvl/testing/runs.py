@@ -1,4 +1,4 @@
-"""The checks of what a run is made of: data sets and recipes."""
+"""Checks of datasets and recipes."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from ssmvl.testing.common import name_of, require
 
 
 def check_dataset(dataset: Callable[..., Data], *, splits: Sequence[str] = ("train", "test")) -> None:
-    """Each split is shards whose records can all be trained on; asked again, nothing is written.
+    """Check that each split is shards of trainable records, and that a second call writes nothing.
 
-    Every record is read, so ask for a small data set:
+    Every record is read, so request a small dataset:
     `check_dataset(functools.partial(my_data, train_size=8, test_size=8, folder=str(tmp_path)))`.
 
     Args:
-        dataset: called with `split`; gives the folder, or what else `ssmvl.interfaces.Data` is.
-        splits: those that the data set has.
+        dataset: called with `split`; returns the directory, or another form of `ssmvl.interfaces.Data`.
+        splits: splits of the dataset.
 
     Raises:
-        ContractError: it is not; names the split, and the record.
+        ContractError: the dataset violates its contract; names the split and the record.
         MissingDependencyError: mosaicml-streaming is not installed.
     """
     splits_of: dict[Path, str] = {}
     for split in splits:
         what = f"{name_of(dataset)}({split!r})"
-        folders = _folders(_opened(dataset, split))
+        folders = _folders(_open(dataset, split))
         for folder in folders:
-            require(folder not in splits_of, f"{what} gives the folder of {splits_of.get(folder)!r}: {folder}")
+            require(folder not in splits_of, f"{what} returns the directory of {splits_of.get(folder)!r}: {folder}")
             splits_of[folder] = split
-        for place in folders.values():
-            _check_records(what, _read(what, place))
+        for source in folders.values():
+            _check_records(what, _read(what, source))
         before = [_files(folder) for folder in folders]
-        again = _folders(_opened(dataset, split))
-        changed = f"{what} gives another folder when asked again: {_named(folders)}, then {_named(again)}"
+        again = _folders(_open(dataset, split))
+        changed = f"{what} returns another directory on the second call: {_join(folders)}, then {_join(again)}"
         require(again == folders, changed)
-        written = f"{what} writes {_named(folders)} again when asked again; it must stay as it is"
-        require([_files(folder) for folder in again] == before, written)
+        rewritten = f"{what} rewrites {_join(folders)} on the second call; existing shards must stay unchanged"
+        require([_files(folder) for folder in again] == before, rewritten)
 
 
 def check_recipe(recipe: str | Path | Recipe) -> None:
-    """Every name and option of the recipe is right, and its parts fit together; no weight is allocated.
+    """Check that all names and options of a recipe are valid and its parts fit together. Allocates no weights.
 
     `check_recipe("my_recipe")`.
 
@@ -57,14 +57,14 @@ def check_recipe(recipe: str | Path | Recipe) -> None:
         recipe: a name, a YAML file, or a recipe.
 
     Raises:
-        RecipeError: every mistake.
+        RecipeError: the recipe has mistakes; lists all of them.
     """
     from ssmvl.training.checked import check
 
     check(recipe)
 
 
-def _opened(dataset: Callable[..., Data], split: str) -> Data:
+def _open(dataset: Callable[..., Data], split: str) -> Data:
     try:
         return open_data(dataset, split)
     except DataError as error:
@@ -72,30 +72,31 @@ def _opened(dataset: Callable[..., Data], split: str) -> Data:
 
 
 def _folders(data: Data) -> dict[Path, Path | Shards]:
-    """The folders on this machine, each with the place that it belongs to."""
-    places = [stream.source for stream in data] if isinstance(data, list) else [data]
-    return {place.local if isinstance(place, Shards) else place: place for place in places}
+    """Local directory of each source -> the source."""
+    sources = [stream.source for stream in data] if isinstance(data, list) else [data]
+    return {source.local if isinstance(source, Shards) else source: source for source in sources}
 
 
-def _named(folders: Iterable[Path]) -> str:
+def _join(folders: Iterable[Path]) -> str:
     return ", ".join(map(str, folders))
 
 
-def _read(what: str, place: Path | Shards) -> list[dict[str, Any]]:
+def _read(what: str, source: Path | Shards) -> list[dict[str, Any]]:
     from ssmvl.data.shards import COLUMNS, require_streaming
 
     require_streaming()
     from ssmvl.data.streams import read_records
 
-    folder = place.local if isinstance(place, Shards) else place
+    folder = source.local if isinstance(source, Shards) else source
     index = folder / "index.json"
-    require(index.is_file(), f"{what}: there are no shards in {folder}; it has no index.json")
+    require(index.is_file(), f"{what}: no shards in {folder}: index.json is missing")
     shards = json.loads(index.read_text())["shards"]
-    require(sum(shard["samples"] for shard in shards), f"{what}: the shards in {folder} hold no records")
+    require(sum(shard["samples"] for shard in shards), f"{what}: the shards in {folder} have no records")
     for shard in shards:
-        lacking = sorted(COLUMNS.keys() - set(shard["column_names"]))
-        require(not lacking, f"{what}: a shard in {folder} lacks {lacking}; ssmvl.data.shards.ensure_shards writes all")
-    return read_records(place)
+        missing = sorted(COLUMNS.keys() - set(shard["column_names"]))
+        advice = "write shards with ssmvl.data.shards.ensure_shards"
+        require(not missing, f"{what}: a shard in {folder} lacks the columns {missing}; {advice}")
+    return read_records(source)
 
 
 def _check_records(what: str, records: Sequence[dict[str, Any]]) -> None:

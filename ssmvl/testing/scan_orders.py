@@ -1,4 +1,4 @@
-"""The check of scan orders."""
+"""Check of scan orders."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ GRIDS = [*(Grid(1, rows, columns) for rows, columns in MAPS), Grid(2, 3, 2), Gri
 
 
 def check_scan_order(order: ScanOrder, grids: Sequence[Grid] = tuple(GRIDS)) -> None:
-    """Over each grid the order gives (K, L) permutations, the same ones each time, with one K.
+    """Check that a scan order returns (K, L) permutations for each grid, deterministically and with one K.
 
     Args:
-        order: called with `grid`; gives the paths.
-        grids: single rows and columns, odd and prime sizes, 27 x 27, several maps; give others for an order of certain
-            numbers of maps only.
+        order: called with `grid`; returns the paths.
+        grids: by default single rows and columns, odd and prime sizes, 27 x 27 and several maps; pass others if the
+            order supports only certain numbers of maps.
 
     Raises:
-        ContractError: it does not; names the grid, the path and the first offending position.
+        ContractError: the order violates its contract; names the grid, the path and the first wrong position.
     """
     name, counts = name_of(order), dict[int, Grid]()
     for grid in grids:
         paths = path_table(order, grid)
         counts.setdefault(len(paths), grid)
         if not paths.equal(path_table(order, grid)):
-            raise ContractError(f"scan order {name!r} gives other paths for grid {tuple(grid)} when asked again")
+            raise ContractError(f"scan order {name!r} returns other paths for grid {tuple(grid)} on the second call")
     if len(counts) > 1:
-        found = ", ".join(f"{count} over {tuple(grid)}" for count, grid in counts.items())
-        raise ContractError(f"scan order {name!r}: K must be one number, paths come depending on the grid: {found}")
+        shown = ", ".join(f"{count} over {tuple(grid)}" for count, grid in counts.items())
+        raise ContractError(f"scan order {name!r}: the number of paths K must not depend on the grid, received {shown}")

@@ -11,9 +11,9 @@ from ssmvl.model.vlm import VisionLanguageModel
 
 
 def checkpoint_activations(model: VisionLanguageModel | MambaLM) -> None:
-    """Have each shard unit of a model keep only its inputs and compute its activations again in backward.
+    """Make each shard unit of a model keep only its inputs and recompute its activations in backward.
 
-    Inside the unit's own hooks, so that what FSDP2 gathers for backward serves the second forward too.
+    The recomputation runs inside the unit's own hooks, so that it uses the parameters that FSDP2 gathers for backward.
     """
     for unit in model.shard_units():
         unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""A recipe, checked: every mistake in it, found before a weight is allocated."""
+"""Check a recipe: report every mistake before any weight is allocated."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from ssmvl.model.blueprint import Blueprint
 from ssmvl.model.trial import prompt_problems, trial
 from ssmvl.plugins import components
 from ssmvl.processing.processor import Processor
-from ssmvl.processing.tokenizers import tokenizer_here
+from ssmvl.processing.tokenizers import local_tokenizer
 from ssmvl.recipes.binding import Bound, bind
 from ssmvl.recipes.merge import Recipe, load_recipe
 from ssmvl.training.composer_classes import check_composer
 from ssmvl.training.freezing import is_under
 from ssmvl.training.inputs import data_problems, weights_problems
+from ssmvl.training.optimizer import optimizer_problems
 from ssmvl.training.schema import NAME, RESERVED, Plan, Stage
 from ssmvl.training.stage_prompts import prompts_of_stages, recipe_after
 
@@ -30,12 +31,12 @@ __all__ = ["Checked", "check"]
 
 @dataclass(frozen=True, eq=False)
 class Checked(Blueprint):
-    """A recipe without mistakes, bound once. `build_model` and `train` take it in place of a recipe.
+    """A valid recipe, bound once. `build_model` and `train` accept it in place of a recipe.
 
     Attributes:
         plan: the bound recipe.
-        notes: parts that could not be checked, and stages that train with another prompt.
-        opened: whether files of weights were opened.
+        notes: parts that could not be checked, and stages that train with a prompt other than the model's.
+        opened: whether weight files were opened.
     """
 
     plan: Plan
@@ -43,7 +44,7 @@ class Checked(Blueprint):
     opened: bool
 
     def after(self, stage: str) -> Blueprint:
-        """The blueprint that a stage's model is saved with: its prompt is the one that the stage trained with."""
+        """Return the blueprint saved with a stage's model: its prompt is the one that the stage trained with."""
         node = recipe_after(self.recipe, stage).data["model"]["prompt"]
         if node == self.recipe.data["model"]["prompt"]:
             return self
@@ -53,15 +54,17 @@ class Checked(Blueprint):
         return self.with_prompt(next(prompt for prompt in bound if prompt.node == node))
 
     def require_shared_by(self, ranks: int, noun: str = "ranks") -> None:
-        """Check that the samples of each stage's step can be shared equally.
+        """Check that each stage's batch can be split evenly across the ranks.
 
         Raises:
-            RecipeError: a batch cannot, or a micro-batch is larger than a rank's share.
+            RecipeError: a batch cannot be split, or a micro-batch is larger than a rank's share.
         """
         problems = []
         for name, stage in self.plan.stages.items():
             if stage.batch % ranks:
-                what = f"{stage.batch} samples cannot be shared by {ranks} {noun}; choose a multiple of {ranks}"
+                what = (
+                    f"{stage.batch} samples cannot be split evenly across {ranks} {noun}; choose a multiple of {ranks}"
+                )
                 problems.append(Problem(f"stages.{name}.batch", what))
             elif stage.microbatch is not None and stage.microbatch > stage.batch // ranks:
                 share, each = stage.batch // ranks, f" on each of {ranks} {noun}" if ranks > 1 else ""
@@ -71,7 +74,7 @@ class Checked(Blueprint):
             raise RecipeError(problems, self.recipe.source)
 
     def stage_processor(self, stage: str | None) -> tuple[Processor, str]:
-        """The processor that a stage trains with, the first one's if None, and what to call it.
+        """Return the processor of a stage (of the first stage if None), and its name for messages.
 
         Raises:
             RecipeError: the stage is unknown.
@@ -83,7 +86,7 @@ class Checked(Blueprint):
 
 
 def stage_processor(recipe: str | Path | Recipe | Checked, stage: str | None) -> tuple[Processor, str]:
-    """The processor that a stage of a recipe trains with, and what to call it; of a recipe without stages, the model's.
+    """Return the processor of a recipe's stage and its name for messages; the model's processor if it has no stages.
 
     Raises:
         RecipeError: the stage is unknown, or the recipe has mistakes.
@@ -106,16 +109,16 @@ def _require_stage(recipe: Recipe, name: str) -> None:
 
 
 def check(recipe: str | Path | Recipe | Checked, *overrides: str, weights: bool = True, data: bool = False) -> Checked:
-    """Find every mistake of a recipe without allocating a weight.
+    """Report every mistake in a recipe without allocating a weight.
 
-    Names and options are resolved first, over the whole recipe. Then the model is built and run on `meta`, the
-    tokenizer is read, and pretrained weights are compared with the model, where that fetches nothing.
+    The names and options of the whole recipe are resolved first. Then the model is built and run on `meta`, the
+    tokenizer is read, and pretrained weights are compared with the model, as long as this needs no download.
 
     Args:
-        recipe: a name, a YAML file, a recipe, or what this function returned.
-        overrides: `"stages.finetune.batch=128"`, applied one by one.
-        weights: whether files of weights on this machine are opened.
-        data: whether every dataset is opened too, and ids are looked up in the hub.
+        recipe: a name, a YAML file, a recipe, or the result of an earlier check.
+        overrides: `"stages.finetune.batch=128"`, applied in order.
+        weights: whether to open weight files on this machine.
+        data: whether to open every dataset too, and look up ids on the Hub.
 
     Returns:
         The bound recipe, its model on `meta`, and notes on what was not checked.
@@ -128,16 +131,17 @@ def check(recipe: str | Path | Recipe | Checked, *overrides: str, weights: bool 
     merged = load_recipe(recipe.recipe if isinstance(recipe, Blueprint) else recipe, *overrides)
     notes: list[str] = []
     problems = _composer_problems(merged, notes)
-    bound, found = bind(merged.data, Plan, "")
-    if problems + found:
-        raise RecipeError(problems + found, merged.source)
+    bound, mistakes = bind(merged.data, Plan, "")
+    problems += mistakes
+    if problems:
+        raise RecipeError(problems, merged.source)
     plan: Plan = bound()
     problems = _plan_problems(plan)
     checked = Checked.assembled(merged, plan.model, plan=plan, notes=notes, opened=weights)
-    broken, untried = trial(checked)
-    problems += broken
-    notes += untried
-    if not broken:
+    failures, skipped = trial(checked)
+    problems += failures
+    notes += skipped
+    if not failures:
         problems += _tokenizer_problems(checked)
     for name, stage in plan.stages.items():
         problems += _stage_problems(name, stage, checked.model)
@@ -159,15 +163,15 @@ def check(recipe: str | Path | Recipe | Checked, *overrides: str, weights: bool 
 
 
 def _composer_problems(recipe: Recipe, notes: list[str]) -> list[Problem]:
-    """Mistakes in the names and options of Composer's classes, and in the order of stages."""
+    """Return mistakes in the names and options of Composer's classes, and in the order of stages."""
     stages = recipe.data.get("stages")
     if not isinstance(stages, dict):
         return []
     problems = []
-    if "order" in stages:  # a valid one was applied when the recipe was read
-        named = [name for name in stages if name != "order"]
-        received = f"received {stages.pop('order')!r}, stages are {named}"
-        problems.append(Problem("stages.order", f"must name each stage once: {received}"))
+    if "order" in stages:  # a valid order was applied, and removed, when the recipe was loaded
+        names = [name for name in stages if name != "order"]
+        received = f"received {stages.pop('order')!r}, but the stages are {names}"
+        problems.append(Problem("stages.order", f"must name each stage once; {received}"))
     for name, stage in stages.items():
         if isinstance(stage, dict):
             problems += check_composer(f"stages.{name}", stage, notes)
@@ -177,19 +181,19 @@ def _composer_problems(recipe: Recipe, notes: list[str]) -> list[Problem]:
 def _plan_problems(plan: Plan) -> list[Problem]:
     problems = []
     if plan.stage not in (None, *plan.stages):
-        near = nearest(str(plan.stage), plan.stages)
-        what = f"{plan.stage!r} is not a stage of this recipe, which has {list(plan.stages)}.{near}"
+        what = f"unknown stage {plan.stage!r}.{nearest(str(plan.stage), plan.stages)}"
         problems.append(Problem("stage", what))
     for name in plan.stages:
         if not NAME.fullmatch(str(name)) or name in RESERVED:
-            what = f"{name!r} cannot name a stage; write letters, digits, _ and -, but not {' or '.join(RESERVED)}"
+            what = f"invalid stage name {name!r}; use letters, digits, _ and -, but not {' or '.join(RESERVED)}"
             problems.append(Problem("stages", what))
     return problems
 
 
 def _stage_problems(name: str, stage: Stage, model: nn.Module) -> list[Problem]:
     path = f"stages.{name}"
-    problems = _warmup_problems(f"{path}.warmup", stage.warmup, stage.duration)
+    problems = _schedule_problems(path, stage)
+    problems += optimizer_problems(f"{path}.optimizer", stage.optimizer)
     if stage.evaluation:
         problems += _question_problems(f"{path}.evaluation.data.streams", _streams(stage.evaluation.data))
     if stage.prompt is not None:
@@ -202,13 +206,26 @@ def _stage_problems(name: str, stage: Stage, model: nn.Module) -> list[Problem]:
     return problems
 
 
-def _warmup_problems(path: str, warmup: str, duration: str) -> list[Problem]:
-    (start, unit), (end, own) = map(_amount_and_unit, (warmup, duration))
-    if unit not in ("dur", own) and {unit, own} != {"ba", "ep"}:
-        return [Problem(path, f"{warmup!r} must be in dur or in the unit of the duration, {duration!r}")]
-    if (unit == own and start > end) or (unit == "dur" and start > 1):
-        return [Problem(path, f"{warmup!r} is longer than the stage, which lasts {duration!r}")]
-    return []
+def _schedule_problems(path: str, stage: Stage) -> list[Problem]:
+    """Warm-up and decay must fit into the stage; only one schedule has a decay."""
+    stable = stage.schedule == "warmup-stable-decay"
+    if stage.decay is not None and not stable:
+        return [Problem(f"{path}.decay", f"only schedule warmup-stable-decay has a decay, not {stage.schedule}")]
+    times = {"warmup": stage.warmup} | ({"decay": stage.decay or "0.1dur"} if stable else {})
+    end, end_unit = _amount_and_unit(stage.duration)
+    problems, shares = [], 0.0
+    for key, time in times.items():
+        amount, unit = _amount_and_unit(time)
+        if unit not in ("dur", end_unit) and {unit, end_unit} != {"ba", "ep"}:
+            must = f"must be in dur or in the unit of the stage's duration, {stage.duration!r}"
+            problems.append(Problem(f"{path}.{key}", f"{time!r} {must}"))
+        shares += amount if unit == "dur" else amount / end if unit == end_unit else 0.0
+        if shares > 1:
+            sums = "" if key == "warmup" else f"; with the warm-up, {stage.warmup!r}, it"
+            problems.append(
+                Problem(f"{path}.{key}", f"{time!r}{sums} is longer than the stage's duration, {stage.duration!r}")
+            )
+    return problems
 
 
 def _amount_and_unit(time: str) -> tuple[float, str]:
@@ -217,9 +234,9 @@ def _amount_and_unit(time: str) -> tuple[float, str]:
 
 
 def _tokenizer_problems(checked: Checked) -> list[Problem]:
-    """Read the tokenizer, if it is on this machine; it must have the language model's number of ids."""
+    """Read the tokenizer if it is on this machine; its number of ids must match the language model's."""
     name = checked.parts.tokenizer
-    if tokenizer_here(name) is None:
+    if local_tokenizer(name) is None:
         what = f"not checked, {name} is not in the hub's cache; it is downloaded when training starts"
         checked.notes.append(f"model.tokenizer: {what}")
         return []
@@ -231,7 +248,7 @@ def _tokenizer_problems(checked: Checked) -> list[Problem]:
 
 
 def _data_problems(checked: Checked) -> list[Problem]:
-    """Open the datasets, and read the first sample of each as its stage does."""
+    """Open the datasets, and read the first sample of each as its stage would."""
     try:
         processor = checked.processor
     except (CheckpointError, ContractError) as error:
@@ -242,14 +259,14 @@ def _data_problems(checked: Checked) -> list[Problem]:
 
 
 def _streams(data: Any) -> dict[str, Share]:
-    """The streams of a mix; empty for another dataset."""
+    """Return the streams of a mix; empty for any other dataset."""
     return dict(data.options["streams"]) if data.factory is mix else {}
 
 
 def _question_problems(path: str, streams: dict[str, Share]) -> list[Problem]:
-    why = "an evaluation asks every record once, in the model's prompt; leave it out"
+    what = "an evaluation asks every record once, with the model's prompt; leave it out"
     return [
-        Problem(f"{path}.{name}.{key}", why)
+        Problem(f"{path}.{name}.{key}", what)
         for name, share in streams.items()
         for key in (*weights_of(share), *(["prompt"] if share.prompt else []))
     ]

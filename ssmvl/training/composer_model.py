@@ -1,4 +1,4 @@
-"""The model as Composer trains it."""
+"""ComposerVLM: the form of the model that Composer trains."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class ComposerVLM(ComposerModel):
     Args:
         model: the model.
         train: prefixes of the parameters that are trained; everything else is frozen and in evaluation mode.
-        packed: whether a recurrent language model reads a batch in one row.
-        summed: number of ranks whose gradients are summed where Composer expects their mean. FSDP2 asks for the mean,
-            but gloo gives the sum (pytorch#162338).
-        checkpointing: whether each shard unit keeps only its inputs and computes its activations again in backward.
+        packed: whether a batch is packed into one row, if the language model is recurrent.
+        summed: number of ranks whose gradients are summed although Composer expects their mean. FSDP2 requests the
+            mean, but gloo returns the sum (pytorch#162338).
+        checkpointing: whether each shard unit keeps only its inputs and recomputes its activations in backward.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class ComposerVLM(ComposerModel):
         self.summed = summed
         self.packed = packed and cast(LanguageModel, model.language).recurrent
         units = list(model.shard_units())
-        # Composer asks the child of a ComposerModel which of its modules are sharded as one each.
+        # Composer reads this from the child of a ComposerModel: the modules that are sharded as one unit each.
         cast(Any, model).fsdp_wrap_fn = lambda module: any(module is unit for unit in units)
         freeze_others(model, train)
         if checkpointing:
             checkpoint_activations(model)
 
     def train(self, mode: bool = True) -> ComposerVLM:
-        """Training mode for what is trained; a module whose parameters are all frozen stays in evaluation mode."""
+        """Set training mode; modules whose parameters are all frozen stay in evaluation mode."""
         super().train(mode)
         for module in self.model.modules():
             parameters = list(module.parameters())
@@ -59,16 +59,16 @@ class ComposerVLM(ComposerModel):
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """A ragged batch -> {"logits": (n, V), "labels": (n,)}."""
+        """Ragged batch -> {"logits": (n, V), "labels": (n,)}."""
         inputs = pack(batch) if self.packed else pad(batch)
         return {"logits": self.model(**inputs), "labels": batch["labels"]}
 
     def log_flops(self, flops: StepFlops) -> None:
-        """Let Composer's SpeedMonitor, which looks for this attribute, log FLOP/s, and MFU where it knows the card."""
+        """Let Composer's SpeedMonitor, which reads `flops_per_batch`, log FLOP/s, and MFU if it knows the GPU."""
         self.flops_per_batch = lambda batch: flops.of(sum(batch["num_images"]), len(batch["ids"]), len(batch["labels"]))
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """Mean over this micro-batch's supervised tokens; Composer weights micro-batches by their tokens."""
+        """Return the mean over this micro-batch's supervised tokens; Composer weights micro-batches by token count."""
         total = F.cross_entropy(outputs["logits"].float(), outputs["labels"], reduction="sum")
         if self.summed > 1 and total.requires_grad:
             total.register_hook(lambda gradient: gradient / self.summed)
@@ -76,16 +76,16 @@ class ComposerVLM(ComposerModel):
 
 
 class UnusedParameters(Algorithm):
-    """Does nothing but tell DDP that trained parameters may lack a gradient: of a ViT, the layers behind its features.
+    """Only tells DDP that trained parameters may have no gradient: in a ViT, the layers after the features.
 
-    Composer asks algorithms alone.
+    It is an algorithm because Composer reads `find_unused_parameters` from algorithms only.
     """
 
     find_unused_parameters = True
 
     def match(self, event: Event, state: State) -> bool:
-        """Never."""
+        """Return False: it never runs."""
         return False
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Nothing."""
+        """Do nothing."""

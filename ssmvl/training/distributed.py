@@ -1,4 +1,4 @@
-"""What ranks find together: an error of one ends every rank, with one message."""
+"""Functions that all ranks run together: an error on one rank ends every rank with one message."""
 
 from __future__ import annotations
 
@@ -12,57 +12,57 @@ from composer.utils import dist
 
 from ssmvl.errors import RunError, SsmvlError
 
-Found = TypeVar("Found")
-PATIENCE = timedelta(hours=1)  # for which ranks wait where one of them may be fetching or writing
+Result = TypeVar("Result")
+PATIENCE = timedelta(hours=1)  # how long ranks wait when one of them may be downloading or writing
 
 
 @cache
 def patient() -> torch.distributed.ProcessGroup | None:
-    """All ranks, which wait for each other for `PATIENCE`; every rank asks for it at the same moment. None of one rank.
+    """Return a gloo group of all ranks whose timeout is `PATIENCE`; None if there is only one rank.
 
-    Through gloo, on GPUs too. While they train they wait as long as `session.WAIT` says: a machine that is lost without
-    a word is missed then.
+    Every rank must make the first call at the same point. GPU runs use gloo here too. Training itself uses the default
+    group, whose timeout, `session.WAIT`, is shorter: that is how the loss of a machine is noticed.
     """
     if dist.get_world_size() == 1:
         return None
     return torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
 
 
-def first_rank(find: Callable[[], Found]) -> Found:
-    """What the first rank finds, on every rank.
+def first_rank(function: Callable[[], Result]) -> Result:
+    """Call a function on the first rank and return its result on every rank.
 
     Raises:
-        SsmvlError: what the first rank raised; a RunError of its text on the others.
+        SsmvlError: the first rank's error; on the other ranks, a RunError with the same text.
     """
-    found: Found | None = None
+    result: Result | None = None
     error: SsmvlError | None = None
     if dist.get_global_rank() == 0:
         try:
-            found = find()
+            result = function()
         except SsmvlError as raised:
             error = raised
-    said: list[Any] = [str(error or ""), found]
-    dist.broadcast_object_list(said, group=patient())
-    if said[0]:
-        raise error or RunError(said[0])
-    return cast(Found, said[1])
+    outcome: list[Any] = [str(error or ""), result]
+    dist.broadcast_object_list(outcome, group=patient())
+    if outcome[0]:
+        raise error or RunError(outcome[0])
+    return cast(Result, outcome[1])
 
 
-def every_rank(find: Callable[[], Found]) -> Found:
-    """What each rank finds, the first rank of each node before its others.
+def every_rank(function: Callable[[], Result]) -> Result:
+    """Call a function on every rank, on each node's first rank before its others, and return this rank's result.
 
     Raises:
-        SsmvlError: what this rank raised; a RunError of the first such text where another did.
+        SsmvlError: this rank's error; if only other ranks failed, a RunError with the text of the first of them.
     """
-    found: Found | None = None
+    result: Result | None = None
     error: SsmvlError | None = None
     for first in (True, False):
         if (dist.get_local_rank() == 0) is first:
             try:
-                found = find()
+                result = function()
             except SsmvlError as raised:
                 error = raised
-        said = [text for text in dist.all_gather_object(str(error or ""), patient()) if text]
-        if said:
-            raise error or RunError(said[0])
-    return cast(Found, found)
+        messages = [text for text in dist.all_gather_object(str(error or ""), patient()) if text]
+        if messages:
+            raise error or RunError(messages[0])
+    return cast(Result, result)

@@ -1,4 +1,4 @@
-"""Which parameters a stage trains; all others are frozen."""
+"""Freezing of the parameters that a stage does not train."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ssmvl.model.vlm import VisionLanguageModel
 
 
 def freeze_others(model: VisionLanguageModel, train: Sequence[str]) -> None:
-    """Let the parameters under these prefixes have gradients, and no others."""
+    """Freeze all parameters except those under these prefixes."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(is_under(name, prefix) for prefix in train))
 
 
 def is_under(name: str, prefix: str) -> bool:
-    """Whether a parameter's name lies under a prefix of whole parts."""
+    """Return True if a parameter's name is `prefix`, or starts with it and a dot."""
     return name == prefix or name.startswith(prefix + ".")

@@ -5,20 +5,21 @@ Composer is imported only where it is used.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ssmvl.errors import RunError
+from ssmvl.errors import Problem, RunError, nearest
 from ssmvl.interfaces import Check
 from ssmvl.training.freezing import is_under
 
 if TYPE_CHECKING:
-    from composer import State, Trainer
+    from composer import State, Time, Trainer
 
 
 def _fractions(numbers: tuple[float, ...]) -> bool:
@@ -26,27 +27,52 @@ def _fractions(numbers: tuple[float, ...]) -> bool:
 
 
 Rate = Annotated[float, Check("from 0 to 10", lambda rate: 0 <= rate <= 10)]
+Name = Literal["AdamW", "Adam", "NAdam", "RAdam", "RMSprop", "SGD", "Adafactor", "DecoupledAdamW", "DecoupledSGDW"]
+Schedule = Literal["cosine", "linear", "constant", "warmup-stable-decay"]
+OWN_KEYS = {"params", "lr", "weight_decay", "betas"}  # set by `Optimizer` itself
+UNUSABLE = {"maximize", "differentiable", "capturable"}  # raise the loss, or need a loop of their own
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW.
+    """An optimizer of torch or Composer.
 
     Args:
+        name: class in `torch.optim`; the decoupled ones are in `composer.optim`.
         lr: peak learning rate.
         lr_of: peak learning rate by prefix of parameter names, where it differs; the longest prefix counts.
         weight_decay: of matrices; never of A_log, D, dt_bias, norms and biases.
-        betas: AdamW's.
+        betas: of the Adam family; the class's default if None.
+        options: further arguments of the class, e.g. `{momentum: 0.9}` for SGD.
     """
 
+    name: Name = "AdamW"
     lr: Rate
     lr_of: dict[str, Rate] = field(default_factory=dict)
     weight_decay: Rate = 0.0
-    betas: Annotated[tuple[float, float], Check("two numbers from 0 to below 1", _fractions)] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], Check("two numbers from 0 to below 1", _fractions)] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-def adamw(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; A_log, D, dt_bias, norms and biases without weight decay."""
+def optimizer_problems(path: str, options: Optimizer) -> Iterator[Problem]:
+    """Find options that the optimizer's class does not take, by constructing it for one number."""
+    known = set(inspect.signature(_class(options.name)).parameters)
+    for key in options.options:
+        if key in OWN_KEYS:
+            yield Problem(f"{path}.options.{key}", f"write it as {path}.{key}")
+        elif key in UNUSABLE or key not in known:
+            allowed = known - OWN_KEYS - UNUSABLE
+            yield Problem(f"{path}.options.{key}", f"not an option of {options.name}.{nearest(key, allowed)}")
+    if options.betas is not None and "betas" not in known:
+        yield Problem(f"{path}.betas", f"{options.name} has no betas; leave them out")
+    try:
+        make_optimizer(nn.Linear(1, 1), options)
+    except (TypeError, ValueError) as error:
+        yield Problem(path, f"{options.name} rejects its options: {error}")
+
+
+def make_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.Optimizer:
+    """The optimizer of the trained parameters; A_log, D, dt_bias, norms and biases have no weight decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -55,63 +81,116 @@ def adamw(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
             decay = options.weight_decay if parameter.ndim > 1 and not name.endswith(".A_log") else 0.0
             groups.setdefault((lr, decay), []).append(parameter)
     listed: list[dict[str, Any]] = [{"params": p, "lr": lr, "weight_decay": d} for (lr, d), p in groups.items()]
-    return torch.optim.AdamW(listed, lr=options.lr, betas=options.betas)
+    betas = {} if options.betas is None else {"betas": options.betas}
+    optimizer: torch.optim.Optimizer = _class(options.name)(listed, lr=options.lr, **betas, **options.options)
+    _complete_state_after_first_step(optimizer)
+    return optimizer
 
 
-def start_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter AdamW's state, as its first step would.
+def state_of(options: Optimizer, parameter: Tensor) -> list[Tensor]:
+    """The state tensors of a parameter on `meta`, without scalars.
 
-    Parameters that never get a gradient, of layers behind the features of a ViT, would have none in a checkpoint, and
-    torch demands the state of all parameters when it loads one. Called once parameters are sharded.
+    Some optimizers cannot step on `meta`, so one steps on a small tensor whose sizes are primes. Its state's sizes then
+    tell which axes of the parameter they are.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    sizes = dict(zip((2, 3, 5, 7, 11), parameter.shape, strict=False))
+    small = nn.Parameter(torch.zeros(tuple(sizes)))
+    small.grad = torch.zeros_like(small)
+    optimizer = _class(options.name)([small], lr=options.lr, **options.options)
+    optimizer.step()
+    state = [value for value in optimizer.state[small].values() if torch.is_tensor(value) and value.ndim]
+    return [torch.empty([sizes.get(size, size) for size in t.shape], dtype=t.dtype, device="meta") for t in state]
 
 
-def cosine_schedule(warmup: str, batch: int) -> Callable[[State], float]:
-    """Cosine decay to zero at the end of the stage, after a linear warmup if there is one.
+def _class(name: str) -> Callable[..., torch.optim.Optimizer]:
+    if name.startswith("Decoupled"):
+        from composer import optim
 
-    Progress is measured in the unit of the stage's duration; epochs are counted in samples, so that a run that resumes
-    with another batch continues where it was.
+        return cast(Any, getattr(optim, name))
+    return cast(Any, getattr(torch.optim, name))
+
+
+def _complete_state_after_first_step(optimizer: torch.optim.Optimizer) -> None:
+    """Give parameters without a gradient, such as layers behind the features of a ViT, the optimizer's state too.
+
+    torch demands the state of every parameter when it loads a checkpoint. So these take one step of their own, with a
+    gradient and a learning rate of zero, which changes no weight.
+    """
+
+    def complete(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
+        if all(gradient is None for gradient in gradients.values()):  # the step was skipped
+            return
+        hook.remove()
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for parameter, gradient in gradients.items():
+            parameter.grad = torch.zeros_like(parameter) if gradient is None else None
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        optimizer.step()
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    hook = optimizer.register_step_post_hook(complete)
+
+
+def rate_schedule(schedule: Schedule, warmup: str, decay: str | None, batch: int) -> Callable[[State], float]:
+    """The learning rate of a step as a factor of its peak: a linear warm-up, then the schedule.
+
+    `cosine` and `linear` fall to zero at the end of the stage. `constant` stays at the peak. `warmup-stable-decay` also
+    stays at the peak, then falls linearly to zero over `decay`.
+
+    Progress is measured in the unit of the stage's duration. Epochs are counted in samples, so a run that resumes with
+    a different batch size continues the same schedule.
 
     Args:
+        schedule: its name.
         warmup: Composer time: a share of the duration, a time in its unit; or batches of epochs, epochs of batches.
+        decay: likewise; of `warmup-stable-decay` only, where None means a tenth of the stage.
         batch: samples of one step, over all ranks.
     """
     from composer import Time, TimeUnit
 
     def multiplier(state: State) -> float:
         """The factor of the peak learning rate at a state's timestamp."""
-        now, duration, start = state.timestamp, cast(Any, state.max_duration), Time.from_input(warmup)
+        now, duration = state.timestamp, cast(Any, state.max_duration)
         epoch = int(cast(Any, state.dataloader_len)) * batch
-        mean = now.sample.value / now.batch.value if now.batch.value else batch  # samples of a step so far
+        mean = now.sample.value / now.batch.value if now.batch.value else batch  # samples per step so far
         epochs = duration.unit is TimeUnit.EPOCH
         at = now.epoch.value + now.sample_in_epoch.value / epoch if epochs else now.get(duration.unit).value
-        if start.unit is TimeUnit.DURATION:
-            end = start.value * duration.value
-            end = end if epochs else int(end)
-        elif start.unit is duration.unit:
-            end = start.value
-        else:
-            end = start.value * mean / epoch if epochs else start.value * epoch / mean
+
+        def length(text: str) -> float:
+            time: Time[Any] = Time.from_input(text)
+            if time.unit is TimeUnit.DURATION:
+                share = time.value * duration.value
+                return float(share if epochs else int(share))
+            if time.unit is duration.unit:
+                return float(time.value)
+            return time.value * mean / epoch if epochs else time.value * epoch / mean
+
+        end = length(warmup)
         if at < end:
             return at / end
-        rest = (at - end) / (duration.value - end) if duration.value > end else 0.0
-        return (1 + math.cos(math.pi * min(rest, 1.0))) / 2
+        if schedule == "constant":
+            return 1.0
+        if schedule == "warmup-stable-decay":
+            end = max(end, duration.value - length(decay or "0.1dur"))
+        rest = max(at - end, 0.0) / (duration.value - end) if duration.value > end else 0.0
+        return (1 + math.cos(math.pi * min(rest, 1.0))) / 2 if schedule == "cosine" else 1 - min(rest, 1.0)
 
     return multiplier
 
 
-def restore_options(trainer: Trainer, asked: list[dict[str, Any]]) -> None:
-    """Give the optimizer the recipe's options again: a checkpoint brings those of the launch that wrote it."""
+def restore_options(trainer: Trainer, wanted: list[dict[str, Any]]) -> None:
+    """Set the recipe's options again: loading a checkpoint restores those of the launch that wrote it."""
     (optimizer,), (scheduler,) = trainer.state.optimizers, trainer.state.schedulers
-    if len(asked) != len(scheduler.base_lrs) or any("lr" not in group for group in optimizer.param_groups):
-        what = "the optimizer groups parameters otherwise than in the checkpoint, which has no state for these groups"
-        raise RunError(f"{what}; leave lr_of as it was, and weight_decay 0 or not 0, or give the run a name of its own")
-    for group, options, peak in zip(optimizer.param_groups, asked, scheduler.base_lrs, strict=True):
-        if peak != options["lr"]:  # else it stays, bit by bit
+    if len(wanted) != len(scheduler.base_lrs) or any("lr" not in group for group in optimizer.param_groups):
+        what = "the optimizer's parameter groups differ from those in the checkpoint"
+        raise RunError(f"{what}; restore lr_of, and whether weight_decay is 0, or start a new run with run=NAME")
+    for group, options, peak in zip(optimizer.param_groups, wanted, scheduler.base_lrs, strict=True):
+        if peak != options["lr"]:  # else keep it bit by bit
             group["lr"] *= options["lr"] / peak if peak else 0.0
-        group |= {name: options[name] for name in ("weight_decay", "betas")}
-    scheduler.base_lrs = [options["lr"] for options in asked]
+        group |= {name: value for name, value in options.items() if name not in ("params", "lr", "initial_lr")}
+    scheduler.base_lrs = [options["lr"] for options in wanted]

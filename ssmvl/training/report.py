@@ -1,4 +1,4 @@
-"""What a finished run leaves to look at: results.json, a contact sheet, curves, and a table on the screen."""
+"""Report of a finished run: results.json, a contact sheet, training curves, and a printed table."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from ssmvl.evaluation.runner import Answered
 from ssmvl.processing.transforms import read_image
 from ssmvl.training.run_folder import RunFolder
 
-CELLS = 6  # of each type on the contact sheet, the first ones of the test set
+CELLS = 6  # cells per question type on the contact sheet: the first ones in the test set
 
 
 def report(folder: RunFolder, records: Sequence[Mapping[str, Any]], answered: Sequence[Answered]) -> None:
-    """Write and print it.
+    """Write and print the report.
 
     Args:
-        folder: of the run.
-        records: the test set, one question each.
-        answered: the answers, one for each record.
+        folder: the run folder.
+        records: the test set, one question per record.
+        answered: the answers, one per record.
     """
-    found = results(answered)
-    folder.write("results.json", json.dumps(found, indent=2).encode())
-    Console().print(table(found))
+    scores = results(answered)
+    folder.write("results.json", json.dumps(scores, indent=2).encode())
+    Console().print(table(scores))
     draw_curves({stage: folder.logs(stage) for stage in folder.stages}, folder.root / "curves.png")
-    pictured = [(r, a) for r, a in zip(records, answered, strict=True) if r["images"]]
-    if not pictured:
+    with_images = [(r, a) for r, a in zip(records, answered, strict=True) if r["images"]]
+    if not with_images:
         return
     rows: dict[str, list[Cell]] = {}
-    for record, one in pictured:
-        row = rows.setdefault(one.type, [])
+    for record, answer in with_images:
+        row = rows.setdefault(answer.type, [])
         if len(row) < CELLS:
-            row.append(Cell(read_image(record["images"][0]), one.question, one.seen, one.truth))
+            row.append(Cell(read_image(record["images"][0]), answer.question, answer.seen, answer.truth))
     draw_contact_sheet(rows, folder.root / "answers.png")
-    print(f"look at {folder.root / 'answers.png'} and {folder.root / 'curves.png'}")
-    simple = ((r, a) for r, a in pictured if len(r["images"]) == 1 and len(r["conversation"]) == 2)
-    for record, one in islice(simple, 1):
+    print(f"see {folder.root / 'answers.png'} and {folder.root / 'curves.png'}")
+    single_turn = ((r, a) for r, a in with_images if len(r["images"]) == 1 and len(r["conversation"]) == 2)
+    for record, answer in islice(single_turn, 1):
         folder.write("example.png", record["images"][0])
-        ask = shlex.join(["--image", str(folder.root / "example.png"), "--prompt", one.question])
-        print(f"ask it: ssmvl generate {shlex.quote(str(folder.root))} {ask}", flush=True)
+        arguments = shlex.join(["--image", str(folder.root / "example.png"), "--prompt", answer.question])
+        print(f"ask the model: ssmvl generate {shlex.quote(str(folder.root))} {arguments}", flush=True)

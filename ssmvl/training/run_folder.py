@@ -1,13 +1,13 @@
-"""The run folder: whose it is, and where things lie in it.
+"""Run folder: ownership and layout.
 
-runs/<run>/recipe.yaml        the resolved recipe, the folder's identity
-runs/<run>/<stage>/           checkpoints, for resuming only; and `model/`, what the stage leaves for the next
-                              damaged.jsonl: samples that others stood in for; traces/: profiles
-runs/<run>/model/             what the last stage leaves: `ssmvl.load("runs/<run>")`
+runs/<run>/recipe.yaml        the resolved recipe, which identifies the run
+runs/<run>/<stage>/           checkpoints/ (for resuming only), model/ (the stage's model, where the next stage starts),
+                              damaged.jsonl (samples that were replaced), traces/ (profiles)
+runs/<run>/model/             the last stage's model: `ssmvl.load("runs/<run>")`
 runs/<run>/tensorboard/       logs
-runs/<run>/.lock              held by the launch that is at work; says which
+runs/<run>/.lock              held by the running launch, which it names
 runs/<run>/results.json, answers.png, curves.png
-runs/<run>/example.png           a picture it has never seen
+runs/<run>/example.png        a test image
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class RunFolder:
     """Paths of one run.
 
     Args:
-        root: the folder.
-        stages: names of the stages, in their order.
-        checkpoints: a folder or URL under which `<run>/<stage>` has checkpoints; the run folder if None.
+        root: the run folder.
+        stages: names of the stages, in order.
+        checkpoints: a directory or URL under which `<run>/<stage>` holds checkpoints; the run folder if None.
     """
 
     def __init__(self, root: Path, stages: list[str], checkpoints: str | None = None) -> None:
@@ -45,67 +45,90 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def model(self, stage: str) -> Path:
-        """Where a stage leaves its model."""
+        """The directory of a stage's saved model."""
         return self.root / "model" if stage == self.stages[-1] else self.root / stage / "model"
+
+    def is_finished(self, stage: str) -> bool:
+        """Return True if the stage's model is saved."""
+        return (self.model(stage) / ABOUT_FILE).is_file()
 
     def finished(self, stage: str) -> str:
         """The line that reports a stage as finished by an earlier launch."""
-        return f"stage {stage}: finished before, {self.model(stage)}; run=NAME trains it anew in another folder"
+        return (
+            f"stage {stage}: already finished ({self.model(stage)}); to train it again, start a new run with run=NAME"
+        )
+
+    def is_extended(self, recipe: Recipe, stage: str) -> bool:
+        """Return True if the recipe raises the duration of a finished stage, which then resumes.
+
+        Raises:
+            RunError: another option of the stage has changed.
+        """
+        saved, now = load_recipe(self.model(stage) / "recipe.yaml").data["stages"][stage], recipe.data["stages"][stage]
+        changes = differences(saved, now, f"stages.{stage}")
+        if not changes:
+            return False
+        others = differences({**saved, "duration": now["duration"]}, now)
+        if _is_longer(now["duration"], saved["duration"]) and not others:
+            return True
+        listed = "\n  ".join(changes)
+        advice = "Undo the change, raise only its duration to train it further, or start a new run with run=NAME"
+        raise RunError(f"stage {stage} is finished, so its options cannot change:\n  {listed}\n{advice}")
 
     def checkpoints(self, stage: str) -> Path | str:
-        """Where a stage's checkpoints lie: a folder, or the URL of one."""
+        """The directory or URL of a stage's checkpoints."""
         if self._elsewhere is None:
             return self.root / stage / "checkpoints"
-        place = f"{self._elsewhere.rstrip('/')}/{self.root.name}/{stage}"
-        return place if is_remote(place) else Path(place).expanduser()
+        path = f"{self._elsewhere.rstrip('/')}/{self.root.name}/{stage}"
+        return path if is_remote(path) else Path(path).expanduser()
 
     def damaged(self, stage: str) -> Path:
-        """Where a stage lists samples that could not be used."""
+        """The file that lists a stage's damaged samples."""
         return self.root / stage / "damaged.jsonl"
 
     def traces(self, stage: str) -> Path:
-        """Where a stage's profiles lie."""
+        """The directory of a stage's profiles."""
         return self.root / stage / "traces"
 
     def logs(self, stage: str) -> Path:
-        """Where a stage's TensorBoard logs lie."""
+        """The directory of a stage's TensorBoard logs."""
         return self.root / "tensorboard" / f"{self.root.name}-{stage}"
 
     def require_no_other(self, recipe: Recipe) -> None:
-        """Find that the folder is this recipe's or nobody's; write nothing.
+        """Check that the run folder is unclaimed or belongs to this recipe. Writes nothing.
 
         Raises:
-            RunError: it belongs to a run with another model, seed, data or trained parts.
+            RunError: it belongs to a run with a different model, seed, data or trained parts.
         """
         path = self.root / "recipe.yaml"
         if not path.is_file():
             return
-        found = differences(identity(load_recipe(path)), identity(recipe))
-        if found:
-            listed = "\n  ".join(found)
+        changes = differences(identity(load_recipe(path)), identity(recipe))
+        if changes:
+            listed = "\n  ".join(changes)
             hint = "\nssmvl 0.1 had norm_groups: 1; set it in the recipe to resume" if ".norm_groups:" in listed else ""
-            raise RunError(f"{self.root} holds another run; give this one a name with run=NAME:\n  {listed}{hint}")
+            raise RunError(f"{self.root} belongs to a different run; name this one with run=NAME:\n  {listed}{hint}")
 
     def changes(self, recipe: Recipe, stage: str) -> list[str]:
-        """One line for each option of a stage that was another one when the folder was claimed."""
-        there = load_recipe(self.root / "recipe.yaml")
-        return differences(there.data["stages"].get(stage), recipe.data["stages"].get(stage), f"stages.{stage}")
+        """One line for each option of a stage that has changed since the run folder was claimed."""
+        claimed = load_recipe(self.root / "recipe.yaml")
+        return differences(claimed.data["stages"].get(stage), recipe.data["stages"].get(stage), f"stages.{stage}")
 
     def claim(self, recipe: Recipe) -> None:
-        """Make the folder this recipe's, or find that it is; no other launch may work in it until `release`.
+        """Claim the run folder for this recipe. No other launch may use it until `release`.
 
         Raises:
-            RunError: it belongs to another run, another launch works in it, or a place in it cannot be written.
+            RunError: it belongs to a different run, another launch is using it, or it cannot be written.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._take()
             self.require_no_other(recipe)
-            folders = [place for place in map(self.checkpoints, self.stages) if isinstance(place, Path)]
-            for place in (*(self.root / stage for stage in self.stages), *folders, self.root / "tensorboard"):
-                place.mkdir(parents=True, exist_ok=True)
-                if not os.access(place, os.W_OK):
-                    raise PermissionError(errno.EACCES, "this user may not write into it, or nobody may", str(place))
+            checkpoints = [path for path in map(self.checkpoints, self.stages) if isinstance(path, Path)]
+            for path in (*(self.root / stage for stage in self.stages), *checkpoints, self.root / "tensorboard"):
+                path.mkdir(parents=True, exist_ok=True)
+                if not os.access(path, os.W_OK):
+                    raise PermissionError(errno.EACCES, "no write permission", str(path))
             if not (self.root / "recipe.yaml").is_file():
                 self.write("recipe.yaml", recipe.to_yaml().encode())
         except OSError as error:
@@ -116,54 +139,54 @@ class RunFolder:
             raise
 
     def require_seen(self) -> None:
-        """Find that this machine sees what the first rank claimed.
+        """Check that this machine sees the run folder that the first rank claimed.
 
         Raises:
             RunError: it does not.
         """
-        folders = [place for place in map(self.checkpoints, self.stages) if isinstance(place, Path)]
-        for path in (self.root / "recipe.yaml", *folders):
+        checkpoints = [path for path in map(self.checkpoints, self.stages) if isinstance(path, Path)]
+        for path in (self.root / "recipe.yaml", *checkpoints):
             if not path.exists():
-                where = f"{path} is not there on {socket.gethostname()}, though the first rank has made it"
-                raise RunError(f"{where}; it must lie on storage that every node sees")
+                what = f"{path} does not exist on {socket.gethostname()}, although the first rank created it"
+                raise RunError(f"{what}; run folder and checkpoints must be on storage shared by all nodes")
 
     @property
     def vanished(self) -> bool:
-        """Whether someone removed or moved the folder while this process works in it."""
+        """True if the run folder was removed or moved while this process is using it."""
         try:
             (self.root / "recipe.yaml").stat()
         except FileNotFoundError:
             return self._lock is not None
-        except OSError:  # there, but its disk fails
+        except OSError:  # it exists, but its disk fails
             pass
         return False
 
     def _take(self) -> None:
         self.release()
-        # Locks of this kind are not inherited by workers that outlive a killed rank, and hold between machines.
+        # Loader workers that outlive a killed rank do not inherit such a lock, and it holds across machines.
         self._lock = (self.root / ".lock").open("a+")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return  # a file system that has none
+                return  # a file system without locks
             self._lock.seek(0)
             owner = self._lock.read().strip()
             self.release()
-            advice = "wait for it, end it, or give this one a name with run=NAME"
+            advice = "wait for it, stop it, or name this run with run=NAME"
             raise RunError(f"{self.root} is in use by another launch ({owner}); {advice}") from error
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
 
     def release(self) -> None:
-        """Let other launches work in the folder."""
+        """Let other launches use the run folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file whole or not at all."""
+        """Write a small file atomically."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with written_whole(self.root / name) as partial:
@@ -173,39 +196,45 @@ class RunFolder:
 
 
 def finished_stage(recipe: Recipe, stage: str) -> str:
-    """The line that reports a stage as finished; empty if it is not, or if the recipe has changed since."""
+    """The line that reports a stage as finished; empty if it is not, or if the recipe has changed."""
     folder = RunFolder(Path("runs") / str(recipe.data["run"]), list(recipe.data["stages"]))
     saved = folder.root / "recipe.yaml"
-    if not (folder.model(stage) / ABOUT_FILE).is_file() or not saved.is_file():
+    if not folder.is_finished(stage) or not saved.is_file():
         return ""
     before, now = ({**write_out(one.data), "stage": None} for one in (load_recipe(saved), recipe))
     return "" if differences(before, now) else folder.finished(stage)
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """What makes a run this one, as plain data: its model, seed and stages, of these the data and trained parts."""
+    """The identity of a run as plain data: model, seed, and each stage's data, start and trained parts."""
     stages = {k: v for k, v in (recipe.data.get("stages") or {}).items() if isinstance(v, dict)}
     kept = {name: {key: stage.get(key) for key in ("data", "init_from", "train")} for name, stage in stages.items()}
-    # Mappings are equal in any order, but encoders in another order are another model.
+    # Mappings compare equal in any order, but the order of encoders changes the model.
     order = {"order of model.encoders": list(recipe.data["model"].get("encoders") or ())}
     order["order of stages"] = list(stages)
     return {"model": write_out(recipe.data["model"]), "seed": recipe.data["seed"], "stages": kept, **order}
 
 
-def differences(there: Any, here: Any, path: str = "") -> list[str]:
-    """One line for each value that is another in two identities."""
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        keys = [*there, *(key for key in here if key not in there)]
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """One line for each value that differs."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = [*before, *(key for key in now if key not in before)]
         return [
-            line for key in keys for line in differences(there.get(key), here.get(key), f"{path}.{key}".lstrip("."))
+            line for key in keys for line in differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
         ]
-    return [] if _same(there, here) else [f"{path}: {there!r} there, {here!r} here"]
+    return [] if _same(before, now) else [f"{path}: was {before!r}, is now {now!r}"]
 
 
-def _same(there: Any, here: Any) -> bool:
-    """Compare scalars; a recipe of ssmvl 0.1 has 8000 where one read today has the text `8_000`."""
+def _is_longer(duration: str, than: str) -> bool:
+    """Compare two durations; False if their units differ."""
+    unit = duration.lstrip("0123456789")
+    return than.endswith(unit) and int(duration.removesuffix(unit)) > int(than.removesuffix(unit) or 0)
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Compare scalars. Recipes saved by ssmvl 0.1 have 8000 where a recipe read today has the text `8_000`."""
     return bool(
-        there == here or (isinstance(there, str) != isinstance(here, str) and _resolved(there) == _resolved(here))
+        before == now or (isinstance(before, str) != isinstance(now, str) and _resolved(before) == _resolved(now))
     )
 
 

@@ -1,4 +1,4 @@
-"""The schema of a recipe: its `stages:`, what each trains, on what and how, and the run around them."""
+"""Schema of a recipe's `stages:` and of the run around them."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ from ssmvl.evaluation.runner import Evaluation
 from ssmvl.interfaces import Check, DatasetPart, Seed
 from ssmvl.model.blueprint import ModelParts
 from ssmvl.processing.processor import Processor
-from ssmvl.training.optimizer import Optimizer
+from ssmvl.training.optimizer import Optimizer, Schedule
 
 
-def _is_place(place: str) -> bool:
-    return bool(re.match("s3://[^/]", place) if is_remote(place) else place)
+def _is_directory_or_url(text: str) -> bool:
+    return bool(re.match("s3://[^/]", text) if is_remote(text) else text)
 
 
 TIME = re.compile(r"\d(\.\d+)?dur|\d{1,12}(ba|ep|sp|tok)")
 INTERVAL = re.compile(r"0*[1-9]\d{0,8}(ba|ep|sp|tok|sec)")
 NAME = re.compile(r"\w[\w-]{0,99}")
-RESERVED = ("model", "tensorboard")  # what a run folder holds beside its stages
+RESERVED = ("model", "tensorboard")  # directories of a run folder that are not stages
 DURATION = re.compile(r"0*[1-9]\d{0,2}ep|0*[1-9]\d{0,11}(ba|sp|tok)")
 Samples = Annotated[int, Check("from 1 to 10^6", lambda number: 1 <= number <= 10**6)]
-Duration = Annotated[str, Check("a whole number and a unit (ba, ep, sp, tok), e.g. 1ep", DURATION.fullmatch)]
-Interval = Annotated[str, Check("a whole number and a unit (ba, ep, sp, tok, sec), e.g. 500ba", INTERVAL.fullmatch)]
+Duration = Annotated[str, Check("an integer and a unit (ba, ep, sp, tok), e.g. 1ep", DURATION.fullmatch)]
+Interval = Annotated[str, Check("an integer and a unit (ba, ep, sp, tok, sec), e.g. 500ba", INTERVAL.fullmatch)]
+Share = Annotated[str, Check("a number and a unit (ba, ep, sp, tok, dur), e.g. 0.03dur", TIME.fullmatch)]
+Positive = Annotated[float, Check("a number above 0", lambda number: number > 0)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageEvaluation(Evaluation):
-    """A set that is scored and asked while a stage trains.
+    """An evaluation set that is scored and asked during training.
 
     Args:
-        data: asked for its `test` split.
-        batch: questions asked at once, on each rank.
-        max_new_tokens: length of an answer at the most.
-        interval: between evaluations, Composer time; one more follows the last step.
+        data: its `test` split is used.
+        batch: questions per batch, on each rank.
+        max_new_tokens: maximum length of an answer.
+        interval: Composer time between evaluations; one more follows the last step.
     """
 
     interval: Interval = "1ep"
@@ -45,52 +47,58 @@ class StageEvaluation(Evaluation):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Reading):
-    """One stage of training: its fields, and those of `Reading`, are the schema.
+    """One stage of training. Its fields and those of `Reading` are the schema.
 
     Args:
-        data: asked for its `train` split.
-        init_from: what the stage starts from, in place of what the one before left: a saved folder, an id in the hub, a
-            checkpoint of a whole model in a registered layout, or `recipe`, the weights that the recipe's parts name,
-            which is what a first stage does if None.
-        train: prefixes of the parameters that are trained; everything else is frozen and in evaluation mode.
-        optimizer: AdamW, with a cosine schedule to zero and gradients clipped at norm 1.
-        warmup: Composer time, e.g. `0.03dur` or `100ba`.
-        batch: samples of one step, over all ranks.
-        microbatch: samples of one forward on one rank; all of the rank's if None.
-        duration: Composer time, e.g. `1ep` or `500ba`; the learning rate is zero at its end.
-        checkpoint: interval between checkpoints, Composer time.
-        keep: how many of the newest checkpoints stay.
+        data: its `train` split is used.
+        init_from: the model that the stage starts from: a saved directory, a Hub id, a checkpoint of a whole model in a
+            registered layout, or `recipe` (the weights that the recipe's parts name). By default the previous stage's
+            model, and `recipe` for the first stage.
+        train: prefixes of the trained parameters; all others are frozen and in evaluation mode.
+        optimizer: see `Optimizer`.
+        schedule: `cosine` or `linear` to zero, `constant`, or `warmup-stable-decay`; see `rate_schedule`.
+        warmup: Composer time of the linear warm-up, e.g. `0.03dur` or `100ba`.
+        decay: Composer time of the final decay of `warmup-stable-decay`; by default a tenth of the stage.
+        clip_norm: limit of the global gradient norm; no clipping if None.
+        batch: samples per step, over all ranks.
+        microbatch: samples per forward pass on one rank; all of the rank's if None.
+        duration: Composer time, e.g. `1ep` or `500ba`. A finished stage resumes if it is raised.
+        checkpoint: Composer time between checkpoints.
+        keep: number of latest checkpoints to keep.
         loader: how the data are read.
-        loss_jump: nats by which the loss of a step may exceed the largest of the 50 before it; more stops training, as
-            does a loss that is not finite. Any if None.
-        max_skipped_steps: steps in a row that are skipped, without changing weights, because a gradient is not finite;
-            one more stops training.
-        evaluation: a set that is scored and asked while the stage trains; none if None.
-        packed: whether a recurrent language model reads a micro-batch in one row, without padding; else, and where
-            samples are short and about equally long this is faster, one row per sample.
-        sharding: over more than one rank.
-        activation_checkpointing: whether the units that are sharded as one each, such as a block of the language model,
-            keep only their inputs and compute their activations again in backward: less memory, a third more work.
+        max_damaged: share of an epoch's samples that may be damaged; more stop training.
+        loss_jump: nats by which a step's loss may exceed the largest of the previous 50; more stops training, as does a
+            loss that is not finite. Unlimited if None.
+        max_skipped_steps: consecutive steps that may be skipped, leaving the weights unchanged, because a gradient is
+            not finite; one more stops training.
+        evaluation: a set that is scored and asked during training; none if None.
+        packed: whether a recurrent language model reads a micro-batch as one packed row without padding. One row per
+            sample is faster where samples are short and of similar length.
+        sharding: used with more than one rank.
+        activation_checkpointing: whether each shard unit, such as a block of the language model, keeps only its inputs
+            and recomputes its activations in backward: less memory, a third more computation.
         profile: whether a few steps of each epoch are profiled, into `traces/`.
         callbacks: Composer callbacks by class name, with their options.
-        loggers: Composer loggers by class name, with their options; TensorBoard is always there.
+        loggers: Composer loggers by class name, with their options, in addition to TensorBoard.
     """
 
     data: DatasetPart
     init_from: str | None = None
     train: Annotated[list[str], Check("at least one prefix", bool)]
     optimizer: Optimizer
-    warmup: Annotated[str, Check("a number and a unit (ba, ep, sp, tok, dur), e.g. 0.03dur", TIME.fullmatch)] = (
-        "0.03dur"
-    )
+    schedule: Schedule = "cosine"
+    warmup: Share = "0.03dur"
+    decay: Share | None = None
+    clip_norm: Positive | None = 1.0
     batch: Samples
     microbatch: Samples | None = None
     duration: Duration
     checkpoint: Interval = "500ba"
     keep: Samples = 2
     loader: Loader = field(default_factory=Loader)
-    loss_jump: Annotated[float, Check("a number above 0", lambda jump: jump > 0)] | None = 2.0
-    max_skipped_steps: Annotated[int, Check("a whole number, at least 0", lambda count: count >= 0)] = 0
+    max_damaged: Annotated[float, Check("from 0 to 1", lambda share: 0 <= share <= 1)] = 0.01
+    loss_jump: Positive | None = 2.0
+    max_skipped_steps: Annotated[int, Check("an integer, at least 0", lambda count: count >= 0)] = 0
     evaluation: StageEvaluation | None = None
     packed: bool = True
     sharding: Literal["fsdp2", "ddp"] = "fsdp2"
@@ -100,23 +108,24 @@ class Stage(Reading):
     loggers: dict[str, Any] = field(default_factory=dict)
 
     def processor(self, of_model: Processor) -> Processor:
-        """The model's processor as this stage trains with it: the stage's own prompt, and its cut."""
+        """The model's processor with this stage's prompt and `max_text_tokens`."""
         prompt = of_model.prompt if self.prompt is None else self.prompt()
         return replace(of_model, prompt=prompt, max_text_tokens=self.max_text_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A recipe, bound: everything a run needs.
+    """A bound recipe: everything a run needs.
 
     Args:
         run: name of the run folder in `runs/`.
-        seed: of initial weights and of the order of samples.
+        seed: seed of initial weights and of the order of samples.
         model: see `ModelParts`.
-        stages: in their order; the key `order` of `stages:` may say another.
-        stage: the only one that is trained now; all that are not finished if None.
-        checkpoints: a folder, or one of a bucket, `s3://…`, where `<run>/<stage>` has them; in the run folder if None.
-        evaluation: after the last stage; none if None.
+        stages: in order of training, which the key `order` of `stages:` may override.
+        stage: the only stage to train now; all unfinished ones if None.
+        checkpoints: a directory or bucket URL (`s3://…`) under which `<run>/<stage>` holds checkpoints; the run folder
+            if None.
+        evaluation: follows the last stage; none if None.
     """
 
     run: Annotated[str, Check("a name of letters, digits, _ and -, 100 at most", NAME.fullmatch)]
@@ -124,7 +133,7 @@ class Plan:
     model: ModelParts
     stages: dict[str, Stage]
     stage: str | None = None
-    checkpoints: (
-        Annotated[str, Check("a folder, or the URL of one in a bucket, s3://BUCKET/FOLDER", _is_place)] | None
-    ) = None
+    checkpoints: Annotated[str, Check("a directory, or a bucket URL, s3://BUCKET/DIR", _is_directory_or_url)] | None = (
+        None
+    )
     evaluation: Evaluation | None = None

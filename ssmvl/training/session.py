@@ -1,4 +1,4 @@
-"""The stages of a run, one after another: found, trained, left as a model; then the test questions."""
+"""Session: one process of a run. It trains the stages in order, saves their models and asks the test questions."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from ssmvl.training.report import report
 from ssmvl.training.run_folder import RunFolder
 from ssmvl.training.trainer import read_questions, stage_store, stage_trainer
 
-WAIT = 600.0  # seconds that ranks wait for each other while they train, as torch has it for GPUs
+WAIT = 600.0  # seconds that ranks wait for each other during training; torch's default on GPUs
 
 
 class Session:
-    """One process of a run, on any number of ranks.
+    """One rank of a run.
 
     Args:
         checked: the recipe.
@@ -51,19 +51,19 @@ class Session:
     def __init__(self, checked: Checked) -> None:
         self.checked, self.recipe, self.plan = checked, checked.recipe, checked.plan
         plan = self.plan
-        self._opened: dict[str, StartingWeights] = {}  # by stage, the files it starts from; on the first rank
-        self._finished: list[str] = []  # stages that an earlier launch trained
+        self._opened: dict[str, StartingWeights] = {}  # pretrained weights by stage; on the first rank
+        self._finished: list[str] = []  # stages that an earlier launch finished
         self.folder = RunFolder(Path("runs") / plan.run, list(plan.stages), plan.checkpoints)
         self.rank, self.world = dist.get_global_rank(), dist.get_world_size()
 
     def run(self) -> Path:
-        """Every stage that is asked for and not finished, then the evaluation; returns the run folder."""
+        """Train the requested stages that are not finished, then evaluate. Return the run folder."""
         self.checked.require_shared_by(self.world)
         self._require_parts_for_nodes()
-        if "OMP_NUM_THREADS" not in os.environ:  # the launcher sets none, and ranks would fight over the cores
+        if "OMP_NUM_THREADS" not in os.environ:  # else every rank would use all cores
             torch.set_num_threads(max(1, cores() // dist.get_local_world_size()))
         if self.world > 1:
-            # Composer's handler is Python code, which does not run while this waits for ranks that will not come.
+            # Composer's handler is Python code, which cannot run while this call waits for missing ranks.
             handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
             try:
                 dist.initialize_dist(get_device(None), timeout=WAIT)
@@ -73,51 +73,65 @@ class Session:
             clean_stale_segments()
         self._finished = first_rank(self.prepare)
         every_rank(self.folder.require_seen)
-        for name in self._asked():
+        for name in self._requested():
             if name in self._finished:
                 self._say(self.folder.finished(name))
             else:
                 self._train(name)
-                gc.collect()  # of a trainer all parts know each other: its model would stay beside the next
+                gc.collect()  # the trainer's reference cycles would keep its model in memory during the next stage
         if self._evaluation is not None:
             self._evaluate(self._evaluation, self.folder.root / "model")
         return self.folder.root
 
-    def _asked(self) -> list[str]:
+    def _requested(self) -> list[str]:
         """The stages of this launch."""
         return self.folder.stages if self.plan.stage is None else [self.plan.stage]
 
     @property
     def _evaluation(self) -> Evaluation | None:
-        """What follows the last stage, where this launch comes to it."""
+        """The evaluation, if this launch includes the last stage."""
         last = self.folder.stages[-1:]
-        return self.plan.evaluation if last and self._asked()[-1:] == last else None
+        return self.plan.evaluation if last and self._requested()[-1:] == last else None
 
     def _last(self) -> Blueprint:
-        """The recipe that the last stage's model is saved with, or was by an earlier launch."""
+        """The blueprint that the last stage's model is saved with, by this launch or an earlier one."""
         name = self.folder.stages[-1]
         return Blueprint.of(self.folder.model(name)) if name in self._finished else self.checked.after(name)
 
     def _start(self, name: str) -> str | Path:
-        """What `build_model` starts a stage from."""
-        before = self.folder.stages[: self.folder.stages.index(name)]
-        return self.plan.stages[name].init_from or (self.folder.model(before[-1]) if before else "recipe")
+        """The weights that a stage starts from, as `build_model` takes them."""
+        previous = self.folder.stages[: self.folder.stages.index(name)]
+        return self.plan.stages[name].init_from or (self.folder.model(previous[-1]) if previous else "recipe")
 
     def prepare(self) -> list[str]:
-        """The stages that are finished; finds what the others will read, and makes the run folder this run's."""
+        """Claim the run folder and find the inputs of unfinished stages. Return the finished stages."""
         self.folder.require_no_other(self.recipe)
-        finished = [name for name in self.plan.stages if (self.folder.model(name) / ABOUT_FILE).is_file()]
+        finished = [name for name in self.folder.stages if self.folder.is_finished(name)]
+        for name in self._requested():
+            if name in finished and self.folder.is_extended(self.recipe, name):
+                self._require_extensible(name)
+                finished.remove(name)
         self._finished = finished
-        self._find_inputs([name for name in self._asked() if name not in finished])
-        self.folder.claim(self.recipe)  # last: a run that finds no data leaves its name free
-        for name in self._asked():
-            counts = "it is finished and stays as it is" if name in finished else "this counts from now on"
+        self._find_inputs([name for name in self._requested() if name not in finished])
+        self.folder.claim(self.recipe)  # last, so that a run without data leaves its name free
+        for name in (name for name in self._requested() if name not in finished):
             for text in self.folder.changes(self.recipe, name):
-                self._say(f"unlike {self.folder.root / 'recipe.yaml'}, {text}; {counts}")
+                self._say(f"changed since the first launch: {text}")
         return finished
 
+    def _require_extensible(self, name: str) -> None:
+        """Check that a finished stage has a checkpoint to resume from, and that no later stage has used its model."""
+        why = ""
+        if stage_store(self.folder, name).latest()[0] is None:
+            why = "none of its checkpoints is left"
+        for later in self.folder.stages[self.folder.stages.index(name) + 1 :]:
+            if self.folder.is_finished(later) or stage_store(self.folder, later).latest()[0] is not None:
+                why = f"stage {later} has started from its model"
+        if why:
+            raise RunError(f"stage {name} is finished and cannot be extended: {why}; start a new run with run=NAME")
+
     def _find_inputs(self, names: Sequence[str]) -> None:
-        """Find or fetch what these stages read, before one is trained: a wrong path costs seconds."""
+        """Open the data and weights of these stages before any training, so that a wrong path costs seconds."""
         processor = self.checked.processor
         for name in names:
             stage = self.plan.stages[name]
@@ -135,7 +149,8 @@ class Session:
             if isinstance(start, Path):
                 if name == self.plan.stage and not (start / ABOUT_FILE).is_file():
                     advice = f"train that stage first, or give stages.{name}.init_from"
-                    raise RunError(f"stage {name} starts from what the one before left, {start} is not there; {advice}")
+                    what = f"stage {name} starts from the previous stage's model, but {start} does not exist"
+                    raise RunError(f"{what}; {advice}")
             elif start != "none":
                 self._opened[name] = opened_weights(self.checked, start)
 
@@ -145,38 +160,48 @@ class Session:
         records = read_records(open_data(options.data, "test"))
         types = sorted({str(record["type"]) for record in records})
         if unknown := unknown_types(callbacks, types):
-            what = f"early stopping monitors {unknown[0]!r}, but the types of question are {', '.join(types)}"
+            what = f"early stopping monitors the unknown question type {unknown[0]!r}. Allowed: {', '.join(types)}"
             raise RecipeError([Problem(where, what)], self.recipe.source)
         if note := require_answerable(records, processor, options.max_new_tokens):
             self._say(f"{where}: {note}")
 
     def _train(self, name: str) -> None:
-        found, passed = first_rank(lambda: stage_store(self.folder, name).newest())
-        for text in passed:
-            self._say(f"stage {name}: passes over a checkpoint: {text}")
-        trainer = self.trainer(name, found)
+        checkpoint, skipped = first_rank(lambda: stage_store(self.folder, name).latest())
+        for text in skipped:
+            self._say(f"stage {name}: skipping a checkpoint: {text}")
+        trainer = self.trainer(name, checkpoint)
         step = trainer.state.timestamp.batch.value
         how = f"resumed at step {step}" if step else "started"
         self._say(f"stage {name}: {how}, trains {', '.join(self.plan.stages[name].train)}")
         if trainer.state.timestamp < trainer.state.max_duration:
-            trainer.fit()
-        dist.barrier(patient())  # one may still be sending its last checkpoint
+            self._fit(trainer, name)
+        dist.barrier(patient())  # another rank may still be uploading its last checkpoint
         vlm = trainer.state.model.module if hasattr(trainer.state.model, "module") else trainer.state.model
         tensors: dict[str, Any] = get_model_state_dict(
             vlm.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
         if self.rank == 0:
-            tensors = {key: tensors[key] for key in NATIVE_LAYOUT.sources(vlm.model)}  # FSDP2 gives tied ones twice
+            tensors = {key: tensors[key] for key in NATIVE_LAYOUT.sources(vlm.model)}  # FSDP2 lists tied ones twice
             after = self.checked.after(name)
             processor = replace(trainer.state.train_dataloader.dataset.processor, prompt=after.parts.prompt())
             save_folder(self.folder.model(name), tensors, after, processor)
-            remove_old(stage_store(self.folder, name), self.plan.stages[name].keep)  # all have been sent by now
-        self._say(f"stage {name}: finished, {self.folder.model(name)} holds its model")
+            remove_old(stage_store(self.folder, name), self.plan.stages[name].keep)  # all uploads are complete
+        self._say(f"stage {name}: finished; its model is saved in {self.folder.model(name)}")
         trainer.close()
         dist.barrier(patient())
 
+    def _fit(self, trainer: Trainer, name: str) -> None:
+        """Train; after a signal, say how to resume."""
+        try:
+            trainer.fit()
+        except (KeyboardInterrupt, SystemExit):
+            trainer.close()  # waits until the checkpoint is uploaded
+            step = trainer.state.timestamp.batch.value
+            self._say(f"stage {name}: interrupted after step {step}. Run the same command again to resume.")
+            raise
+
     def trainer(self, name: str, checkpoint: str | None = None) -> Trainer:
-        """A stage under Composer; see `stage_trainer`."""
+        """Composer's Trainer for a stage; see `stage_trainer`."""
         start = self._opened.pop(name) if name in self._opened else self._start(name)
         return stage_trainer(self.checked, self.folder, name, start, checkpoint)
 
@@ -184,10 +209,10 @@ class Session:
         records = one_question_each(read_questions(options))
         self._say(f"asking {len(records)} test questions")
         assistant = load_saved(self._last(), model)
-        mine = ask(assistant, records, range(self.rank, len(records), self.world), options)
-        parts = dist.all_gather_object(mine, patient())
+        share = ask(assistant, records, range(self.rank, len(records), self.world), options)
+        shares = dist.all_gather_object(share, patient())
         if self.rank == 0:
-            answered = [parts[place % self.world][place // self.world] for place in range(len(records))]
+            answered = [shares[index % self.world][index // self.world] for index in range(len(records))]
             report(self.folder, records, answered)
 
     def _require_parts_for_nodes(self) -> None:
@@ -195,7 +220,7 @@ class Session:
         for name, stage in self.plan.stages.items():
             parts, nodes = stage.loader.num_canonical_nodes or 1, self.world // dist.get_local_world_size()
             if parts % nodes and nodes % parts:
-                text = f"{parts} parts cannot be shared by {nodes} nodes; choose a multiple of {nodes}"
+                text = f"{parts} parts cannot be split evenly across {nodes} nodes; choose a multiple of {nodes}"
                 problems.append(Problem(f"stages.{name}.loader.num_canonical_nodes", text))
         if problems:
             raise RecipeError(problems, self.recipe.source)

@@ -1,4 +1,4 @@
-"""A stage under Composer: its model, built or received and sharded, its data, and all that watches it."""
+"""Composer's Trainer for a stage: model, data, optimizer, callbacks and loggers."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from ssmvl.processing.processor import Processor
 from ssmvl.training.callbacks.accuracy import WINDOW, AnswerAccuracy
 from ssmvl.training.callbacks.damaged_samples import DamagedSamples
 from ssmvl.training.callbacks.evaluator import StageEvaluator
+from ssmvl.training.callbacks.interruption import Interruption
 from ssmvl.training.callbacks.loss_guard import LossGuard
 from ssmvl.training.callbacks.metrics import Norms, Pace
 from ssmvl.training.callbacks.progress_bar import ProgressBar
@@ -41,7 +42,7 @@ from ssmvl.training.composer_model import ComposerVLM, UnusedParameters
 from ssmvl.training.distributed import every_rank, patient
 from ssmvl.training.freezing import is_under
 from ssmvl.training.gradients import GradientClipping, all_finite
-from ssmvl.training.optimizer import adamw, cosine_schedule, restore_options, start_moments
+from ssmvl.training.optimizer import make_optimizer, rate_schedule, restore_options
 from ssmvl.training.run_folder import RunFolder
 from ssmvl.training.schema import Stage
 
@@ -53,19 +54,19 @@ def stage_trainer(
     start: str | Path | StartingWeights,
     checkpoint: str | None = None,
 ) -> Trainer:
-    """What trains a stage, on this rank; every rank calls it.
+    """Build the Trainer of a stage. Collective: every rank must call it.
 
-    Shards are read by sharded ranks only, were it one alone; one file by any: sharded ranks write shards then.
+    A sharded checkpoint needs sharded ranks, even a single one. A checkpoint in one file resumes on any ranks.
 
     Args:
-        checked: the recipe of the run.
-        folder: of the run.
-        name: of the stage.
-        start: what `build_model` takes as weights.
-        checkpoint: what to go on from; the stage begins if None.
+        checked: the run's recipe.
+        folder: the run folder.
+        name: name of the stage.
+        start: weights, as `build_model` takes them.
+        checkpoint: the checkpoint to resume from; a fresh start if None.
 
     Raises:
-        SsmvlError: weights, data or the checkpoint cannot be used. On every rank.
+        SsmvlError: weights, data or the checkpoint cannot be used. Raised on every rank.
     """
     plan = checked.plan
     stage, world = plan.stages[name], dist.get_world_size()
@@ -79,15 +80,16 @@ def stage_trainer(
     loader = train_loader(data, processor, batch=batch, seed=plan.seed, loader=stage.loader)
     encoders = any(is_under(one, "encoders") for one in _trained(vlm))
     store = stage_store(folder, name)
-    optimizer = adamw(vlm, stage.optimizer)
+    optimizer = make_optimizer(vlm, stage.optimizer)
     asked = [dict(group) for group in optimizer.param_groups]
-    clipping = GradientClipping()
-    guard = LossGuard(clipping, stage.loss_jump, stage.max_skipped_steps, stage.checkpoint)
-    callbacks = [Identity(checked.recipe), *_watchers(checked, folder, name, loader, guard)]
+    clipping = GradientClipping(stage.clip_norm)
+    interruption = Interruption(stage.checkpoint)
+    guard = LossGuard(clipping, stage.loss_jump, stage.max_skipped_steps, interruption.due)
+    callbacks = [Identity(checked.recipe, stage.optimizer.name), *_watchers(checked, folder, name, loader, guard)]
     callbacks.append(OldCheckpoints(store, stage.keep))
     callbacks += _named("callbacks", name, stage.callbacks)
     with warnings.catch_warnings(), resuming(checkpoint):
-        warnings.simplefilter("ignore")  # Composer's own deprecations; nothing a user could act on
+        warnings.simplefilter("ignore")  # Composer's own deprecations, which a user cannot fix
         fsdp = FSDP2Config(mixed_precision="FULL", state_dict_type="sharded")
         single = checkpoint if sharded and joined else None
         trainer = Trainer(
@@ -99,7 +101,7 @@ def stage_trainer(
                 get_num_tokens_in_batch=num_tokens,
             ),
             optimizers=optimizer,
-            schedulers=cosine_schedule(stage.warmup, stage.batch),
+            schedulers=rate_schedule(stage.schedule, stage.warmup, stage.decay, stage.batch),
             algorithms=[clipping, *([UnusedParameters()] if encoders else [])],
             max_duration=stage.duration,
             device_train_microbatch_size=stage.microbatch or batch,
@@ -116,46 +118,45 @@ def stage_trainer(
                 TensorboardLogger(str(folder.root / "tensorboard"), flush_interval=10),
                 *_named("loggers", name, stage.loggers),
             ],
-            save_folder=store.place,
-            save_interval=stage.checkpoint,
+            save_folder=store.location,
+            save_interval=interruption.due,
             save_num_checkpoints_to_keep=store.local_copies,
             save_latest_filename=None,
-            save_overwrite=True,  # a killed run may have left half a checkpoint of a later step
+            save_overwrite=True,  # a killed run may have left an incomplete checkpoint of a later step
             load_path=None if single else checkpoint,
         )
         if single:
             load_single_file(trainer, single)
-    if checkpoint is None:
-        start_moments(optimizer)
-    else:
+    trainer.state.callbacks.append(interruption)  # after Composer's CheckpointSaver
+    if checkpoint is not None:
         restore_options(trainer, asked)
         if not all_finite(vlm):
-            advice = "remove it, and the run resumes from the one before"
+            advice = "remove it to resume from the previous one"
             raise RunError(f"{checkpoint} holds weights that are not finite; {advice}")
     return trainer
 
 
 def stage_store(folder: RunFolder, name: str) -> Store:
-    """Where a stage's checkpoints are."""
-    place = folder.checkpoints(name)
-    return FolderStore(place) if isinstance(place, Path) else BucketStore(place)
+    """The store of a stage's checkpoints."""
+    location = folder.checkpoints(name)
+    return FolderStore(location) if isinstance(location, Path) else BucketStore(location)
 
 
 def read_questions(options: Evaluation) -> list[dict[str, Any]]:
-    """The records of an evaluation set, the same on every rank."""
+    """The records of an evaluation set. Collective: every rank must call it and gets the same records."""
     data = every_rank(lambda: open_data(options.data, "test"))
     return every_rank(lambda: read_records(data))
 
 
 def _model(checked: Checked, stage: Stage, start: str | Path | StartingWeights, sharded: bool) -> ComposerVLM:
-    if sharded and dist.get_global_rank() > 0:  # Composer shards and sends what the first rank built
+    if sharded and dist.get_global_rank() > 0:  # Composer shards and sends the first rank's weights
         model = build_model(checked, device="meta")
     else:
         model = build_model(checked, weights=start)
-    dist.barrier(patient())  # the first rank may be fetching weights
+    dist.barrier(patient())  # the first rank may be downloading weights
     summed = dist.get_world_size() if sharded and not torch.cuda.is_available() else 1
     vlm = ComposerVLM(model, stage.train, stage.packed, summed, stage.activation_checkpointing)
-    with suppress(ContractError):  # a foreign part that cannot run on meta
+    with suppress(ContractError):  # a third-party part that cannot run on meta
         vlm.log_flops(StepFlops(checked.model, _trained(vlm)))
     return vlm
 
@@ -167,14 +168,18 @@ def _trained(vlm: ComposerVLM) -> list[str]:
 def _watchers(checked: Checked, folder: RunFolder, name: str, loader: TrainLoader, guard: LossGuard) -> list[Callback]:
     after = checked.after(name)
     processor: Processor = replace(loader.dataset.processor, prompt=after.parts.prompt())
-    asked = checked.plan.stages[name].evaluation
+    stage = checked.plan.stages[name]
     return [
         AnswerAccuracy(),
-        DamagedSamples(loader, folder.damaged(name)),
+        DamagedSamples(loader, folder.damaged(name), stage.max_damaged),
         guard,
         Pace(),
         Norms(),
-        *([] if asked is None else [StageEvaluator(asked, read_questions(asked), processor, after.recipe)]),
+        *(
+            [StageEvaluator(asked, read_questions(asked), processor, after.recipe)]
+            if (asked := stage.evaluation)
+            else []
+        ),
         LRMonitor(),
         SpeedMonitor(window_size=WINDOW),
         RuntimeEstimator(),
@@ -183,20 +188,20 @@ def _watchers(checked: Checked, folder: RunFolder, name: str, loader: TrainLoade
 
 
 def _named(kind: Literal["callbacks", "loggers"], stage: str, wanted: dict[str, Any]) -> list[Any]:
-    made = []
+    objects = []
     for name, options in wanted.items():
         try:
-            made.append(composer_class(kind, name)(**(options or {})))
+            objects.append(composer_class(kind, name)(**(options or {})))
         except ImportError as error:
             raise MissingDependencyError(f"stages.{stage}.{kind}.{name}: {error}") from error
-        except (TypeError, ValueError) as error:  # what its options are for is known to it alone
-            given = ", ".join(options or ())  # without their values, of which one may be a password
+        except (TypeError, ValueError) as error:  # only the class knows which values are valid
+            given = ", ".join(options or ())  # without the values: one may be a password
             raise RunError(f"stages.{stage}.{kind}.{name}: {error}; its options are {given}") from error
-    return made
+    return objects
 
 
 def _profiler(folder: Path) -> Profiler:
-    """Of a few steps of each epoch, as one trace of each rank for chrome://tracing or Perfetto."""
+    """A profiler of a few steps per epoch. Each rank writes one trace for chrome://tracing or Perfetto."""
     return Profiler(
         schedule=cyclic_schedule(skip_first=2, wait=0, warmup=1, active=3),
         trace_handlers=[],

@@ -1,1 +1,1 @@
-"""From pixels to fused features."""
+"""Vision: pixels -> fused features."""

@@ -1,6 +1,6 @@
-"""The quickstart's encoders: two small ViTs that name handwritten digits, shipped with the package.
+"""The quickstart's encoders: two small ViTs for handwritten digits, shipped with the package.
 
-Their weights are made by `scripts/make_digit_encoders.py` from training digits only.
+`scripts/make_digit_encoders.py` trained their weights, on training digits only.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ssmvl.vision.encoders import VitEncoder
 
-SIZE, CELLS, EMPTY = 48, 3, 10  # pixels a side, cells a side, and the class of a cell without a digit
+SIZE, CELLS, EMPTY = 48, 3, 10  # pixels per side, cells per side, and the class of a cell without a digit
 SHIPPED = Path(__file__).parent / "weights"
 
 
 class _Variant(NamedTuple):
-    channels: Sequence[int]  # of the stem's convolutions; each but the last halves the side
+    channels: Sequence[int]  # output channels of the stem's convolutions before the last
     mean: float
     std: float
 
@@ -28,10 +28,10 @@ VARIANTS = {"fine": _Variant((16, 32, 64), 0.5, 0.5), "coarse": _Variant((24, 32
 
 
 class ConvStem(nn.Module):
-    """Convolutions in place of the patch embedding: each but the last halves the side, the last reaches one cell.
+    """Convolutions instead of a patch embedding: each but the last halves the side, the last yields one patch per cell.
 
     Args:
-        channels: of the convolutions before the last.
+        channels: output channels of the convolutions before the last.
         img_size: side in pixels.
         patch_size: side of a cell in pixels.
         embed_dim: D.
@@ -40,10 +40,10 @@ class ConvStem(nn.Module):
     def __init__(self, channels: Sequence[int], img_size: int, patch_size: int, embed_dim: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inside, outside in zip((3, *channels), channels, strict=False):
-            layers += [nn.Conv2d(inside, outside, 3, stride=2, padding=1), nn.GELU()]
-        rest = patch_size // 2 ** len(channels)
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], embed_dim, rest, stride=rest))
+        for in_channels, out_channels in zip((3, *channels), channels, strict=False):
+            layers += [nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1), nn.GELU()]
+        kernel = patch_size // 2 ** len(channels)
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], embed_dim, kernel, stride=kernel))
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
@@ -53,10 +53,10 @@ class ConvStem(nn.Module):
 
 
 def digit_vit(stem: Literal["fine", "coarse"], *, weights: str = "shipped") -> VitEncoder:
-    """A ViT of width 128 on 48 x 48 px with 3 x 3 patches, taught to name the digit in each cell.
+    """A ViT of width 128 on 48 x 48 px with 3 x 3 patches, trained to classify the digit in each cell.
 
     Args:
-        stem: which of the two; they differ in their convolutional stem and in their mean and std.
+        stem: selects the encoder; the two differ in their convolutional stem and in their mean and std.
         weights: `shipped`, `none`, or a safetensors file of the same layout.
     """
     variant = VARIANTS[stem]
@@ -76,5 +76,5 @@ def digit_vit(stem: Literal["fine", "coarse"], *, weights: str = "shipped") -> V
         global_pool="",
         embed_layer=embed,
     )
-    place = str(SHIPPED / f"digit_vit_{stem}.safetensors") if weights == "shipped" else weights
-    return VitEncoder(vit, size=SIZE, mean=[variant.mean] * 3, std=[variant.std] * 3, weights=place)
+    path = str(SHIPPED / f"digit_vit_{stem}.safetensors") if weights == "shipped" else weights
+    return VitEncoder(vit, size=SIZE, mean=[variant.mean] * 3, std=[variant.std] * 3, weights=path)

@@ -1,4 +1,4 @@
-"""How the features of several encoders become one sequence."""
+"""Fusion: features of several encoders -> one sequence."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["ChannelFusion", "SequenceFusion"]
 
 
 class ChannelFusion(nn.Module):
-    """Features joined on the channel axis, patch by patch.
+    """Concatenation of the encoders' features along the channel axis, per patch.
 
     Args:
         widths: width of each encoder's features.
         grids: grid of each encoder; all must be equal.
-        order: names of the encoders in the order of the channels; the recipe's own order if None.
+        order: names of the encoders in channel order; the recipe's order if None.
 
     Raises:
         ShapeError: the grids differ, or `order` is not a permutation of the encoders.
@@ -40,14 +40,14 @@ class ChannelFusion(nn.Module):
 
 
 class SequenceFusion(nn.Module):
-    """A visual long sequence: each encoder's features, mapped to the widest one's width, one after the other.
+    """Visual long sequence: the encoders' features, projected to the largest width and concatenated as a sequence.
 
-    Each encoder has its own linear map with bias. They are new weights, trained with the connector.
+    Each encoder has its own linear projection with bias. These are new weights, trained with the connector.
 
     Args:
         widths: width of each encoder's features.
-        grids: grid of each encoder; all must be equal, of one map.
-        order: names of the encoders in the order of the maps; the recipe's own order if None.
+        grids: grid of each encoder; all must be equal and have one map.
+        order: names of the encoders in the order of the maps; the recipe's order if None.
 
     Raises:
         ShapeError: the grids differ or have several maps, or `order` is not a permutation of the encoders.
@@ -58,15 +58,15 @@ class SequenceFusion(nn.Module):
     def __init__(self, widths: Mapping[str, int], grids: Mapping[str, Grid], *, order: list[str] | None = None) -> None:
         super().__init__()
         self.order = _order(widths, order)
-        one = _common_grid(grids, "sequence")
-        if one.maps > 1:
-            raise ShapeError(f"sequence fusion makes a map of each encoder, but their grid {tuple(one)} has {one.maps}")
-        self.grid = Grid(len(self.order), one.rows, one.columns)
+        grid = _common_grid(grids, "sequence")
+        if grid.maps > 1:
+            raise ShapeError(f"sequence fusion needs grids of one map, but the encoders' {tuple(grid)} has {grid.maps}")
+        self.grid = Grid(len(self.order), grid.rows, grid.columns)
         self.width = max(widths.values())
         self.projections = nn.ModuleDict({name: nn.Linear(widths[name], self.width) for name in self.order})
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
-        """{encoder: (I, N, D_i)} -> (I, E*N, D), E encoders, D the largest D_i; in the dtype of the weights."""
+        """{encoder: (I, N, D_i)} -> (I, E*N, D) for E encoders, D the largest D_i; in the dtype of the weights."""
         maps = ((self.projections[name], features[name]) for name in self.order)
         return torch.cat([linear(cast_for(x, linear)) for linear, x in maps], dim=1)
 
@@ -74,7 +74,7 @@ class SequenceFusion(nn.Module):
 def _order(widths: Mapping[str, int], order: list[str] | None) -> list[str]:
     order = list(widths) if order is None else list(order)
     if sorted(order) != sorted(widths):
-        raise ShapeError(f"order must name each encoder once: received {order}, the encoders are {list(widths)}")
+        raise ShapeError(f"order must name each encoder once: received {order}, but the encoders are {list(widths)}")
     return order
 
 

@@ -1,4 +1,4 @@
-"""`ssmvl bench` on a model small enough for a test; what it measures is not judged here."""
+"""`ssmvl bench` with a tiny model; the measured values are not checked."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_prints_a_table_and_writes_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--suite", "cpu", "--json", str(tmp_path / "rows.json")]) == 0
-    shown, found = capsys.readouterr().out, json.loads((tmp_path / "rows.json").read_text())
-    rows = {row["case"]: row for row in found["rows"]}
+    printed, written = capsys.readouterr().out, json.loads((tmp_path / "rows.json").read_text())
+    rows = {row["case"]: row for row in written["rows"]}
     names = list(rows)
-    assert found["machine"]["torch"] == torch.__version__
-    assert all(set(row) == {"case", "value", "unit", "limit", "of_limit", "peer"} for row in found["rows"])
-    assert all(f"\n{name} " in shown for name in names)
+    assert written["machine"]["torch"] == torch.__version__
+    assert all(set(row) == {"case", "value", "unit", "limit", "of_limit", "peer"} for row in written["rows"])
+    assert all(f"\n{name} " in printed for name in names)
     for name in ("prefill", "decode", "train_step"):
         assert rows[name]["unit"] == "tok/s"
         assert rows[name]["of_limit"] == pytest.approx(rows[name]["value"] / rows[name]["limit"])
@@ -55,7 +55,7 @@ def test_prints_a_table_and_writes_its_rows(tmp_path: Path, capsys: pytest.Captu
     assert rows["prefill"]["peer"].startswith("transformers ")
 
 
-def test_operations_are_those_of_the_modules() -> None:
+def test_sizes_match_the_modules() -> None:
     model = memory.build(TINY, "cpu")
     mixer = model.layers[0].mixer
     products = ((mixer.in_proj.in_features, mixer.in_proj.out_features), (mixer.inner, mixer.out_proj.out_features))
@@ -63,9 +63,9 @@ def test_operations_are_those_of_the_modules() -> None:
     assert (TINY.heads, TINY.channels) == (mixer.heads, mixer.channels)
 
 
-def test_activations_are_what_backward_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The formula against every tensor that autograd saves, parameters and ids left out."""
-    monkeypatch.setattr(rms_norm, "FEW", 0)  # as at any size that matters
+def test_activations_are_what_autograd_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formula against every tensor that autograd saves, except parameters and ids."""
+    monkeypatch.setattr(rms_norm, "SMALL", 0)  # as at any realistic size
     model = memory.build(TINY, "cpu")
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
@@ -78,18 +78,18 @@ def test_activations_are_what_backward_keeps(monkeypatch: pytest.MonkeyPatch) ->
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         memory.train(model, TINY, "cpu")
-    found = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    assert found <= 1.05 * memory.activation_bytes(TINY)
-    assert found >= 0.9 * memory.activation_bytes(TINY)
+    nbytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    assert nbytes <= 1.05 * memory.activation_bytes(TINY)
+    assert nbytes >= 0.9 * memory.activation_bytes(TINY)
 
 
-def test_the_peak_is_that_of_a_process_of_its_own() -> None:
-    held = torch.ones(2**27)  # half a gibibyte here is not the model's
+def test_the_peak_is_that_of_a_separate_process() -> None:
+    held = torch.ones(2**27)  # 512 MiB in this process, which must not count
     weights = sum(p.nbytes for p in memory.build(MEDIUM, "meta").parameters())
     assert weights < memory.peak(MEDIUM, "cpu") < 3 * weights + 4 * memory.activation_bytes(MEDIUM) < held.nbytes
 
 
-def test_a_device_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_cuda_device_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         assert main(["bench", "--suite", "cuda"]) == 2
         assert "no CUDA device" in capsys.readouterr().err

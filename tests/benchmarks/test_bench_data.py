@@ -1,4 +1,4 @@
-"""`ssmvl bench --suite data` on a few pictures; what it measures is not judged here, but that it measures the work."""
+"""`ssmvl bench --suite data` on a few images; the measured values are checked only for plausibility."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ssmvl.benchmarks import data_cases as suite
 from ssmvl.cli import bench, main
 from ssmvl.errors import DataError
 
-TINY = suite.DataSize(pictures=40, repeats=2, conversations=300, side=32, batch=8)
+TINY = suite.DataSize(images=40, repeats=2, conversations=300, side=32, batch=8)
 
 
 @pytest.fixture
@@ -23,10 +23,10 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr(suite.DataSize, "__new__", lambda cls: TINY)
     monkeypatch.setattr(suite, "compare", lambda *args, **more: compare(*args, rounds=1))
     assert main(["bench", "--suite", "data", "--json", str(tmp_path / "rows.json")]) == 0
-    found = {row["case"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
-    shown = capsys.readouterr().out
-    assert all(f"\n{name} " in shown for name in found)
-    return found
+    rows = {row["case"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in rows)
+    return rows
 
 
 compare = suite.compare
@@ -35,7 +35,7 @@ compare = suite.compare
 @pytest.mark.slow
 def test_rows(rows: dict[str, Any]) -> None:
     assert list(rows) == [
-        "convert, folder",
+        "convert, directory",
         "convert, zip",
         "verify",
         "load",
@@ -53,32 +53,32 @@ def test_rows(rows: dict[str, Any]) -> None:
     assert rows["memory, texts"]["value"] > 20  # MB: Python and its libraries
 
 
-def test_pictures_are_of_the_size_of_photographs_and_differ(tmp_path: Path) -> None:
-    paths = suite.write_pictures(tmp_path, TINY)
+def test_images_have_the_file_size_of_photographs_and_differ(tmp_path: Path) -> None:
+    paths = suite.write_images(tmp_path, TINY)
     sizes = [path.stat().st_size for path in paths]
     assert len({path.read_bytes() for path in paths}) == len(sizes) == 40
     assert 15_000 < min(sizes) < max(sizes) < 70_000
-    with zipfile.ZipFile(tmp_path / "pictures.zip") as opened:
-        assert [opened.read(path.name) for path in paths] == [path.read_bytes() for path in paths]
+    with zipfile.ZipFile(tmp_path / "images.zip") as archive:
+        assert [archive.read(path.name) for path in paths] == [path.read_bytes() for path in paths]
 
 
-def test_conversations_are_as_long_as_the_papers(tmp_path: Path) -> None:
+def test_conversations_are_as_long_as_in_the_papers(tmp_path: Path) -> None:
     suite.write_conversations(tmp_path / "many.json", tmp_path / "many.zip", 200)
     records = json.loads((tmp_path / "many.json").read_text())
     assert len({record["id"] for record in records}) == 200
     assert 1300 < (tmp_path / "many.json").stat().st_size / 200 < 1800
-    with zipfile.ZipFile(tmp_path / "many.zip") as opened:
-        assert {record["image"] for record in records} == set(opened.namelist())
-        with opened.open(records[0]["image"]) as file:
+    with zipfile.ZipFile(tmp_path / "many.zip") as archive:
+        assert {record["image"] for record in records} == set(archive.namelist())
+        with archive.open(records[0]["image"]) as file:
             assert Image.open(file).size == (32, 32)
 
 
-def test_the_peak_is_that_of_all_processes() -> None:
+def test_the_peak_covers_all_processes() -> None:
     child = "import sys, time; held = bytearray(200_000_000); time.sleep(1)"
     parent = f"import subprocess, sys; held = bytearray(100_000_000); subprocess.run([sys.executable, '-c', '{child}'])"
     assert 290e6 < suite.peak_memory([sys.executable, "-c", parent]) < 400e6
 
 
-def test_a_command_that_fails_is_an_error() -> None:
+def test_a_command_that_fails_raises_an_error() -> None:
     with pytest.raises(DataError, match="no such thing"):
         suite.peak_memory([sys.executable, "-c", "raise SystemExit('no such thing')"])

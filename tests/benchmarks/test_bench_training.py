@@ -1,4 +1,4 @@
-"""`ssmvl bench --suite training` with a few steps; what it measures is not judged here, but that it measures them."""
+"""`ssmvl bench --suite training` with a few steps; the measured speeds are not checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ssmvl.benchmarks import training_cases as suite
 from ssmvl.benchmarks.model_cases import compare
 from ssmvl.cli import bench, main
 
-pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
+pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming emit warnings of their own
 
 
 @pytest.fixture
@@ -27,10 +27,10 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    asked: list[str] = []
+    compared: list[str] = []
 
     def once(case: str, unit: str, *sides: object) -> object:
-        asked.append(case)
+        compared.append(case)
         return compare(case, unit, *sides, rounds=1)  # type: ignore[arg-type]
 
     monkeypatch.setattr(suite.TrainingSize, "__new__", lambda cls: TINY)
@@ -40,7 +40,7 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
     rows = {row["case"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     counts = {"recipes bound": 1, "models built on meta": 1, "models built with values": 1}
     assert list(rows) == ["run / bare loop", "run, a core for data", *counts, "start"]
-    assert asked == list(rows)[:2]
+    assert compared == list(rows)[:2]
     assert {case: rows.pop(case)["value"] for case in counts} == counts
     assert all(row["value"] > 0 and row["case"] in bench.BARS for row in rows.values())
     assert rows["start"]["limit"] == suite.START

@@ -1,4 +1,4 @@
-"""Names and shapes of the published checkpoints, written by hand at their own sizes, against the recipes on `meta`."""
+"""Names and shapes of published checkpoints, written by hand at full size, against the recipes' models on `meta`."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def vicuna() -> Shapes:
     return {**shapes, "model.norm.weight": (4096,)}
 
 
-# The `config.json` beside each, whole.
+# The complete `config.json` of each file.
 MAMBA2_SSM = """{
   "d_model": 2560, "d_intermediate": 0, "n_layer": 64, "vocab_size": 50277, "ssm_cfg": {"layer": "Mamba2"},
   "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": true, "residual_in_fp32": true, "fused_add_norm": true,
@@ -138,7 +138,7 @@ VICUNA = """{
   "tie_word_embeddings": false, "torch_dtype": "float16", "transformers_version": "4.31.0", "use_cache": true,
   "vocab_size": 32000
 }"""
-# The layout, the recipe whose model or language model it fills, names and shapes, the config beside the file.
+# Layout, recipe whose model or language model it fills, names and shapes, config.json.
 FILES: dict[str, tuple[str, str, Shapes, str]] = {
     "ML-Mamba": ("ml_mamba_release", "ml_mamba", ml_mamba(""), "{}"),
     "ML-Mamba, wrapped": ("ml_mamba_release", "ml_mamba", ml_mamba("llm."), "{}"),
@@ -155,11 +155,11 @@ on_meta = cache(partial(ssmvl.build_model, device="meta"))
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_published_checkpoint_fits_its_recipe_and_no_other_layout_takes_it(file: str) -> None:
+def test_a_published_checkpoint_fits_its_recipe_and_matches_no_other_layout(file: str) -> None:
     name, recipe, shapes, text = FILES[file]
     config = json.loads(text)
-    found = {other: components().find("checkpoint", other).load() for other in components().names("checkpoint")}
-    layouts = {other: layout(names=shapes.keys(), config=config) for other, layout in found.items()}
+    functions = {other: components().find("checkpoint", other).load() for other in components().names("checkpoint")}
+    layouts = {other: function(names=shapes.keys(), config=config) for other, function in functions.items()}
     assert [other for other, layout in layouts.items() if layout is not None] == [name]
     model = on_meta(recipe)
     module = model if name.endswith("_release") else model.language

@@ -1,4 +1,4 @@
-"""Tables of names: joined, tied, absent and expected; strict, with a readable diff."""
+"""Layouts: joined, tied, absent and expected tensors; strict, with a readable diff."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ssmvl.errors import CheckpointError
 
 
 class Model(nn.Module):
-    """An embedding that is the head too, a layer whose two paths have rows of their own, and an encoder."""
+    """An embedding tied to the head, a layer with separate rows for two paths, and an encoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,16 +40,16 @@ LAYOUT = Layout(
 
 
 def tensors(**other: Tensor) -> dict[str, Tensor]:
-    found = {
+    file = {
         "m.emb.weight": torch.randn(5, 3),
         "m.blocks.0.b": torch.tensor([1.0, 2.0]),
         "m.blocks.0.b_back": torch.tensor([3.0, 4.0]),
         "m.blocks.0.weight": torch.randn(4, 3, dtype=torch.float64),
     }
-    return {**found, **other}
+    return {**file, **other}
 
 
-def refusal(model: nn.Module, given: dict[str, Tensor], layout: Layout = LAYOUT) -> list[str]:
+def differences(model: nn.Module, given: dict[str, Tensor], layout: Layout = LAYOUT) -> list[str]:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError) as error:
         layout.load(model, given, "file.pt")
@@ -60,7 +60,7 @@ def refusal(model: nn.Module, given: dict[str, Tensor], layout: Layout = LAYOUT)
     return [line.strip() for line in lines]
 
 
-def test_every_value_lands_in_its_place() -> None:
+def test_every_value_is_copied_to_its_parameter() -> None:
     model, given = Model(), tensors()
     encoder = model.encoders.weight.clone()
     LAYOUT.load(model, given, "file.pt")
@@ -71,71 +71,76 @@ def test_every_value_lands_in_its_place() -> None:
     assert model.head.weight is model.embedding.weight
 
 
-def test_a_tied_head_may_be_there_if_it_is_equal() -> None:
+def test_a_tied_head_may_be_in_the_file_if_it_is_equal() -> None:
     model, given = Model(), tensors()
     LAYOUT.load(model, {**given, "lm_head": given["m.emb.weight"].clone()}, "file.pt")
     assert torch.equal(model.head.weight, given["m.emb.weight"])
-    lines = refusal(Model(), tensors(lm_head=torch.zeros(5, 3)))
+    lines = differences(Model(), tensors(lm_head=torch.zeros(5, 3)))
     assert lines == ["lm_head differs from m.emb.weight, but the model has one tensor for both"]
-    assert refusal(Model(), tensors(lm_head=torch.zeros(5, 3, dtype=torch.complex64))) == lines
+    assert differences(Model(), tensors(lm_head=torch.zeros(5, 3, dtype=torch.complex64))) == lines
 
 
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"m.emb.weight": None}, "missing embedding.weight (there m.emb.weight) (5, 3)"),
-        ({"m.blocks.0.b_back": None}, "missing layers.0.bias (there m.blocks.0.b + m.blocks.0.b_back) (4,)"),
-        ({"m.blocks.1.b": torch.zeros(1)}, "surplus m.blocks.1.b (1,)"),
-        ({"m.emb.weight": torch.zeros(6, 3)}, "embedding.weight (there m.emb.weight) is (6, 3), the model has (5, 3)"),
+        ({"m.emb.weight": None}, "missing embedding.weight (in the file: m.emb.weight) (5, 3)"),
+        ({"m.blocks.0.b_back": None}, "missing layers.0.bias (in the file: m.blocks.0.b + m.blocks.0.b_back) (4,)"),
+        ({"m.blocks.1.b": torch.zeros(1)}, "unexpected m.blocks.1.b (1,)"),
+        (
+            {"m.emb.weight": torch.zeros(6, 3)},
+            "embedding.weight (in the file: m.emb.weight) is (6, 3), the model has (5, 3)",
+        ),
         (
             {"m.blocks.0.b": torch.zeros(3), "m.blocks.0.b_back": torch.zeros(3)},
-            "layers.0.bias (there m.blocks.0.b + m.blocks.0.b_back) is (6,), the model has (4,)",
+            "layers.0.bias (in the file: m.blocks.0.b + m.blocks.0.b_back) is (6,), the model has (4,)",
         ),
         (
             {"m.blocks.0.b": torch.zeros(1), "m.blocks.0.b_back": torch.zeros(3)},
-            "layers.0.bias (there m.blocks.0.b + m.blocks.0.b_back) are (1,), (3,); they must have one shape",
+            "layers.0.bias (in the file: m.blocks.0.b + m.blocks.0.b_back) have shapes (1,), (3,); all must be equal",
         ),
         (
             {"m.emb.weight": torch.zeros(5, 3, dtype=torch.int8)},
-            "embedding.weight (there m.emb.weight) is torch.int8; quantised weights are not read",
+            "embedding.weight (in the file: m.emb.weight) is torch.int8; quantized weights are not supported",
         ),
     ],
 )
-def test_the_diff(change: dict[str, Tensor | None], line: str) -> None:
+def test_each_difference_is_one_line(change: dict[str, Tensor | None], line: str) -> None:
     given: dict[str, Any] = {**tensors(), **change}
-    assert refusal(Model(), {name: t for name, t in given.items() if t is not None}) == [line]
+    assert differences(Model(), {name: t for name, t in given.items() if t is not None}) == [line]
 
 
-def test_what_would_be_cut_off_by_a_cast_is_refused() -> None:
-    lines = refusal(Model(), tensors(**{"m.emb.weight": torch.zeros(5, 3, dtype=torch.complex64)}))
-    assert lines == ["embedding.weight (there m.emb.weight) is torch.complex64; quantised weights are not read"]
+def test_lossy_casts_are_rejected() -> None:
+    lines = differences(Model(), tensors(**{"m.emb.weight": torch.zeros(5, 3, dtype=torch.complex64)}))
+    assert lines == [
+        "embedding.weight (in the file: m.emb.weight) is torch.complex64; quantized weights are not supported"
+    ]
     model = Model()
     model.encoders.register_buffer("count", torch.tensor(3))
     layout = replace(LAYOUT, rules={**LAYOUT.rules, "encoders.count": ["n"]})
-    lines = refusal(model, tensors(n=torch.tensor(2.5)), layout)
-    assert lines == ["encoders.count (there n) is torch.float32, the model has torch.int64"]
+    lines = differences(model, tensors(n=torch.tensor(2.5)), layout)
+    assert lines == ["encoders.count (in the file: n) is torch.float32, the model has torch.int64"]
     layout.load(model, tensors(n=torch.tensor(7)), "file.pt")
     assert model.encoders.count == 7
 
 
-def test_names_of_thousands_of_letters_are_shortened() -> None:
-    (line,) = refusal(Model(), tensors(**{"x" * 5000: torch.zeros(2)}))
-    assert line.startswith("surplus xxx")
+def test_names_of_thousands_of_characters_are_shortened() -> None:
+    (line,) = differences(Model(), tensors(**{"x" * 5000: torch.zeros(2)}))
+    assert line.startswith("unexpected xxx")
     assert line.endswith("x (2,)")
     assert len(line) < 400
 
 
-def test_what_shapes_do_not_show() -> None:
+def test_expected_values_are_compared() -> None:
     model = Model()
     model.groups = 1
-    assert refusal(model, tensors()) == ["groups is 1, the checkpoint needs 2"]
+    assert differences(model, tensors()) == ["groups is 1, the checkpoint needs 2"]
     del model.groups
-    assert refusal(model, tensors()) == ["groups is nothing, the checkpoint needs 2"]
+    assert differences(model, tensors()) == ["groups is not set, the checkpoint needs 2"]
 
 
-def test_a_part_that_no_rule_covers_is_missing() -> None:
+def test_a_part_without_a_rule_is_missing() -> None:
     layout = Layout(part="model", rules={"embedding.*": ["m.emb.*"]}, absent=["enc"])
-    assert refusal(Model(), {"m.emb.weight": torch.zeros(5, 3)}, layout) == [
+    assert differences(Model(), {"m.emb.weight": torch.zeros(5, 3)}, layout) == [
         "missing encoders.bias (2,)",
         "missing encoders.weight (2, 2)",
         "missing layers.0.bias (4,)",
@@ -143,13 +148,15 @@ def test_a_part_that_no_rule_covers_is_missing() -> None:
     ]
 
 
-def test_what_a_file_holds_beside_weights_may_be_ignored() -> None:
+def test_tensors_that_are_not_weights_may_be_ignored() -> None:
     layout = replace(LAYOUT, ignored=["m.*.inv_freq"])
     layout.load(Model(), tensors(**{"m.blocks.0.inv_freq": torch.zeros(2)}), "file.pt")
-    assert refusal(Model(), tensors(**{"m.blocks.0.freq": torch.zeros(2)}), layout) == ["surplus m.blocks.0.freq (2,)"]
+    assert differences(Model(), tensors(**{"m.blocks.0.freq": torch.zeros(2)}), layout) == [
+        "unexpected m.blocks.0.freq (2,)"
+    ]
 
 
-def test_our_own_names_with_and_without_the_second_name_of_a_tensor() -> None:
+def test_own_names_with_and_without_the_second_name_of_a_tied_tensor() -> None:
     source = Model()
     given = {name: tensor.clone() for name, tensor in source.state_dict().items()}
     target = Model()
@@ -163,9 +170,9 @@ def test_our_own_names_with_and_without_the_second_name_of_a_tensor() -> None:
         copy_into(target, {**given, "head.weight": torch.zeros(5, 3)}, "x")
 
 
-def test_what_a_layout_needs_of_a_config() -> None:
+def test_a_layout_may_require_keys_of_the_config() -> None:
     need({"a": None, "b": 0}, ["a", "b"], "X")
-    with pytest.raises(CheckpointError, match=r"config\.json beside it lacks b, c, and the tensors of X do not show"):
+    with pytest.raises(CheckpointError, match=r"its config\.json lacks b, c, but the tensors of X alone do not"):
         need({"a": 1}, ["a", "b", "c"], "X")
-    with pytest.raises(CheckpointError, match=r"config\.json beside it is missing or empty, and"):
+    with pytest.raises(CheckpointError, match=r"its config\.json is missing or empty, but"):
         need({}, ["a"], "X")

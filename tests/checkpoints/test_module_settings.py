@@ -1,4 +1,4 @@
-"""What a model computes beside its tensors, read off its modules."""
+"""Settings of a model that its tensors do not show, collected from its modules."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Size(NamedTuple):
 
 
 def order(grid: Any, times: int = 1) -> None:
-    """Stands for a scan order."""
+    """Stand-in for a scan order."""
 
 
 class Model(nn.Module):
-    """Keeps one value under `value`."""
+    """Model that stores one value as `inner.value`."""
 
     def __init__(self, value: object) -> None:
         super().__init__()
@@ -58,20 +58,20 @@ class Model(nn.Module):
     ],
 )
 def test_a_plain_value(value: object, shown: object) -> None:
-    found = module_settings(Model(value))
-    assert found["inner.value"] == shown
-    assert found[""] == f"{__name__}.Model"
-    assert (found["inner"], found["inner.in_features"]) == ("Linear", 2)
+    settings = module_settings(Model(value))
+    assert settings["inner.value"] == shown
+    assert settings[""] == f"{__name__}.Model"
+    assert (settings["inner"], settings["inner.in_features"]) == ("Linear", 2)
 
 
-def test_objects_and_mappings_are_walked_once() -> None:
+def test_objects_and_mappings_are_traversed_once() -> None:
     model = Model(PathFolding(2, "own", "sum"))
     model.again = model.inner.value
     model.paths = PathTables(bsm, Grid(1, 2, 3))
     model.itself = {"a": {"b": 1}, "model": model}
     model.itself["self"] = model.itself
-    found = module_settings(model)
-    assert {name: value for name, value in found.items() if not name.startswith("inner")} == {
+    settings = module_settings(model)
+    assert {name: value for name, value in settings.items() if not name.startswith("inner")} == {
         "": f"{__name__}.Model",
         "again.count": 2,
         "again.merge_by": "sum",
@@ -81,10 +81,10 @@ def test_objects_and_mappings_are_walked_once() -> None:
         "paths.count": 2,
         "itself.a.b": 1,
     }
-    assert "inner.value.count" not in found
+    assert "inner.value.count" not in settings
 
 
-def test_what_is_no_setting() -> None:
+def test_tensors_and_private_attributes_are_not_settings() -> None:
     model = Model(None)
     model._private, model.table, model.pretrained_cfg = 1, torch.ones(2), {"url": "x"}
     before = module_settings(model)
@@ -92,7 +92,7 @@ def test_what_is_no_setting() -> None:
     assert not {"inner.value", "_private", "table", "pretrained_cfg.url", "training"} & before.keys()
 
 
-def test_the_two_gelus_are_one_and_the_approximated_is_another() -> None:
-    exact, theirs, other = (module_settings(module) for module in (nn.GELU(), GELU(), nn.GELU("tanh")))
-    assert exact == theirs
-    assert exact != other
+def test_the_gelus_of_torch_and_timm_are_equal_and_the_approximation_differs() -> None:
+    exact, timm, approximate = (module_settings(module) for module in (nn.GELU(), GELU(), nn.GELU("tanh")))
+    assert exact == timm
+    assert exact != approximate

@@ -1,3 +1,5 @@
+"""The command `ssmvl`: help, usage errors, `list`, `doctor`, and options passed on to the library."""
+
 from __future__ import annotations
 
 import os
@@ -23,7 +25,7 @@ PLUGIN = "import ssmvl\n@ssmvl.hookimpl\ndef ssmvl_register(register):\n    regi
 def loaded_modules(*argv: str) -> set[str]:
     code = (
         "import sys\nfrom ssmvl.cli import main\n"
-        f"try:\n    main({list(argv)!r})\nexcept SystemExit as leaving:\n    assert not leaving.code\n"
+        f"try:\n    main({list(argv)!r})\nexcept SystemExit as exit:\n    assert not exit.code\n"
         "print(*sys.modules, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -36,19 +38,19 @@ def test_help_and_list_import_nothing_heavy(argv: list[str], light: bool) -> Non
     assert not loaded_modules(*argv) & (heavy | ({"omegaconf", "pluggy"} if light else set()))
 
 
-def test_help_of_the_command_names_every_verb(capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as left:
+def test_help_lists_every_verb(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as exited:
         main(["--help"])
     shown = capsys.readouterr().out
-    assert left.value.code == 0
+    assert exited.value.code == 0
     assert all(verb in shown for verb in VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself(verb: str, capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as left:
+def test_every_verb_has_help(verb: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as exited:
         main([verb, "--help"])
-    assert left.value.code == 0
+    assert exited.value.code == 0
     assert f"usage: ssmvl {verb}" in capsys.readouterr().out
 
 
@@ -65,10 +67,10 @@ def test_every_verb_explains_itself(verb: str, capsys: Capture) -> None:
         ["doctor", "--nosuch"],
     ],
 )
-def test_a_wrong_command_line_leaves_with_2(argv: list[str], capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as left:
+def test_a_usage_error_exits_with_2(argv: list[str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as exited:
         main(argv)
-    assert left.value.code == 2
+    assert exited.value.code == 2
     assert "usage: ssmvl" in capsys.readouterr().err
 
 
@@ -76,9 +78,9 @@ def test_a_wrong_command_line_leaves_with_2(argv: list[str], capsys: Capture) ->
     ("argv", "expected"),
     [
         (["check", "quickstrat"], "Did you mean 'quickstart'?"),
-        (["check", "nosuch.yaml"], "no such file: nosuch.yaml"),
-        (["show", "quickstart", "seed"], "'seed' is no override"),
-        (["show", "quickstart", "stagess.x=1"], "stagess: no such part of a recipe"),
+        (["check", "nosuch.yaml"], "nosuch.yaml does not exist"),
+        (["show", "quickstart", "seed"], "'seed' is not an override"),
+        (["show", "quickstart", "stagess.x=1"], "stagess: unknown part of a recipe"),
         (
             ["check", "quickstart", "model.connector.nosuch=1"],
             "model.connector.nosuch: connector 'msc_advanced' (ssmvl 0.1.0 (ssmvl_ml_mamba)) has no option",
@@ -87,10 +89,10 @@ def test_a_wrong_command_line_leaves_with_2(argv: list[str], capsys: Capture) ->
             ["train", "quickstart", "model.connector.nosuch=1"],
             "model.connector.nosuch: connector 'msc_advanced' (ssmvl 0.1.0 (ssmvl_ml_mamba)) has no option",
         ),
-        (["generate", "nosuch", "--prompt", "x"], "nosuch: no such folder, and not a model of the hub"),
+        (["generate", "nosuch", "--prompt", "x"], "nosuch: no such directory, and not a Hub model id"),
     ],
 )
-def test_a_mistake_is_printed_without_a_traceback_and_gives_2(
+def test_a_user_error_is_printed_without_traceback_and_exits_with_2(
     argv: list[str], expected: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -102,14 +104,14 @@ def test_a_mistake_is_printed_without_a_traceback_and_gives_2(
 
 
 @pytest.mark.parametrize("content", [b"- a\n", b"", b"\xff\xfe", b"a: [\n", b"base: 5\nmodel: {}\n"])
-def test_a_file_that_is_no_recipe_gives_2(content: bytes, capsys: Capture, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_recipe_exits_with_2(content: bytes, capsys: Capture, tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_bytes(content)
     assert main(["check", str(path)]) == 2
     assert str(path) in capsys.readouterr().err
 
 
-def test_check_says_that_a_recipe_is_right(capsys: Capture) -> None:
+def test_check_reports_that_a_recipe_has_no_problem(capsys: Capture) -> None:
     assert main(["check", "quickstart", "seed=3"]) == 0
     assert capsys.readouterr().out.endswith("quickstart.yaml: no problem found\n")
 
@@ -121,7 +123,7 @@ def test_show_prints_the_merged_recipe(capsys: Capture, tmp_path: Path) -> None:
     assert load_recipe(again).data == load_recipe("quickstart", "model.connector.scan_order=csm", "seed=3").data
 
 
-def test_list_shows_components_with_their_source_and_recipes(capsys: Capture) -> None:
+def test_list_shows_recipes_and_components_with_their_source(capsys: Capture) -> None:
     assert main(["list"]) == 0
     rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
     assert ["mixer", "mamba2", "ssmvl"] in rows
@@ -129,7 +131,7 @@ def test_list_shows_components_with_their_source_and_recipes(capsys: Capture) ->
     assert any(row[:2] == ["connector", "msc_advanced"] and "ssmvl_ml_mamba" in row[2] for row in rows)
 
 
-def test_a_name_that_is_no_text_breaks_its_own_plugin_only(install_plugin: Install, capsys: Capture) -> None:
+def test_a_name_that_is_not_a_string_disables_only_its_plugin(install_plugin: Install, capsys: Capture) -> None:
     register = "import ssmvl\n@ssmvl.hookimpl\ndef ssmvl_register(register): register('scan_order', {!r}, lambda g: g)"
     install_plugin("numbers-plugin", register.format(5))
     install_plugin("good-plugin", register.format("zigzag"))
@@ -148,33 +150,33 @@ def test_list_shows_one_kind(capsys: Capture) -> None:
     assert {row[1] for row in rows} >= {"bsm", "csm", "raster"}
 
 
-def test_list_shows_conflicts_and_failures_but_no_warning(install_plugin: Install, capsys: Capture) -> None:
+def test_list_shows_conflicts_and_failures_without_warnings(install_plugin: Install, capsys: Capture) -> None:
     install_plugin("mm-broken", "raise OSError('no luck')")
     install_plugin("zz-one", PLUGIN)
     install_plugin("zz-two", PLUGIN)
     assert main(["list"]) == 0
     shown = capsys.readouterr()
-    assert "conflict: mixer 'shared' is offered by both zz-one 1.0 (zz_one) and zz-two 1.0 (zz_two)" in shown.out
+    assert "conflict: mixer 'shared' is registered by both zz-one 1.0 (zz_one) and zz-two 1.0 (zz_two)" in shown.out
     assert "Plugin mm-broken 1.0 (mm_broken) could not be loaded (OSError: no luck (" in shown.out
     assert shown.err == ""
 
 
 @pytest.fixture
-def tidy_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_stale_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssmvl.data.shared_memory.stale_segments", list)
 
 
-@pytest.mark.usefixtures("tidy_memory")
-def test_doctor_finds_a_healthy_installation(capsys: Capture) -> None:
+@pytest.mark.usefixtures("no_stale_memory")
+def test_doctor_reports_a_healthy_installation(capsys: Capture) -> None:
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert f"plugin          ssmvl {ssmvl.__version__} (ssmvl_ml_mamba)" in shown
     assert re.search(r"backend +ssd: auto = torch; not mamba_ssm: .+", shown)
-    assert "nothing left by dead runs" in shown
+    assert "nothing left behind by dead runs" in shown
 
 
-@pytest.mark.usefixtures("tidy_memory")
-def test_doctor_names_a_broken_plugin_and_returns_1(install_plugin: Install, capsys: Capture) -> None:
+@pytest.mark.usefixtures("no_stale_memory")
+def test_doctor_reports_a_broken_plugin_and_exits_with_1(install_plugin: Install, capsys: Capture) -> None:
     install_plugin("mm-broken", "raise OSError('no luck')")
     assert main(["doctor"]) == 1
     assert "broken plugin   Plugin mm-broken 1.0 (mm_broken) could not be loaded (OSError: no luck (" in (
@@ -182,44 +184,44 @@ def test_doctor_names_a_broken_plugin_and_returns_1(install_plugin: Install, cap
     )
 
 
-@pytest.mark.usefixtures("tidy_memory")
-def test_doctor_names_a_missing_package_and_returns_1(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_stale_memory")
+def test_doctor_reports_a_missing_package_and_exits_with_1(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssmvl.cli.doctor.PACKAGES", ("zz-no-such-package",))
     assert main(["doctor"]) == 1
     assert "zz-no-such-package MISSING" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("argv", "cleaned"), [(["doctor"], False), (["doctor", "--clean"], True)])
-def test_doctor_removes_shared_memory_only_when_asked(
+def test_doctor_removes_shared_memory_only_with_clean(
     argv: list[str], cleaned: bool, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    left = [Path("/dev/shm/000000_locals")]
-    monkeypatch.setattr("ssmvl.data.shared_memory.stale_segments", lambda: left)
-    monkeypatch.setattr("ssmvl.data.shared_memory.clean_stale_segments", lambda: calls.append("clean") or left)
+    stale = [Path("/dev/shm/000000_locals")]
+    monkeypatch.setattr("ssmvl.data.shared_memory.stale_segments", lambda: stale)
+    monkeypatch.setattr("ssmvl.data.shared_memory.clean_stale_segments", lambda: calls.append("clean") or stale)
     main(argv)
     assert bool(calls) is cleaned
-    assert f"1 files {'removed' if cleaned else 'left by dead runs'}" in capsys.readouterr().out
+    assert f"1 files {'removed' if cleaned else 'left behind by dead runs'}" in capsys.readouterr().out
 
 
 def test_generate_prints_the_answer(capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[Any] = []
+    calls: list[Any] = []
     monkeypatch.chdir(tmp_path)
     Path("runs/x").mkdir(parents=True)
     Path("x.png").touch()
 
-    class Parrot:
+    class FakeAssistant:
         def generate(self, prompts: list[str], images: list[str | None], *, max_new_tokens: int) -> list[str]:
-            asked.append((prompts, images, max_new_tokens))
+            calls.append((prompts, images, max_new_tokens))
             return ["a digit"]
 
-    monkeypatch.setattr("ssmvl.generation.assistant.load", lambda folder: asked.append(folder) or Parrot())
+    monkeypatch.setattr("ssmvl.generation.assistant.load", lambda folder: calls.append(folder) or FakeAssistant())
     assert main(["generate", "runs/x", "--prompt", "What?", "--image", "x.png", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out == "a digit\n"
-    assert asked == ["runs/x", (["What?"], ["x.png"], 5)]
+    assert calls == ["runs/x", (["What?"], ["x.png"], 5)]
 
 
-def test_train_passes_recipe_and_overrides_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_passes_on_recipe_and_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr("ssmvl.training.run.train", lambda *arguments: calls.append(arguments))
     assert main(["train", "quickstart", "seed=1", "run=x"]) == 0
@@ -228,7 +230,7 @@ def test_train_passes_recipe_and_overrides_on(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("argv", [["list"], ["show", "quickstart"], ["show", "--scan", "csm"]])
-def test_a_reader_that_has_seen_enough_is_no_traceback(argv: list[str], unbuffered: str) -> None:
+def test_a_closed_pipe_causes_no_traceback(argv: list[str], unbuffered: str) -> None:
     """`ssmvl list | true`."""
     read, write = os.pipe()
     os.close(read)
@@ -240,7 +242,7 @@ def test_a_reader_that_has_seen_enough_is_no_traceback(argv: list[str], unbuffer
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_causes_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 

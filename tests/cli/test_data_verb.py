@@ -1,4 +1,4 @@
-"""`ssmvl data`: its options reach what they are for, and mistakes leave with exit code 2."""
+"""`ssmvl data`: its options take effect, and errors exit with 2."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Capture = pytest.CaptureFixture[str]
 
 
 def source(folder: Path, count: int) -> Path:
-    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
     path = folder / "made.json"
-    path.write_text(json.dumps([{"id": str(number), "conversations": talk} for number in range(count)]))
+    path.write_text(json.dumps([{"id": str(number), "conversations": turns} for number in range(count)]))
     return path
 
 
 @pytest.mark.parametrize("action", ["convert", "verify", "inspect"])
-def test_every_action_explains_itself_without_torch(action: str) -> None:
+def test_help_of_every_action_imports_no_torch(action: str) -> None:
     code = (
         "import sys\nfrom ssmvl.cli import main\n"
-        f"try:\n    main(['data', {action!r}, '--help'])\nexcept SystemExit as leaving:\n    assert not leaving.code\n"
+        f"try:\n    main(['data', {action!r}, '--help'])\nexcept SystemExit as exit:\n    assert not exit.code\n"
         "print(*sys.modules, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -47,17 +47,17 @@ def test_every_action_explains_itself_without_torch(action: str) -> None:
         ["inspect", "a", "--samples", "-1"],
     ],
 )
-def test_a_wrong_command_line_leaves_with_2(argv: list[str], capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as left:
+def test_a_usage_error_exits_with_2(argv: list[str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as exited:
         main(["data", *argv])
-    assert left.value.code == 2
+    assert exited.value.code == 2
     assert "usage: ssmvl data" in capsys.readouterr().err
 
 
-def test_converted_and_verified(tmp_path: Path, capsys: Capture) -> None:
-    made, out = source(tmp_path, 20), tmp_path / "out"
+def test_convert_and_verify(tmp_path: Path, capsys: Capture) -> None:
+    json_path, out = source(tmp_path, 20), tmp_path / "out"
     options = ["--split", "test", "--max-side", "20", "--workers", "2", "--images", str(tmp_path)]
-    assert main(["data", "convert", str(made), "--out", str(out), *options]) == 0
+    assert main(["data", "convert", str(json_path), "--out", str(out), *options]) == 0
     assert "20 samples in 1 shard," in capsys.readouterr().out
     settings = json.loads((out / "test" / "conversion.json").read_text())
     assert (settings["max_side"], settings["images"][0]) == (20, ["", str(tmp_path)])
@@ -69,21 +69,21 @@ def test_converted_and_verified(tmp_path: Path, capsys: Capture) -> None:
     assert "shard.00000.mds" in capsys.readouterr().out
 
 
-def test_inspected(tmp_path: Path, capsys: Capture) -> None:
+def test_inspect(tmp_path: Path, capsys: Capture) -> None:
     assert main(["data", "convert", str(source(tmp_path, 20)), "--out", str(tmp_path / "out")]) == 0
     capsys.readouterr()
     assert main(["data", "inspect", str(tmp_path / "out"), "--samples", "5"]) == 0
     assert "20" in capsys.readouterr().out
 
 
-def test_what_cannot_be_converted_leaves_with_2(tmp_path: Path, capsys: Capture) -> None:
+def test_a_missing_source_exits_with_2(tmp_path: Path, capsys: Capture) -> None:
     assert main(["data", "convert", str(tmp_path / "none.json"), "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert "none.json" in said
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ")
+    assert "none.json" in stderr
 
 
 @pytest.mark.parametrize("option", ["--png", "--stage"])
-def test_what_depends_on_a_recipe_asks_for_one(option: str, capsys: Capture) -> None:
+def test_options_that_need_a_recipe_are_rejected_without_one(option: str, capsys: Capture) -> None:
     assert main(["data", "inspect", "anywhere", option, "x"]) == 2
-    assert capsys.readouterr().err.strip().endswith("give one: --recipe NAME")
+    assert capsys.readouterr().err.strip().endswith("--png and --stage need a recipe; add --recipe NAME")

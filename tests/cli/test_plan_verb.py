@@ -1,3 +1,5 @@
+"""`ssmvl plan`: memory and time of each stage, and settings that fit."""
+
 from __future__ import annotations
 
 import re
@@ -14,7 +16,7 @@ MACHINE = ["--gpus", "1", "--memory", "1"]
 
 
 def table(shown: str) -> dict[str, float]:
-    """Rows of the first stage's table, in GB."""
+    """Return the rows of the first stage's table, in GB."""
     lines = shown.partition("at the peak of a step")[2].partition("\n\n")[0].splitlines()[1:]
     return {name: float(size) for name, size in (re.split(r" {2,}", line.strip()) for line in lines)}
 
@@ -23,11 +25,11 @@ def test_a_plan_that_fits(capsys: Capture) -> None:
     assert main(["plan", "quickstart", *SHORT, *MACHINE, "--text-tokens", "16"]) == 0
     shown = capsys.readouterr().out
     assert (
-        "align: trains connector, language; 64 samples a step over 1 GPU, in micro-batches of 64, without act" in shown
+        "align: trains connector, language; 64 samples per step on 1 GPU, in micro-batches of 64, without act" in shown
     )
     assert shown.count("\nfits\n") == 2
     sizes = table(shown)
-    assert sizes.pop("may be used of 1") == 0.92
+    assert sizes.pop("usable of 1") == 0.92
     total = sizes.pop("total")
     assert sum(sizes.values()) == pytest.approx(total, abs=0.05)
     assert "1,600 tokens and" in shown  # 64 x (9 + 16)
@@ -39,60 +41,60 @@ def test_a_plan_that_fits(capsys: Capture) -> None:
 
 
 @pytest.mark.long
-def test_what_makes_it_fit_is_said_and_does(capsys: Capture) -> None:
+def test_the_suggested_settings_fit(capsys: Capture) -> None:
     words = ["plan", "quickstart", "stages.align=null", "stages.order=null", "stages.finetune.max_text_tokens=32"]
     machine = ["--gpus", "2", "--memory", "0.05"]
     assert main([*words, *machine]) == 1
     shown = capsys.readouterr().out
-    assert re.search(r"does not fit: \d\.\d\d GB too many\. What fits:\n  stages\.finetune\.microbatch=\d+\n", shown)
+    assert re.search(
+        r"does not fit: \d\.\d\d GB too much\. Settings that fit:\n  stages\.finetune\.microbatch=\d+\n", shown
+    )
     for line in re.findall(r"^  (stages\..*)$", shown, re.MULTILINE):
         assert main([*words, *line.split(), *machine]) == 0
         assert "\nfits\n" in capsys.readouterr().out
 
 
-def test_a_smaller_microbatch_than_fits_is_told_the_largest(capsys: Capture) -> None:
+def test_a_larger_microbatch_that_fits_is_reported(capsys: Capture) -> None:
     small = ["stages.align.microbatch=2", "stages.finetune.microbatch=2"]
     assert main(["plan", "quickstart", *SHORT, *small, *MACHINE]) == 0
-    assert "fits, as does stages.align.microbatch=64" in capsys.readouterr().out
+    assert "fits; so does stages.align.microbatch=64" in capsys.readouterr().out
 
 
 @pytest.mark.long
-def test_nothing_makes_it_fit(capsys: Capture) -> None:
+def test_a_stage_that_fits_with_no_setting(capsys: Capture) -> None:
     one = ["stages.align=null", "stages.order=null", "stages.finetune.max_text_tokens=32"]
     assert main(["plan", "quickstart", *one, "--gpus", "1", "--memory", "0.001"]) == 1
     shown = capsys.readouterr().out
-    nothing = (
-        "does not fit, nor with any switch, nor on more GPUs that can share 64 samples: one sample with activation"
-    )
-    assert re.search(nothing + r" checkpointing, sharded, needs 0\.\d\d GB of each of 64 GPUs\n", shown)
+    start = "does not fit with any setting, nor on more GPUs that can share 64 samples: one sample with activation"
+    assert re.search(start + r" checkpointing and sharding needs 0\.\d\d GB per GPU on 64 GPUs\n", shown)
 
 
-def test_an_epoch_is_told_by_a_thousand_samples(capsys: Capture) -> None:
+def test_a_duration_in_epochs_is_reported_per_thousand_samples(capsys: Capture) -> None:
     epochs = [f"stages.{stage}.{key}" for stage in ("align", "finetune") for key in ("duration=2ep", "warmup=0.1dur")]
     assert main(["plan", "quickstart", *SHORT, *epochs, *MACHINE, "--mfu", "0.5", "--tflops", "1e-3"]) == 0
     assert re.search(
-        r"at 50% of 1 × 0\.001 TFLOP/s .* a step, .* for 1,000 samples \(duration 2ep\)", capsys.readouterr().out
+        r"at 50% of 1 × 0\.001 TFLOP/s: .* per step, .* for 1,000 samples \(duration 2ep\)", capsys.readouterr().out
     )
 
 
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--gpus", "0", "--memory", "80"], "argument --gpus: received '0', allowed is a whole number from 1"),
-        (["--gpus", "1.5", "--memory", "80"], "argument --gpus: received '1.5'"),
-        (["--gpus", "1", "--memory=-80"], "argument --memory: received '-80', allowed is a number above 0"),
-        (["--gpus", "1", "--memory", "inf"], "argument --memory: received 'inf'"),
-        (["--gpus", "1", "--memory", "eighty"], "argument --memory: received 'eighty'"),
+        (["--gpus", "0", "--memory", "80"], "argument --gpus: must be an integer of at least 1, received '0'"),
+        (["--gpus", "1.5", "--memory", "80"], "argument --gpus: must be an integer of at least 1, received '1.5'"),
+        (["--gpus", "1", "--memory=-80"], "argument --memory: must be a number above 0, received '-80'"),
+        (["--gpus", "1", "--memory", "inf"], "argument --memory: must be a number above 0, received 'inf'"),
+        (["--gpus", "1", "--memory", "eighty"], "argument --memory: must be a number above 0, received 'eighty'"),
         (["--memory", "80"], "the following arguments are required: --gpus"),
-        ([*MACHINE, "--mfu", "40"], "argument --mfu: received '40', allowed is a number above 0 and at most 1"),
-        ([*MACHINE, "--tflops", "nan"], "argument --tflops: received 'nan'"),
-        ([*MACHINE, "--text-tokens", "0"], "argument --text-tokens: received '0'"),
+        ([*MACHINE, "--mfu", "40"], "argument --mfu: must be a number above 0 and at most 1, received '40'"),
+        ([*MACHINE, "--tflops", "nan"], "argument --tflops: must be a number above 0, received 'nan'"),
+        ([*MACHINE, "--text-tokens", "0"], "argument --text-tokens: must be an integer of at least 1, received '0'"),
     ],
 )
-def test_a_machine_that_is_none(argv: list[str], expected: str, capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as left:
+def test_invalid_hardware_is_rejected(argv: list[str], expected: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as exited:
         main(["plan", "quickstart", *argv])
-    assert left.value.code == 2
+    assert exited.value.code == 2
     assert expected in capsys.readouterr().err
 
 
@@ -104,11 +106,14 @@ def test_a_machine_that_is_none(argv: list[str], expected: str, capsys: Capture)
             ["quickstart", "stages.align=null", "stages.finetune=null", "stages.order=null", *MACHINE],
             "stages: expected",
         ),
-        (["quickstart", "--gpus", "3", "--memory", "1"], "stages.align.batch: 64 samples cannot be shared by 3 GPUs"),
+        (
+            ["quickstart", "--gpus", "3", "--memory", "1"],
+            "stages.align.batch: 64 samples cannot be split evenly across 3 GPUs",
+        ),
         (["quickstart", "stages.align.train=[nosuch]", *MACHINE], "no parameter of the model is under 'nosuch'"),
     ],
 )
-def test_a_recipe_that_cannot_be_planned(argv: list[str], expected: str, capsys: Capture) -> None:
+def test_a_recipe_that_cannot_be_planned_is_reported(argv: list[str], expected: str, capsys: Capture) -> None:
     assert main(["plan", *argv]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("error: ")

@@ -1,3 +1,5 @@
+"""`ssmvl show`: merged recipes, their costs, and drawings of scan orders."""
+
 from __future__ import annotations
 
 import re
@@ -20,7 +22,7 @@ def plain_console(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
 
-def test_a_scan_order_is_drawn_over_the_default_grid(capsys: Capture) -> None:
+def test_a_scan_order_is_drawn_on_the_default_grid(capsys: Capture) -> None:
     assert main(["show", "--scan", "csm"]) == 0
     shown = capsys.readouterr().out
     assert [f"path {k} of 4" in shown for k in (1, 2, 3, 4)] == [True] * 4
@@ -29,7 +31,7 @@ def test_a_scan_order_is_drawn_over_the_default_grid(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(("grid", "last"), [("2x3", " 5■"), ("1x2x3", " 5■"), ("2x3x5", " 29■"), ("100x100", " ■")])
-def test_the_grid_is_the_one_asked_for(grid: str, last: str, capsys: Capture) -> None:
+def test_a_scan_order_is_drawn_on_the_given_grid(grid: str, last: str, capsys: Capture) -> None:
     assert main(["show", "--scan", "raster", "--grid", grid]) == 0
     shown = capsys.readouterr().out
     assert last in shown
@@ -39,14 +41,14 @@ def test_the_grid_is_the_one_asked_for(grid: str, last: str, capsys: Capture) ->
 @pytest.mark.parametrize(
     "grid", ["", "6", "1x2x3x4", "0x4x6", "4x0", "-1x4x6", "ax2", "1x4x", "2.5x2", "²x2", "101x100", "9x99999999999"]
 )
-def test_a_bad_grid_is_refused_with_what_is_allowed(grid: str, capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as left:
+def test_an_invalid_grid_is_rejected_with_the_allowed_ones(grid: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as exited:
         main(["show", "--scan", "csm", f"--grid={grid}"])
-    assert left.value.code == 2
+    assert exited.value.code == 2
     shown = capsys.readouterr().err
     assert "usage: ssmvl show" in shown
-    assert f"argument --grid: received {grid!r}, allowed is MAPSxROWSxCOLUMNS or ROWSxCOLUMNS" in shown
-    assert "10,000 cells at most" in shown
+    assert "argument --grid: must be MAPSxROWSxCOLUMNS or ROWSxCOLUMNS" in shown
+    assert f"at most 10,000 cells, received {grid!r}" in shown
 
 
 @pytest.mark.parametrize(
@@ -55,17 +57,17 @@ def test_a_bad_grid_is_refused_with_what_is_allowed(grid: str, capsys: Capture) 
         ([], "one of the arguments recipe --scan is required"),
         (["quickstart", "--scan", "csm"], "not allowed with argument"),
         (["--scan", "csm", "seed=3"], "not allowed with argument"),
-        (["quickstart", "--grid", "2x3"], "--grid and --png belong to --scan"),
-        (["quickstart", "--png", "x.png"], "--grid and --png belong to --scan"),
-        (["--scan", "csm", "--params"], "--params belongs to a recipe"),
-        (["quickstart", "--params", "--grid", "2x3"], "--grid and --png belong to --scan"),
+        (["quickstart", "--grid", "2x3"], "--grid and --png need --scan"),
+        (["quickstart", "--png", "x.png"], "--grid and --png need --scan"),
+        (["--scan", "csm", "--params"], "--params needs a recipe"),
+        (["quickstart", "--params", "--grid", "2x3"], "--grid and --png need --scan"),
         (["--params", "quickstart"], "one of the arguments recipe --scan is required"),
     ],
 )
-def test_a_recipe_or_a_scan_order_but_not_both(argv: list[str], expected: str, capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as left:
+def test_recipe_and_scan_order_are_exclusive(argv: list[str], expected: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as exited:
         main(["show", *argv])
-    assert left.value.code == 2
+    assert exited.value.code == 2
     shown = capsys.readouterr()
     assert "usage: ssmvl show" in shown.err
     assert expected in shown.err
@@ -81,7 +83,7 @@ def test_a_recipe_or_a_scan_order_but_not_both(argv: list[str], expected: str, c
         (["--scan", "csm", "--png", "/"], "/: cannot be written"),
     ],
 )
-def test_a_mistake_is_printed_without_a_traceback_and_gives_2(
+def test_a_user_error_is_printed_without_traceback_and_exits_with_2(
     argv: list[str], expected: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -92,11 +94,11 @@ def test_a_mistake_is_printed_without_a_traceback_and_gives_2(
     assert shown.out == ""
 
 
-def test_the_png_is_written_beside_the_text(capsys: Capture, tmp_path: Path) -> None:
+def test_the_png_is_written_in_addition_to_the_text(capsys: Capture, tmp_path: Path) -> None:
     assert main(["show", "--scan", "bsm", "--grid", "2x2", "--png", str(tmp_path / "x.png")]) == 0
     assert "path 2 of 2" in capsys.readouterr().out
-    with Image.open(tmp_path / "x.png") as picture:
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
+    with Image.open(tmp_path / "x.png") as image:
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 10
 
 
 def test_help_imports_neither_torch_nor_rich() -> None:
@@ -109,7 +111,7 @@ def test_help_imports_neither_torch_nor_rich() -> None:
 
 
 def table(shown: str, first: str) -> dict[str, list[str]]:
-    """Rows under the heading that starts with `first`: name -> cells."""
+    """Return the rows below the heading that starts with `first`: name -> cells."""
     lines = shown.partition(f" {first} ")[2].partition("\n\n")[0].splitlines()[1:]
     return {cells[0]: cells[1:] for cells in (re.split(r" {2,}", line.strip()) for line in lines)}
 
@@ -130,21 +132,21 @@ def test_params_shows_shapes_and_costs(capsys: Capture) -> None:
     assert max(map(len, shown.splitlines())) <= 80
     text = " ".join(shown.split())
     assert "encoders.fine has 134,155 parameters that this forward does not use." in text
-    assert "language.head shares 45,056 parameters with a part above (tied): counted once." in text
-    assert "element-wise work is not" in text
+    assert "language.head shares 45,056 parameters with a part above (tied); they are counted once." in text
+    assert "Element-wise work is not counted" in text
 
 
 @pytest.mark.parametrize("argv", [["seed=3", "--params"], ["--params", "seed=3"]])
 def test_params_takes_overrides_before_and_after_it(argv: list[str], capsys: Capture) -> None:
-    change = ["model.connector.num_layers=1" if word == "seed=3" else word for word in argv]
+    smaller = ["model.connector.num_layers=1" if word == "seed=3" else word for word in argv]
     shown = []
-    for words in (argv, change):
+    for words in (argv, smaller):
         assert main(["show", "quickstart", *words]) == 0
         shown.append(table(capsys.readouterr().out, "parameters")["connector"][0])
     assert int(shown[1].replace(",", "")) < int(shown[0].replace(",", ""))
 
 
-def test_params_names_a_mistake_of_the_recipe(capsys: Capture) -> None:
+def test_params_reports_an_error_in_the_recipe(capsys: Capture) -> None:
     assert main(["show", "quickstart", "--params", "model.connector.nosuch=1"]) == 2
     shown = capsys.readouterr()
     assert "model.connector.nosuch: connector 'msc_advanced'" in shown.err

@@ -27,7 +27,7 @@ def test_mlp_has_the_published_shape() -> None:
 
 
 def written_out(connector: ScanConnector, x: Tensor, advanced: bool) -> Tensor:
-    """Both connectors in straight lines, around the mixers."""
+    """Both connectors without loops or modules, except for the mixers."""
     paths = Paths.of(bsm(GRID))
     x = F.gelu(connector.stem[0](x))
     for layer in connector.layers:
@@ -44,7 +44,7 @@ def written_out(connector: ScanConnector, x: Tensor, advanced: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("advanced", [True, False])
-def test_msc_written_out_straight(advanced: bool) -> None:
+def test_msc_equals_a_straight_line_rewrite(advanced: bool) -> None:
     connector = (msc_advanced if advanced else msc_basic)(6, 8, GRID, mixer=MIXER)
     for parameter in connector.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -52,20 +52,20 @@ def test_msc_written_out_straight(advanced: bool) -> None:
     torch.testing.assert_close(connector(x, GRID), written_out(connector, x, advanced), atol=1e-5, rtol=1e-4)
 
 
-def test_grid_may_differ_from_call_to_call() -> None:
+def test_grid_may_differ_between_calls() -> None:
     connector = msc_advanced(6, 8, GRID, mixer=MIXER, scan_order=csm)
     for grid in (GRID, Grid(1, 3, 5), Grid(1, 1, 1)):
         assert connector(torch.randn(1, grid.length, 6), grid).shape == (1, connector.num_tokens(grid), 8)
 
 
-def test_path_tables_are_in_no_checkpoint() -> None:
+def test_path_tables_are_not_in_the_state_dict() -> None:
     connector = msc_advanced(6, 8, GRID, mixer=MIXER)
     names = set(connector.state_dict())
     connector(torch.randn(1, 6, 6), GRID)
     assert set(connector.state_dict()) == names == {name for name, _ in connector.named_parameters()}
 
 
-def test_a_mixer_with_the_wrong_number_of_paths_is_refused() -> None:
+def test_a_mixer_with_the_wrong_number_of_paths_is_rejected() -> None:
     connector = msc_advanced(6, 8, GRID, mixer=lambda width, num_paths: MIXER(width, 1))
     with pytest.raises(ShapeError, match="num_paths=1 received 2 paths"):
         connector(torch.randn(1, 6, 6), GRID)

@@ -1,4 +1,4 @@
-"""Small sources of real files for the tests of `ssmvl data convert`, and what should come of them."""
+"""Helpers for the tests of `ssmvl data convert`: small sources of real files, expected records, and processes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def jpeg(number: int, side: int = 40) -> bytes:
 
 
 def source(folder: Path, count: int, name: str = "made.json", side: int = 40) -> Path:
-    """A JSON of records with one image each, some with none and some with two; the images are in `pictures`."""
+    """Write a JSON of records with no, one or two images each. The images are in `pictures`."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for number in range(7):
         (folder / "pictures" / f"{number}.jpg").write_bytes(jpeg(number, side))
     records = []
     for number in range(count):
         images = [f"pictures/{(number + at) % 7}.jpg" for at in range((1, 1, 0, 2)[number % 4])]
-        asked = "<image>\n" * len(images) + f"Question {number}, é?"
-        talk = [{"from": "human", "value": asked}, {"from": "gpt", "value": f"Answer {number}."}]
+        question = "<image>\n" * len(images) + f"Question {number}, é?"
+        talk = [{"from": "human", "value": question}, {"from": "gpt", "value": f"Answer {number}."}]
         records.append({"id": f"{name}-{number}", "conversations": talk} | ({"image": images} if images else {}))
     path = folder / name
     path.write_text(json.dumps(records))
@@ -41,32 +41,32 @@ def source(folder: Path, count: int, name: str = "made.json", side: int = 40) ->
 
 
 def cut_images(folder: Path) -> Callable[[], object]:
-    """Records that all have the same damaged image; call it to mend that."""
+    """Write records that all have the same truncated image. Returns a function that repairs it."""
     records = json.loads(source(folder, 10).read_text())
     for record in records:
         record["image"] = ["pictures/0.jpg"]
         record["conversations"][0]["value"] = "<image>What?"
     (folder / "made.json").write_text(json.dumps(records))
     image = folder / "pictures" / "0.jpg"
-    whole = image.read_bytes()
-    image.write_bytes(whole[:-50])
-    return lambda: image.write_bytes(whole)
+    complete = image.read_bytes()
+    image.write_bytes(complete[:-50])
+    return lambda: image.write_bytes(complete)
 
 
 def expected(path: Path) -> list[dict[str, Any]]:
-    """The records of `source`, read in the plainest way."""
-    found = []
+    """Return the records of `source`, read in the simplest way."""
+    records = []
     for record in json.loads(path.read_text()):
-        asked, answer = (turn["value"] for turn in record["conversations"])
+        question, answer = (turn["value"] for turn in record["conversations"])
         images = [(path.parent / name).read_bytes() for name in record.get("image", [])]
-        talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         type_ = "pictures" if images else "text"
-        found.append({"id": record["id"], "type": type_, "conversation": talk, "images": images})
-    return found
+        records.append({"id": record["id"], "type": type_, "conversation": talk, "images": images})
+    return records
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Name -> hash of every file below a folder."""
+    """Return the hash of every file below a directory, by relative path."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -75,7 +75,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """The real command in a process group of its own."""
+    """Start the real command in its own process group."""
     command = [sys.executable, "-c", "from ssmvl.cli import main; raise SystemExit(main())", "data", "convert"]
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -83,9 +83,9 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def wait_until(true: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Look every few milliseconds; the process must be running still."""
-    while not true():
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Poll the condition every few milliseconds. Fails if the process ends before."""
+    while not condition():
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
 
@@ -95,15 +95,15 @@ def parts(train: Path) -> list[str]:
 
 
 def children(pid: int) -> list[int]:
-    """Processes whose parent is `pid`."""
-    found = []
+    """Return the processes whose parent is `pid`."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(path.parent.name))
-        except OSError:  # it has ended meanwhile
+                pids.append(int(path.parent.name))
+        except OSError:  # the process has ended
             continue
-    return found
+    return pids
 
 
 def alive(pid: int) -> bool:
@@ -113,10 +113,10 @@ def alive(pid: int) -> bool:
         return False
 
 
-def ended(pids: list[int]) -> None:
-    """Wait until none of the processes is left."""
+def wait_until_ended(pids: list[int]) -> None:
+    """Wait until all of the processes have ended."""
     limit = time.monotonic() + 60
     while any(alive(pid) for pid in pids):
-        assert time.monotonic() < limit, "processes stay"
+        assert time.monotonic() < limit, "processes are still running"
         os.sched_yield()
         time.sleep(0.005)

@@ -1,6 +1,6 @@
-"""Several ranks on this machine: each writes the names of its samples, epoch by epoch.
+"""Start several local ranks, each of which writes the ids of its samples, epoch by epoch.
 
-python ranks_script.py FOLDER OUT '{"world": …, "batch": …, "workers": …}'
+python ranks_script.py DIR OUT '{"world": …, "batch": …, "workers": …}'
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ world = spec["world"]
 
 
 def run(rank: int) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ.update({key: str(value) for key, value in place.items()})
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({key: str(value) for key, value in variables.items()})
     store = torch.distributed.FileStore(str(out / "store"), world)
     limit = timedelta(seconds=120)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
@@ -36,13 +36,13 @@ def run(rank: int) -> None:
     epochs = []
     for _ in range(2):
         batches = list(loader)
-        names = [batch["sample_ids"] for batch in batches]
-        epochs.append([names, [damaged[0] for batch in batches for damaged in batch["damaged"] if damaged]])
+        ids = [batch["sample_ids"] for batch in batches]
+        epochs.append([ids, [damaged[0] for batch in batches for damaged in batch["damaged"] if damaged]])
     (out / f"rank{rank}.json").write_text(json.dumps(epochs))
     torch.distributed.barrier()
 
 
-# forked, so that what takes most of the time is imported once
+# forked, so that slow imports run only once
 ranks = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(world)]
 for process in ranks:
     process.start()

@@ -1,4 +1,4 @@
-"""Reading source files to the end, as tests of sources do."""
+"""Helpers for tests of sources: read source files completely, or up to an error."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from published import draw
 from ssmvl.data.conversion.sources import open_sources
 from ssmvl.errors import DataError
 
-TALK = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
-SAID = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+TALK = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]  # in LLaVA's format
+CHAT = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]  # in ours
 IMAGE = draw(0).data
 PYTHON = """
 import resource, sys
@@ -28,7 +28,7 @@ def opened(*sources: Path | str, images: list[str] | None = None, size: int = 5)
 
 
 def read(*sources: Path | str, images: list[str] | None = None, size: int = 5) -> list[Any]:
-    """All records, each chunk read as another process would."""
+    """Read all records, each chunk as in another process."""
     return [
         item
         for chunk in opened(*sources, images=images, size=size)
@@ -37,14 +37,14 @@ def read(*sources: Path | str, images: list[str] | None = None, size: int = 5) -
 
 
 def until_error(path: Path, size: int) -> tuple[list[Any], str]:
-    """What is read before the error, and the error."""
-    found: list[Any] = []
+    """Return the records before the error, and its message."""
+    records: list[Any] = []
     try:
         for chunk in opened(path, size=size):
-            found += chunk.read()
+            records += chunk.read()
     except DataError as error:
-        return found, str(error)
-    raise AssertionError(f"{path} was read to the end")
+        return records, str(error)
+    raise AssertionError(f"{path} was read without an error")
 
 
 def write_json(path: Path, records: Any) -> Path:

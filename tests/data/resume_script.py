@@ -1,4 +1,4 @@
-"""Two processes, one after the other: print the order of four epochs, and states; then go on from some of them.
+"""Print the batches of four epochs and the states after each batch; or resume from given states and print the rest.
 
 python resume_script.py ROOT '{"weights": …, "workers": …}' ['[{"epoch": …}, …]']
 """
@@ -22,18 +22,18 @@ streams = [Stream(root / name, **weight) for name, weight in spec["weights"].ite
 processor = Processor(byte_tokenizer(), MambaPrompt(), (ImageSpec(8),), tokens_per_image=2)
 
 
-def new() -> TrainLoader:
+def new_loader() -> TrainLoader:
     return train_loader(streams, processor, batch=BATCH, seed=3, loader=Loader(workers=spec["workers"]))
 
 
 states, rest = {}, []
 if len(sys.argv) > 3:
     for state in json.loads(sys.argv[3]):
-        loader = new()
+        loader = new_loader()
         loader.load_state_dict(state)
         rest.append([[batch["sample_ids"] for batch in loader] for _ in range(2)])
 else:
-    loader = new()
+    loader = new_loader()
     for epoch in range(4):
         rest.append([])
         seen = 0
@@ -42,7 +42,7 @@ else:
             seen += len(batch["sample_ids"])
             states[f"{epoch} {number}"] = [
                 loader.state_dict(),
-                loader.dataset.state_dict(seen, True),  # as Composer asks
+                loader.dataset.state_dict(seen, True),  # as Composer calls it
             ]
         states[f"{epoch + 1} 0"] = [None, loader.dataset.state_dict(0, True)]
 print(json.dumps([rest, states]))

@@ -1,4 +1,4 @@
-"""Shards in a bucket: their index, their cache, and what arrives damaged or not at all. A real S3 server."""
+"""Shards in a bucket: index, cache, and damaged or missing shards. Uses a real S3 server."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ Objects = Callable[[], dict[str, bytes]]
 
 @pytest.fixture
 def sent(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """`sent("a")`: puts twelve samples called a0, a1, … into the bucket, and gives the folder's URL."""
+    """Return a function: `sent("a")` writes twelve samples a0, a1, … to the bucket and returns the directory's URL."""
     monkeypatch.setattr(shards, "SHARD_BYTES", 600)
 
     def put(name: str) -> str:
         records = [{"id": f"{name}{i}", "type": "", "conversation": TALK, "images": []} for i in range(12)]
         ensure_shards(tmp_path / name, lambda: records, 12)
-        listed = sorted(path.name for path in (tmp_path / name).iterdir())
-        assert len(listed) > 3
-        send(tmp_path / name, f"{bucket}/data/train", listed)
+        files = sorted(path.name for path in (tmp_path / name).iterdir())
+        assert len(files) > 3
+        send(tmp_path / name, f"{bucket}/data/train", files)
         return f"{bucket}/data"
 
     return put
 
 
-def ask(url: str, tmp_path: Path) -> Shards:
-    found = existing_shards("train", folder=url, cache=str(tmp_path / "cache"))
-    assert isinstance(found, Shards)
-    return found
+def open_shards(url: str, tmp_path: Path) -> Shards:
+    data = existing_shards("train", folder=url, cache=str(tmp_path / "cache"))
+    assert isinstance(data, Shards)
+    return data
 
 
 def names(data: Shards, **options: object) -> list[str]:
@@ -54,19 +54,17 @@ def names(data: Shards, **options: object) -> list[str]:
     return sorted(name for batch in loader for name in batch["sample_ids"])
 
 
-def damage(sent_to: str, shard: str, tmp_path: Path) -> None:
+def damage(url: str, shard: str, tmp_path: Path) -> None:
     """Flip one byte of a shard in the bucket."""
     (tmp_path / "bad").mkdir()
     data = bytearray((tmp_path / "a" / shard).read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "bad" / shard).write_bytes(data)
-    send(tmp_path / "bad", f"{sent_to}/train", [shard])
+    send(tmp_path / "bad", f"{url}/train", [shard])
 
 
-def test_only_the_index_is_fetched_when_asked_and_shards_when_needed(
-    sent: Callable[[str], str], tmp_path: Path
-) -> None:
-    data = ask(sent("a"), tmp_path)
+def test_opening_fetches_only_the_index_and_reading_the_shards(sent: Callable[[str], str], tmp_path: Path) -> None:
+    data = open_shards(sent("a"), tmp_path)
     assert data.local.parent.parent == tmp_path / "cache"
     assert sorted(path.name for path in data.local.iterdir()) == ["fetched_from", "index.json"]
     assert names(data) == sorted(f"a{i}" for i in range(12))
@@ -74,13 +72,13 @@ def test_only_the_index_is_fetched_when_asked_and_shards_when_needed(
         assert (data.local / shard.name).read_bytes() == shard.read_bytes()
 
 
-def test_a_test_set_is_fetched_and_read_in_order(sent: Callable[[str], str], tmp_path: Path) -> None:
-    data = ask(sent("a"), tmp_path)
+def test_records_are_fetched_and_read_in_order(sent: Callable[[str], str], tmp_path: Path) -> None:
+    data = open_shards(sent("a"), tmp_path)
     assert read_records(data) == read_records(tmp_path / "a")
     assert read_records(data) == read_records(tmp_path / "a")  # from the cache
 
 
-def test_the_cache_has_a_place_of_its_own_for_each_url(
+def test_the_cache_has_a_directory_for_each_url(
     sent: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -92,117 +90,117 @@ def test_the_cache_has_a_place_of_its_own_for_each_url(
     assert existing_shards("train", folder=url + "/") == first
 
 
-def test_other_data_at_the_same_url_empty_the_cache(sent: Callable[[str], str], tmp_path: Path) -> None:
+def test_new_data_at_the_same_url_empty_the_cache(sent: Callable[[str], str], tmp_path: Path) -> None:
     url = sent("a")
-    read_records(ask(url, tmp_path))
+    read_records(open_shards(url, tmp_path))
     assert sent("b") == url
-    data = ask(url, tmp_path)
+    data = open_shards(url, tmp_path)
     assert not list(data.local.glob("*.mds"))
     assert [record["id"] for record in read_records(data)] == [f"b{i}" for i in range(12)]
 
 
 def test_two_buckets_share_a_cache(sent: Callable[[str], str], tmp_path: Path, bucket: str) -> None:
-    one = ask(sent("a"), tmp_path)
+    one = open_shards(sent("a"), tmp_path)
     read_records(one)
     send(tmp_path / "a", f"{bucket}/other/train", [path.name for path in (tmp_path / "a").iterdir()])
-    other = ask(f"{bucket}/other", tmp_path)
+    other = open_shards(f"{bucket}/other", tmp_path)
     assert other.local != one.local
     assert len(list(one.local.glob("*.mds"))) > 2
 
 
-def test_a_file_of_the_cache_that_was_cut_is_fetched_again(sent: Callable[[str], str], tmp_path: Path) -> None:
+def test_a_truncated_file_in_the_cache_is_fetched_again(sent: Callable[[str], str], tmp_path: Path) -> None:
     url = sent("a")
-    data = ask(url, tmp_path)
+    data = open_shards(url, tmp_path)
     before = read_records(data)
     shard = data.local / "shard.00001.mds"
     shard.write_bytes(shard.read_bytes()[:-1])
     (data.local / ".shard.00002.mds.123.partial").write_bytes(b"of a killed run")
-    assert read_records(ask(url, tmp_path)) == before
+    assert read_records(open_shards(url, tmp_path)) == before
     assert not list(data.local.glob("*.partial"))
 
 
-def test_the_same_data_stay_in_the_cache(sent: Callable[[str], str], tmp_path: Path) -> None:
+def test_unchanged_data_stay_in_the_cache(sent: Callable[[str], str], tmp_path: Path) -> None:
     url = sent("a")
-    read_records(ask(url, tmp_path))
-    assert len(list(ask(url, tmp_path).local.glob("*.mds"))) > 2
+    read_records(open_shards(url, tmp_path))
+    assert len(list(open_shards(url, tmp_path).local.glob("*.mds"))) > 2
 
 
-def test_a_folder_that_is_no_cache_is_never_emptied(sent: Callable[[str], str], tmp_path: Path) -> None:
+def test_a_directory_that_is_not_a_cache_is_never_emptied(sent: Callable[[str], str], tmp_path: Path) -> None:
     url = sent("a")
-    mine = ask(url, tmp_path).local / "mine.txt"
+    mine = open_shards(url, tmp_path).local / "mine.txt"
     mine.with_name("fetched_from").unlink()
     mine.write_text("mine")
-    with pytest.raises(DataError, match=r"/train holds files that did not come from a bucket; name another"):
-        ask(url, tmp_path)
+    with pytest.raises(DataError, match=r"/train holds files that did not come from a bucket; set `cache` to another"):
+        open_shards(url, tmp_path)
     assert mine.read_text() == "mine"
 
 
-def test_a_cache_for_a_folder_on_this_machine_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is on this machine, leave it out"):
+def test_a_cache_for_a_local_directory_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is a local directory; omit `cache`"):
         existing_shards("train", folder=str(tmp_path), cache="somewhere")
 
 
-def test_nothing_in_the_bucket(bucket: str, tmp_path: Path) -> None:
+def test_a_missing_directory_or_bucket_is_named(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"{bucket}/none/train/index\.json cannot be fetched"):
-        ask(f"{bucket}/none", tmp_path)
+        open_shards(f"{bucket}/none", tmp_path)
     with pytest.raises(DataError, match=r"s3://no-such-bucket/x/train/index\.json cannot be fetched"):
-        ask("s3://no-such-bucket/x", tmp_path)
+        open_shards("s3://no-such-bucket/x", tmp_path)
 
 
-def test_an_index_that_leads_out_of_its_folder_is_refused(
+def test_an_index_with_a_file_outside_its_directory_is_rejected(
     sent: Callable[[str], str], tmp_path: Path, bucket: str
 ) -> None:
     url = sent("a")
     index = tmp_path / "a" / "index.json"
     index.write_text(index.read_text().replace('"shard.00001.mds"', '"../../shard.00001.mds"'))
     send(tmp_path / "a", f"{url}/train", ["index.json"])
-    with pytest.raises(DataError, match=r"lists '\.\./\.\./shard\.00001\.mds', which lies outside"):
-        ask(url, tmp_path)
-    with pytest.raises(DataError, match=r"shard\.00001\.mds: the index names a file outside of its folder"):
+    with pytest.raises(DataError, match=r"lists '\.\./\.\./shard\.00001\.mds', which is outside"):
+        open_shards(url, tmp_path)
+    with pytest.raises(DataError, match=r"shard\.00001\.mds: the index lists a file outside its directory"):
         inspect(url, None, 0, None)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_shard_is_named_and_not_kept(sent: Callable[[str], str], tmp_path: Path, workers: int) -> None:
+def test_a_damaged_shard_is_named_and_not_cached(sent: Callable[[str], str], tmp_path: Path, workers: int) -> None:
     url = sent("a")
     damage(url, "shard.00001.mds", tmp_path)
-    data = ask(url, tmp_path)
-    with pytest.raises(ShardError, match=rf"^{url}/train/shard\.00001\.mds does not have the xxh64 hash"):
+    data = open_shards(url, tmp_path)
+    with pytest.raises(ShardError, match=rf"^{url}/train/shard\.00001\.mds is damaged: .* match its xxh64 hash"):
         names(data, workers=workers)
     assert not list(data.local.glob("*00001*"))
-    with pytest.raises(ShardError, match=rf"^{url}/train/shard\.00001\.mds does not have the xxh64 hash"):
+    with pytest.raises(ShardError, match=rf"^{url}/train/shard\.00001\.mds is damaged: .* match its xxh64 hash"):
         read_records(data)
 
 
-def test_a_shard_that_vanished_is_named(sent: Callable[[str], str], tmp_path: Path, bucket: str) -> None:
+def test_a_missing_shard_is_named(sent: Callable[[str], str], tmp_path: Path, bucket: str) -> None:
     url = sent("a")
     index = tmp_path / "a" / "index.json"
     index.write_text(index.read_text().replace('"shard.00001.mds"', '"shard.gone.mds"'))
     send(tmp_path / "a", f"{url}/train", ["index.json"])
     with pytest.raises(ShardError, match=rf"{url}/train/shard\.gone\.mds cannot be fetched"):
-        names(ask(url, tmp_path))
+        names(open_shards(url, tmp_path))
 
 
-def test_a_cache_limit_is_kept(sent: Callable[[str], str], tmp_path: Path) -> None:
-    data = ask(sent("a"), tmp_path)
+def test_the_cache_limit_is_enforced(sent: Callable[[str], str], tmp_path: Path) -> None:
+    data = open_shards(sent("a"), tmp_path)
     shutil.copy(data.local / "index.json", tmp_path / "index.json")
     with pytest.raises(DataError, match=r"(?i)data/train: cannot be streamed: .*cache limit"):
         names(data, cache_limit="1kb")
     stream = train_loader(data, PROCESSOR, batch=4, seed=0, loader=Loader(workers=0, cache_limit="3500")).dataset
     assert isinstance(stream, SampleStream)
-    there = []
-    for shard in [0, 1, 2, 3, 0]:  # one after the other: streaming counts a shard when it has come, not before
+    cached = []
+    for shard in [0, 1, 2, 3, 0]:  # one by one, because streaming counts a shard only after it was fetched
         stream.prepare_shard(shard)
-        there.append(sorted(path.name[-5] for path in data.local.glob("*.mds")))
-    assert there == [["0"], ["0", "1"], ["0", "1", "2"], ["1", "2", "3"], ["0", "2", "3"]]
+        cached.append(sorted(path.name[-5] for path in data.local.glob("*.mds")))
+    assert cached == [["0"], ["0", "1"], ["0", "1", "2"], ["1", "2", "3"], ["0", "2", "3"]]
     for _ in range(2):
         assert names(data, cache_limit="3500") == sorted(f"a{i}" for i in range(12))
 
 
-def test_a_shard_that_went_is_fetched_again_and_one_that_is_there_is_not_locked(
+def test_a_deleted_shard_is_fetched_again_and_others_are_not_locked(
     sent: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = ask(sent("a"), tmp_path)
+    data = open_shards(sent("a"), tmp_path)
     locked: list[int] = []
     streaming = StreamingDataset.prepare_shard
 
@@ -215,5 +213,5 @@ def test_a_shard_that_went_is_fetched_again_and_one_that_is_there_is_not_locked(
     for epoch in range(3):
         locked.clear()
         assert sorted(name for batch in loader for name in batch["sample_ids"]) == sorted(f"a{i}" for i in range(12))
-        assert epoch == 0 or 1 <= len(locked) < 12  # for the shard that went, not once a sample
+        assert epoch == 0 or 1 <= len(locked) < 12  # for the deleted shard, not for every sample
         next(data.local.glob("*.mds")).unlink()

@@ -1,4 +1,4 @@
-"""Several data sets at once: what a recipe may say, and where its mistakes are reported."""
+"""Mixes of several datasets, and loader options: valid recipes, and the paths at which mistakes are reported."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
 
 
 def streams(**shares: str) -> str:
-    """`data=` of a mix of digit scenes, each with these options."""
-    listed = ", ".join(f"{name}: {{data: digit_scenes{', ' * bool(rest)}{rest}}}" for name, rest in shares.items())
-    return f"{{name: mix, streams: {{{listed}}}}}"
+    """Return the `data` of a recipe: a mix of digit scenes, each stream with these options."""
+    nodes = (f"{name}: {{data: digit_scenes{', ' * bool(rest)}{rest}}}" for name, rest in shares.items())
+    return f"{{name: mix, streams: {{{', '.join(nodes)}}}}}"
 
 
 def plan(data: str, part: str = "stages.align") -> Plan:
@@ -34,7 +34,7 @@ def problems(data: str, part: str = "stages.align") -> dict[str, str]:
     return {path.removeprefix(f"{part}.data."): message for path, message in caught.value.problems}
 
 
-def test_a_mix_gives_its_streams_with_their_weights_and_prompts(tmp_path: Path) -> None:
+def test_a_mix_returns_its_streams_with_weights_and_prompts(tmp_path: Path) -> None:
     for name in ("a", "b"):
         records = [{"id": name, "type": "", "conversation": TALK, "images": []}]
         ensure_shards(tmp_path / name / "train", lambda records=records: records, 1)
@@ -56,7 +56,7 @@ def test_a_mix_gives_its_streams_with_their_weights_and_prompts(tmp_path: Path) 
         streams(a="proportion: 1", b="proportion: 3.5"),
     ],
 )
-def test_weights_that_go_together(data: str) -> None:
+def test_valid_combinations_of_weights(data: str) -> None:
     assert plan(data).stages["align"].data.options["streams"].keys() <= {"a", "b"}
 
 
@@ -64,8 +64,8 @@ def test_weights_that_go_together(data: str) -> None:
     ("data", "path", "message"),
     [
         (streams(a="repeat: 2, choose: 5", b=""), "streams.a", "at most one of proportion, repeat, choose"),
-        (streams(a="proportion: 1", b=""), "streams", "all have a proportion or none"),
-        (streams(a="proportion: 1", b="repeat: 2"), "streams", "all have a proportion or none"),
+        (streams(a="proportion: 1", b=""), "streams", "either all or none have a proportion"),
+        (streams(a="proportion: 1", b="repeat: 2"), "streams", "either all or none have a proportion"),
         (streams(a="proportion: 0"), "streams.a.proportion", "a number above 0"),
         (streams(a="repeat: .inf"), "streams.a.repeat", "a number above 0"),
         (streams(a="choose: 1.5"), "streams.a.choose", "int"),
@@ -74,31 +74,31 @@ def test_weights_that_go_together(data: str) -> None:
         ("{name: mix, streams: {}}", "streams", "at least one entry"),
         ("{name: mix, streams: {a: {proportion: 1}}}", "streams.a.data", "Share needs 'data'"),
         ("{name: mix, streams: {a: {data: digit_scene}}}", "streams.a.data", "Did you mean 'digit_scenes'?"),
-        (f"{{name: mix, streams: {{a: {{data: {streams(b='')}}}}}}}", "streams.a", "a stream of no mix"),
+        (f"{{name: mix, streams: {{a: {{data: {streams(b='')}}}}}}}", "streams.a", "a stream, not a mix"),
     ],
 )
-def test_mistakes_are_reported_where_they_stand(data: str, path: str, message: str) -> None:
-    found = problems(data)
-    assert list(found) == [path]
-    assert message in found[path]
+def test_mistakes_are_reported_at_their_path(data: str, path: str, message: str) -> None:
+    messages = problems(data)
+    assert list(messages) == [path]
+    assert message in messages[path]
 
 
-def test_an_evaluation_takes_a_mix_without_weights() -> None:
+def test_an_evaluation_accepts_a_mix_without_weights() -> None:
     assert plan(streams(a="", b=""), "evaluation").evaluation is not None
-    found = problems(streams(a="repeat: 2", b="prompt: plain"), "evaluation")
-    assert list(found) == ["streams.a.repeat", "streams.b.prompt"]
-    assert all("leave it out" in message for message in found.values())
+    messages = problems(streams(a="repeat: 2", b="prompt: plain"), "evaluation")
+    assert list(messages) == ["streams.a.repeat", "streams.b.prompt"]
+    assert all("leave it out" in message for message in messages.values())
 
 
-def test_a_prompt_of_a_stream_is_tried(install_plugin: Any) -> None:
+def test_the_prompt_of_a_stream_is_checked(install_plugin: Any) -> None:
     code = "import ssmvl\nclass Bare:\n    pass\n@ssmvl.hookimpl\ndef ssmvl_register(register):\n"
     install_plugin("zz-bare", code + "    register('prompt', 'bare', Bare)\n")
     assert list(problems(streams(a="prompt: bare"))) == ["streams.a.prompt"]
 
 
-def test_a_data_set_that_is_a_mix_under_another_name_is_refused(tmp_path: Path) -> None:
+def test_a_dataset_that_returns_a_mix_is_rejected_as_a_stream(tmp_path: Path) -> None:
     share = Share(data=lambda split: [Stream(tmp_path)])
-    with pytest.raises(DataError, match="stream 'a' is a mix itself"):
+    with pytest.raises(DataError, match="stream 'a' is itself a mix"):
         mix("train", streams={"a": share})
 
 
@@ -113,13 +113,13 @@ def test_a_data_set_that_is_a_mix_under_another_name_is_refused(tmp_path: Path) 
         ("max_text_tokens=0", "max_text_tokens"),
     ],
 )
-def test_how_data_are_loaded_is_checked(option: str, path: str) -> None:
+def test_loader_and_reading_options_are_checked(option: str, path: str) -> None:
     with pytest.raises(RecipeError) as caught:
         check(load_recipe("quickstart", f"stages.align.{option}"))
     assert [problem.path for problem in caught.value.problems] == [f"stages.align.{path}"]
 
 
-def test_loader_options_arrive() -> None:
+def test_loader_options_reach_the_stage() -> None:
     options = "{workers: 3, shuffle: false, num_canonical_nodes: 2, cache_limit: 1.5TB}"
     stage = check(load_recipe("quickstart", f"stages.align.loader={options}")).plan.stages["align"]
     loader = stage.loader

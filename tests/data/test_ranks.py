@@ -1,4 +1,4 @@
-"""One epoch over several ranks: every sample once, and the same order each time. Real processes."""
+"""Epochs over several ranks contain every sample once, in a reproducible order. Real processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DAMAGED = 7
 
 
 def write(folder: Path, size: int) -> Path:
-    """Shards of some samples each; one sample says nothing that could be learned."""
+    """Write several shards. One sample has no supervised token."""
     talks = [TALK[:1] if i == DAMAGED else TALK for i in range(size)]
     records = [{"id": str(i), "type": "", "conversation": talk, "images": []} for i, talk in enumerate(talks)]
     with pytest.MonkeyPatch.context() as patch:
@@ -31,7 +31,7 @@ def write(folder: Path, size: int) -> Path:
 
 
 def run(folder: Path, out: Path, world: int, batch: int, workers: int) -> list[Any]:
-    """What each rank saw: two epochs of (names of each batch, damaged ones)."""
+    """Return two epochs of each rank: (ids of each batch, ids of damaged samples)."""
     out.mkdir()
     spec = json.dumps({"world": world, "batch": batch, "workers": workers})
     command = [sys.executable, str(SCRIPT), str(folder), str(out), spec]
@@ -43,23 +43,23 @@ def run(folder: Path, out: Path, world: int, batch: int, workers: int) -> list[A
 
 @pytest.mark.long
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_every_sample_comes_once_and_the_damaged_one_is_named(tmp_path: Path, world: int) -> None:
+def test_every_sample_is_seen_once_and_the_damaged_one_is_named(tmp_path: Path, world: int) -> None:
     folder = write(tmp_path / "shards", 48)
-    seen = run(folder, tmp_path / "out", world, batch=4, workers=0)
+    ranks = run(folder, tmp_path / "out", world, batch=4, workers=0)
     for epoch in range(2):
-        names = [name for rank in seen for batch in rank[epoch][0] for name in batch]
-        damaged = [name for rank in seen for name in rank[epoch][1]]
+        names = [name for rank in ranks for batch in rank[epoch][0] for name in batch]
+        damaged = [name for rank in ranks for name in rank[epoch][1]]
         assert damaged == [str(DAMAGED)]
         count = Counter(names)
-        assert count.pop(str(DAMAGED + 1)) == 2  # it stands in for the one before it
+        assert count.pop(str(DAMAGED + 1)) == 2  # replaces the damaged one
         assert count == {str(i): 1 for i in range(48) if i not in (DAMAGED, DAMAGED + 1)}
 
 
 @pytest.mark.long
-def test_a_number_that_ranks_cannot_share_repeats_as_few_as_possible(tmp_path: Path) -> None:
-    """46 samples over 4 ranks are 12 each: two samples come twice, which streaming documents."""
-    seen = run(write(tmp_path / "shards", 46), tmp_path / "out", 4, batch=4, workers=0)
-    count = Counter(name for rank in seen for batch in rank[0][0] for name in batch)
+def test_as_few_samples_as_possible_are_repeated_if_ranks_cannot_share_them_evenly(tmp_path: Path) -> None:
+    """With 46 samples, each of 4 ranks reads 12, so two samples are repeated, as streaming documents."""
+    ranks = run(write(tmp_path / "shards", 46), tmp_path / "out", 4, batch=4, workers=0)
+    count = Counter(name for rank in ranks for batch in rank[0][0] for name in batch)
     count[str(DAMAGED)] += 1
     count[str(DAMAGED + 1)] -= 1
     assert sum(count.values()) == 48

@@ -1,4 +1,4 @@
-"""Resuming goes on at the sample, past the first epoch too, however streams are weighted (streaming#869)."""
+"""Resuming is exact to the sample, also after the first epoch, with any stream weights (streaming#869)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SIZES = {"a": 22, "b": 13}
 WEIGHTS: dict[str, dict[str, dict[str, float]]] = {
     "one": {"a": {}},
     "one proportion": {"a": {"proportion": 1}},
-    "one repeated up": {"a": {"repeat": 1.7}},
-    "one repeated down": {"a": {"repeat": 0.6}},
-    "one chosen up": {"a": {"choose": 33}},
-    "one chosen down": {"a": {"choose": 13}},
+    "one repeat above 1": {"a": {"repeat": 1.7}},
+    "one repeat below 1": {"a": {"repeat": 0.6}},
+    "one choose above its size": {"a": {"choose": 33}},
+    "one choose below its size": {"a": {"choose": 13}},
     "two": {"a": {}, "b": {}},
     "two proportions": {"a": {"proportion": 0.25}, "b": {"proportion": 0.75}},
-    "two repeated": {"a": {"repeat": 0.5}, "b": {"repeat": 2.3}},
-    "two chosen": {"a": {"choose": 7}, "b": {"choose": 29}},
+    "two repeats": {"a": {"repeat": 0.5}, "b": {"repeat": 2.3}},
+    "two chooses": {"a": {"choose": 7}, "b": {"choose": 29}},
 }
 
 
@@ -34,7 +34,7 @@ WEIGHTS: dict[str, dict[str, dict[str, float]]] = {
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("streams")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD_BYTES", 600)  # some samples each
+        patch.setattr(shards, "SHARD_BYTES", 600)  # several shards
         for name, size in SIZES.items():
             records = [{"id": f"{name}{i}", "type": "", "conversation": TALK, "images": []} for i in range(size)]
             ensure_shards(folder / name, lambda records=records: records, size)
@@ -42,41 +42,41 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(root: Path, *specs: Any) -> Any:
-    """What a process of its own says: streaming leaves its shared memory open until a process ends."""
+def run_script(root: Path, *specs: Any) -> Any:
+    """Run `resume_script.py` and return its output. Streaming frees shared memory only at the end of a process."""
     command = [sys.executable, str(SCRIPT), str(root), *map(json.dumps, specs)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-CASES = [*((name, 0) for name in WEIGHTS), ("one", 2), ("two repeated", 2)]
-OFTEN = ("two repeated", 2)
+CASES = [*((name, 0) for name in WEIGHTS), ("one", 2), ("two repeats", 2)]
+DEFAULT = ("two repeats", 2)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("weights", "workers"), [case if case == OFTEN else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+    ("weights", "workers"), [case if case == DEFAULT else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 )
-def test_a_new_process_goes_on_where_the_state_was_taken(root: Path, weights: str, workers: int) -> None:
+def test_a_new_process_resumes_at_the_saved_state(root: Path, weights: str, workers: int) -> None:
     spec = {"weights": WEIGHTS[weights], "workers": workers}
-    order, states = ask(root, spec)
+    order, states = run_script(root, spec)
     assert order[0] != order[1]
-    whole = len(order[0])
-    assert whole >= 3
-    assert all(own in (composers, None) for own, composers in states.values())  # so that one of them is enough
-    places = [(1, 0), (1, 2), (1, whole), (2, 1)]
-    chosen = [states[f"{epoch} {number}"][1] for epoch, number in places]
-    rest, _ = ask(root, spec, chosen)
-    for (epoch, number), found in zip(places, rest, strict=True):
-        assert found == [order[epoch][number:], order[epoch + 1]], (epoch, number)
+    total = len(order[0])
+    assert total >= 3
+    assert all(own in (composers, None) for own, composers in states.values())  # so that testing one of them is enough
+    positions = [(1, 0), (1, 2), (1, total), (2, 1)]
+    chosen = [states[f"{epoch} {number}"][1] for epoch, number in positions]
+    rest, _ = run_script(root, spec, chosen)
+    for (epoch, number), batches in zip(positions, rest, strict=True):
+        assert batches == [order[epoch][number:], order[epoch + 1]], (epoch, number)
 
 
-def test_an_epoch_has_what_the_weights_say(root: Path) -> None:
+def test_weights_determine_the_samples_of_an_epoch(root: Path) -> None:
     spec = {"weights": {"a": {"choose": 8}, "b": {"repeat": 2}}, "workers": 0}  # 34 samples
-    for epoch in ask(root, spec)[0]:
-        found = [name for batch in epoch for name in batch]
-        from_a = [name for name in found if name.startswith("a")]
-        assert len(found) == 34
+    for epoch in run_script(root, spec)[0]:
+        names = [name for batch in epoch for name in batch]
+        from_a = [name for name in names if name.startswith("a")]
+        assert len(names) == 34
         assert len(from_a) == len(set(from_a)) == 8
-        assert max(found.count(f"b{i}") for i in range(13)) == 2
+        assert max(names.count(f"b{i}") for i in range(13)) == 2

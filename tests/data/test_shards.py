@@ -1,4 +1,4 @@
-"""Shards are written once, verified, and written again when damaged."""
+"""Shards are written once, verified, and rewritten if damaged."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ print("done", flush=True)
 
 
 def ensure(folder: Path) -> int:
-    """How often the records were asked for."""
+    """Ensure the shards of `RECORDS`. Returns how often the records were requested."""
     calls = []
 
     def records() -> list[dict[str, Any]]:
@@ -67,14 +67,14 @@ def ensure(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("size", [1 << 20, 200])
-def test_the_writer_writes_what_that_of_streaming_writes(tmp_path: Path, size: int) -> None:
-    theirs = MDSWriter(out=str(tmp_path / "theirs"), columns=COLUMNS, hashes=[HASH], size_limit=size)
-    for writer in (shard_writer(tmp_path / "ours", size), theirs):
+def test_the_writer_writes_the_same_bytes_as_streaming(tmp_path: Path, size: int) -> None:
+    mds_writer = MDSWriter(out=str(tmp_path / "streaming"), columns=COLUMNS, hashes=[HASH], size_limit=size)
+    for writer in (shard_writer(tmp_path / "ours", size), mds_writer):
         with writer:
             for record in RECORDS * 3:
                 writer.write(pack_record(record))
-    ours, others = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("ours", "theirs"))
-    assert ours == others
+    ours, expected = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("ours", "streaming"))
+    assert ours == expected
     assert (len(ours) > 2) == (size == 200)
 
 
@@ -89,7 +89,7 @@ def flip(folder: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "does not have the xxh64 hash": flip,
+    "does not match its xxh64 hash": flip,
     r"shard\.00000\.mds has \d+ bytes": lambda folder: shard(folder).write_bytes(shard(folder).read_bytes()[:-1]),
     r"shard\.00000\.mds has 0 bytes": lambda folder: shard(folder).write_bytes(b""),
     r"FileNotFoundError.*shard": lambda folder: shard(folder).unlink(),
@@ -101,23 +101,23 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-def test_written_once(tmp_path: Path) -> None:
+def test_shards_are_written_once(tmp_path: Path) -> None:
     assert ensure(tmp_path / "s") == 1
     assert ensure(tmp_path / "s") == 0
     assert find_damage(tmp_path / "s", len(RECORDS)) == ""
 
 
-def test_records_come_back_in_order(tmp_path: Path) -> None:
+def test_records_are_read_in_order(tmp_path: Path) -> None:
     ensure(tmp_path / "s")
     assert read_records(tmp_path / "s") == RECORDS
 
 
-def test_parents_are_made(tmp_path: Path) -> None:
+def test_parent_directories_are_created(tmp_path: Path) -> None:
     ensure(tmp_path / "a" / "b" / "s")
     assert shard(tmp_path / "a" / "b" / "s").is_file()
 
 
-def test_index_holds_the_hash_of_every_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_index_has_the_hash_of_every_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 400)
     ensure(tmp_path / "s")
     index = json.loads((tmp_path / "s" / "index.json").read_text())["shards"]
@@ -129,7 +129,7 @@ def test_index_holds_the_hash_of_every_shard(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("message", DAMAGES)
-def test_damage_is_found_and_written_again(tmp_path: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_shards_are_rewritten(tmp_path: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder, sibling = tmp_path / "s", tmp_path / "other" / "keep.txt"
     ensure(folder)
     sibling.parent.mkdir()
@@ -139,13 +139,13 @@ def test_damage_is_found_and_written_again(tmp_path: Path, message: str, capsys:
     with pytest.raises(AssertionError, match=message):
         assert not find_damage(folder, len(RECORDS)), find_damage(folder, len(RECORDS))
     assert ensure(folder) == 1
-    assert "writing it again" in capsys.readouterr().out
+    assert "; rewriting it" in capsys.readouterr().out
     assert shard(folder).read_bytes() == before
     assert find_damage(folder, len(RECORDS)) == ""
     assert sibling.read_text() == "mine"
 
 
-def test_damage_of_a_later_shard_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_in_a_later_shard_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 400)
     ensure(tmp_path / "s")
     last = max((tmp_path / "s").glob("*.mds"))
@@ -153,35 +153,35 @@ def test_damage_of_a_later_shard_is_found(tmp_path: Path, monkeypatch: pytest.Mo
     assert last.name in find_damage(tmp_path / "s", len(RECORDS))
 
 
-def test_index_without_its_shards_is_damage(tmp_path: Path) -> None:
+def test_an_empty_index_counts_as_damage(tmp_path: Path) -> None:
     ensure(tmp_path / "s")
     (tmp_path / "s" / "index.json").write_text('{"version": 2, "shards": []}')
     assert ensure(tmp_path / "s") == 1
 
 
-def test_writer_that_fails_half_way_leaves_no_folder(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_no_directory(tmp_path: Path) -> None:
     def records() -> Iterator[dict[str, Any]]:
         yield RECORDS[0]
-        raise RuntimeError("half-way")
+        raise RuntimeError("interrupted")
 
-    with pytest.raises(RuntimeError, match="half-way"):
+    with pytest.raises(RuntimeError, match="interrupted"):
         ensure_shards(tmp_path / "s", records, 3)
     assert not (tmp_path / "s").exists()
     assert ensure(tmp_path / "s") == 1
     assert read_records(tmp_path / "s") == RECORDS
 
 
-def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match=r"file/s: shards cannot be written"):
+    with pytest.raises(DataError, match=r"file/s: cannot write shards"):
         ensure(tmp_path / "file" / "s")
-    with pytest.raises(DataError, match=r"file: shards cannot be written"):
+    with pytest.raises(DataError, match=r"file: cannot write shards"):
         ensure(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "in the way"
 
 
 @pytest.mark.long
-def test_two_processes_at_once_write_once(tmp_path: Path) -> None:
+def test_concurrent_processes_write_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROCESS, str(tmp_path / "s")]
     first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with first:
@@ -196,7 +196,7 @@ def test_two_processes_at_once_write_once(tmp_path: Path) -> None:
     assert find_damage(tmp_path / "s", 5000) == ""
 
 
-def test_existing_shards_are_those_in_the_folder_of_the_split(tmp_path: Path) -> None:
+def test_existing_shards_are_read_from_the_directory_of_the_split(tmp_path: Path) -> None:
     for split in ("train", "test"):
         records = [{"id": split, "type": "", "conversation": TALK, "images": []}]
         ensure_shards(tmp_path / split, lambda records=records: records, 1)
@@ -205,7 +205,7 @@ def test_existing_shards_are_those_in_the_folder_of_the_split(tmp_path: Path) ->
     check_dataset(partial(existing_shards, folder=str(tmp_path)))
 
 
-def test_existing_shards_that_are_not_there_say_what_is_expected(tmp_path: Path) -> None:
+def test_missing_shards_raise_an_error_that_describes_the_layout(tmp_path: Path) -> None:
     ensure(tmp_path / "train")
     with pytest.raises(DataError, match=r"/test/index\.json does not exist.*test/index\.json lists the MDS"):
         existing_shards("test", folder=str(tmp_path))
@@ -213,42 +213,41 @@ def test_existing_shards_that_are_not_there_say_what_is_expected(tmp_path: Path)
         existing_shards("train", folder=str(tmp_path / "train"))
 
 
-def test_existing_shards_that_are_missing_or_cut_are_named(tmp_path: Path) -> None:
+def test_missing_and_truncated_shards_are_named(tmp_path: Path) -> None:
     ensure(tmp_path / "train")
     shard = tmp_path / "train" / "shard.00000.mds"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1])
-    with pytest.raises(
-        DataError, match=rf"shard\.00000\.mds has {len(whole) - 1} bytes, its index says {len(whole)}; `ssmvl"
-    ):
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1])
+    expected = rf"shard\.00000\.mds has {len(data) - 1} bytes, but its index states {len(data)}; run `ssmvl data verify"
+    with pytest.raises(DataError, match=expected):
         existing_shards("train", folder=str(tmp_path))
-    shard.write_bytes((int.from_bytes(whole[:4], "little") + 9).to_bytes(4, "little") + whole[4:])
-    with pytest.raises(DataError, match=r"shard\.00000\.mds holds \d+ samples, its index says \d+; `ssmvl"):
+    shard.write_bytes((int.from_bytes(data[:4], "little") + 9).to_bytes(4, "little") + data[4:])
+    with pytest.raises(DataError, match=r"shard\.00000\.mds holds \d+ samples, but its index states \d+; run `ssmvl"):
         existing_shards("train", folder=str(tmp_path))
     shard.unlink()
-    with pytest.raises(DataError, match=r"shard\.00000\.mds is missing; `ssmvl data verify"):
+    with pytest.raises(DataError, match=r"shard\.00000\.mds is missing; run `ssmvl data verify"):
         existing_shards("train", folder=str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"shards": 1}', b'{"shards": []}', b'{"shards": [{}]}', b"\xff"])
-def test_existing_shards_with_a_broken_index_are_an_error(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_index_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "index.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"train/index\.json is no index of MDS shards"):
+    with pytest.raises(DataError, match=r"train/index\.json is not an index of MDS shards"):
         existing_shards("train", folder=str(tmp_path))
 
 
-def test_existing_shards_of_other_columns_are_refused(tmp_path: Path) -> None:
+def test_shards_with_missing_columns_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     file = {"raw_data": {"basename": "shard.00000.mds", "bytes": 1}, "samples": 1}
-    listed = [{"column_names": list(shards.COLUMNS), **file}, {"column_names": ["id", "images", "mine"], **file}]
-    (tmp_path / "train" / "index.json").write_text(json.dumps({"shards": listed}))
+    entries = [{"column_names": list(shards.COLUMNS), **file}, {"column_names": ["id", "images", "mine"], **file}]
+    (tmp_path / "train" / "index.json").write_text(json.dumps({"shards": entries}))
     with pytest.raises(DataError, match=r"lack the columns \['conversation', 'image_sizes', 'type'\]; each needs id, "):
         existing_shards("train", folder=str(tmp_path))
 
 
 @pytest.mark.parametrize("images", [[], [b"abc"], [b"a", b"", b"bcd"]])
-def test_unpack_cuts_images_apart(images: list[bytes]) -> None:
+def test_unpacking_splits_the_images(images: list[bytes]) -> None:
     stored = {
         "id": "x",
         "type": "t",
@@ -259,7 +258,7 @@ def test_unpack_cuts_images_apart(images: list[bytes]) -> None:
     assert unpack_record(stored) == {"id": "x", "type": "t", "conversation": TALK, "images": images}
 
 
-def test_without_streaming_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_streaming_is_an_error_that_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"ssmvl\[data\]"):
         ensure(tmp_path / "s")

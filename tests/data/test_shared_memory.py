@@ -1,4 +1,4 @@
-"""Runs that begin at once find names of their own; shared memory of killed ones is removed, of living ones not."""
+"""Concurrent runs get different names; the shared memory of killed runs is removed, that of living ones is kept."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ sys.stdin.readline()
 print([sample["id"] for sample in dataset], flush=True)
 """
 
-MANY = """
+CONCURRENT = """
 import multiprocessing, sys
 from pathlib import Path
 from ssmvl.data.streams import SampleStream
 
 forked = multiprocessing.get_context("fork")
-together = forked.Barrier(6)
+barrier = forked.Barrier(6)
 
 def run():
     for _ in range(3):
-        together.wait(100)
+        barrier.wait(100)
         stream = SampleStream(Path(sys.argv[1]), None, batch_size=1)
 
 processes = [forked.Process(target=run, daemon=True) for _ in range(6)]
@@ -61,7 +61,7 @@ Hold = Callable[[Process], str]
 def processes(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[list[Process]]:
-    """Processes, as many as the test says or one, that have imported streaming and hold nothing yet."""
+    """Start processes that have imported streaming but not opened a dataset; one, or the number in the parameter."""
     sample = {"id": "a", "type": "", "conversation": [], "images": []}
     ensure_shards(tmp_path / "shards", lambda: [sample], 1)
     (tmp_path / "tmp").mkdir()
@@ -88,10 +88,10 @@ def processes(
 
 @pytest.fixture
 def hold(processes: list[Process], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hold]:
-    """Has a process open a dataset; gives its prefix. Segments of anybody else are out of sight."""
+    """Return a function that lets a process open a dataset and returns its prefix. Hides all other segments."""
     prefixes: list[str] = []
 
-    def begin(process: Process) -> str:
+    def open_dataset(process: Process) -> str:
         assert process.stdin
         process.stdin.write("\n")
         process.stdin.flush()
@@ -102,10 +102,10 @@ def hold(processes: list[Process], monkeypatch: pytest.MonkeyPatch) -> Iterator[
         monkeypatch.setattr(shared_memory, "SEGMENT", re.compile(own))
         return prefix
 
-    # other tests neither map these segments, nor remove them, nor take their names; they wait `WAIT` for this one,
-    # which is why the imports are done before
+    # While this test holds the lock, other tests neither map or remove these segments nor take their names. They wait
+    # for at most `WAIT`, so the processes run their imports before.
     with prefix_lock():
-        yield begin
+        yield open_dataset
         for process in processes:
             kill(process)
         for prefix in prefixes:
@@ -115,13 +115,13 @@ def hold(processes: list[Process], monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 def line(process: Process) -> str:
     assert process.stdout
-    said = process.stdout.readline().strip()
-    assert said, process.communicate(timeout=25)[1]
-    return said
+    text = process.stdout.readline().strip()
+    assert text, process.communicate(timeout=25)[1]
+    return text
 
 
 def kill(process: Process) -> None:
-    """Like a lost machine: python's resource tracker, which would tidy up, dies too."""
+    """Kill a process and Python's resource tracker, which would clean up, as if the machine had failed."""
     if process.returncode is not None:
         return
     os.killpg(process.pid, signal.SIGKILL)
@@ -133,14 +133,14 @@ def segments(prefix: str) -> set[str]:
 
 
 @pytest.mark.long
-def test_streams_that_begin_at_once_find_names_of_their_own(tmp_path: Path) -> None:
+def test_concurrent_streams_get_different_names(tmp_path: Path) -> None:
     ensure_shards(tmp_path, lambda: [{"id": "a", "type": "", "conversation": [], "images": []}], 1)
-    command = [sys.executable, "-c", MANY, str(tmp_path)]
+    command = [sys.executable, "-c", CONCURRENT, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.stdout == f"{[0] * 6}\n", done.stderr
 
 
-def test_a_lock_that_cannot_be_had_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_cannot_be_created_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "SHM", tmp_path)
     (tmp_path / f"ssmvl-{os.getuid()}.lock").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -148,14 +148,14 @@ def test_a_lock_that_cannot_be_had_is_done_without(tmp_path: Path, monkeypatch: 
         assert clean_stale_segments() == []
 
 
-def test_a_run_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_held_by_a_hanging_run_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "SHM", tmp_path)
     monkeypatch.setattr(shared_memory, "WAIT", 0.1)
     with FileLock(tmp_path / f"ssmvl-{os.getuid()}.lock") as other, prefix_lock():
         assert other.is_locked
 
 
-def test_every_name_of_streaming_is_known() -> None:
+def test_every_name_used_by_streaming_matches() -> None:
     for name in (*SHM_TO_CLEAN, BARRIER_FILELOCK, CACHE_FILELOCK):
         match = SEGMENT.match(f"000012_{name}")
         assert match
@@ -167,12 +167,12 @@ def test_every_name_of_streaming_is_known() -> None:
 def test_segments_of_a_killed_process_are_removed(processes: list[Process], hold: Hold) -> None:
     prefix = hold(processes[0])
     kill(processes[0])
-    left = segments(prefix)
-    assert f"{prefix}_locals" in left
-    assert {path.name for path in stale_segments()} >= left
-    assert segments(prefix) == left
+    stale = segments(prefix)
+    assert f"{prefix}_locals" in stale
+    assert {path.name for path in stale_segments()} >= stale
+    assert segments(prefix) == stale
     removed = clean_stale_segments()
-    assert {path.name for path in removed} >= left
+    assert {path.name for path in removed} >= stale
     assert segments(prefix) == set()
     assert stale_segments() == []
     assert not any(path.exists() for path in removed)
@@ -190,9 +190,9 @@ def test_lock_files_of_a_killed_process_are_removed(processes: list[Process], ho
 
 @pytest.mark.long
 @pytest.mark.parametrize("processes", [2], indirect=True)
-def test_living_process_keeps_its_segments(processes: list[Process], hold: Hold) -> None:
+def test_a_living_process_keeps_its_segments(processes: list[Process], hold: Hold) -> None:
     living, dead = processes
-    prefix = hold(living)  # first: streaming maps the segments of those that came before
+    prefix = hold(living)  # opened first, because streaming maps the segments of earlier processes
     dead_prefix = hold(dead)
     kill(dead)
     held = segments(prefix)
@@ -207,10 +207,12 @@ def test_living_process_keeps_its_segments(processes: list[Process], hold: Hold)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [3], indirect=True)
-def test_a_name_that_a_living_process_looked_at_in_a_run_that_ended(processes: list[Process], hold: Hold) -> None:
+def test_a_reused_name_is_removed_although_a_living_process_maps_deleted_segments(
+    processes: list[Process], hold: Hold
+) -> None:
     ended, living, dead = processes
     prefix = hold(ended)
-    hold(living)  # maps the segments of the first one, and keeps them when they are deleted
+    hold(living)  # maps the segments of the first process, and keeps the mapping after they are deleted
     ended.terminate()
     ended.communicate(timeout=25)
     assert hold(dead) == prefix
@@ -219,12 +221,10 @@ def test_a_name_that_a_living_process_looked_at_in_a_run_that_ended(processes: l
     assert segments(prefix) == set()
 
 
-def test_nothing_is_touched_where_proc_does_not_tell(
-    processes: list[Process], hold: Hold, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_removed_without_proc(processes: list[Process], hold: Hold, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = hold(processes[0])
     kill(processes[0])
-    left = segments(prefix)
+    stale = segments(prefix)
     monkeypatch.setattr(Path, "exists", lambda path: False)
     assert clean_stale_segments() == []
-    assert segments(prefix) == left
+    assert segments(prefix) == stale

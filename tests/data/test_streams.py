@@ -1,4 +1,4 @@
-"""Shards as a stream of samples."""
+"""Streams of samples from shards: order, batches, damaged samples, prompts and missing shards."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def png(brightness: int) -> bytes:
 
 
 def test_a_worker_sends_the_same_batches(folder: Path) -> None:
-    """Images as files, numbers within its message: a file of its own for each takes longer to receive."""
+    """Images are sent as files, numbers within the message, because receiving a file per tensor takes longer."""
     loaders = [train_loader(folder, PROCESSOR, batch=7, seed=0, loader=Loader(workers=workers)) for workers in (1, 0)]
-    for sent, wanted in zip(*loaders, strict=True):
+    for sent, expected in zip(*loaders, strict=True):
         assert not any(sent[key].is_shared() for key in COUNTS)
         assert all(pixels.is_shared() for pixels in sent["images"].values())
         for key in (*COUNTS, "images"):
-            torch.testing.assert_close(sent.pop(key), wanted.pop(key), rtol=0, atol=0)
-        assert sent == wanted
+            torch.testing.assert_close(sent.pop(key), expected.pop(key), rtol=0, atol=0)
+        assert sent == expected
 
 
 def shards_of(folder: Path, *records: dict[str, Any]) -> Path:
@@ -69,7 +69,7 @@ def record(name: str, *texts: str, images: tuple[bytes, ...] = ()) -> dict[str, 
     return {"id": name, "type": "", "conversation": talk, "images": list(images)}
 
 
-def test_one_epoch_brings_every_sample_once(folder: Path) -> None:
+def test_an_epoch_contains_every_sample_once(folder: Path) -> None:
     batches = epoch(folder)
     assert [num_samples(batch) for batch in batches] == [7, 7]
     assert sorted(names(batches)) == sorted(f"train-{i}" for i in range(SIZE))
@@ -84,7 +84,7 @@ def test_the_last_batch_may_be_shorter(folder: Path, workers: int) -> None:
     assert sorted(names(batches)) == sorted(f"train-{i}" for i in range(SIZE))
 
 
-def test_batches_are_ragged_and_hold_the_processors_samples(folder: Path) -> None:
+def test_batches_are_ragged_and_equal_the_processors_output(folder: Path) -> None:
     records = {record["id"]: record for record in read_records(folder)}
     for batch in epoch(folder):
         assert len(set(batch["num_tokens"])) > 1
@@ -126,26 +126,24 @@ def test_samples_with_several_images_and_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (record("bad-7", "q"), "nothing to learn"),
+        (record("bad-7", "q"), "no supervised token in this sample"),
         (record("bad-7", "<image>", "x"), "1 <image> marks"),
         (record("bad-7", "q", "x", images=(b"no image",)), "cannot be decoded"),
         ({**record("bad-7"), "conversation": [{"content": "q"}]}, "message 0 must be"),
     ],
 )
-def test_sample_that_cannot_be_used_is_replaced_by_the_next_and_named(
-    tmp_path: Path, bad: dict[str, Any], reason: str
-) -> None:
+def test_a_damaged_sample_is_named_and_replaced_by_the_next(tmp_path: Path, bad: dict[str, Any], reason: str) -> None:
     folder = shards_of(tmp_path / "s", record("a", "q", "x"), bad, record("b", "q", "x"), {**bad, "id": "bad-9"})
     stream = SampleStream(folder, PROCESSOR, batch_size=1)
-    assert [stream[place]["id"] for place in range(4)] == ["a", "b", "b", "a"]  # the last is followed by the first
-    assert [stream[place]["damaged"][:1] for place in range(4)] == [[], ["bad-7"], [], ["bad-9"]]
+    assert [stream[index]["id"] for index in range(4)] == ["a", "b", "b", "a"]  # wraps around to the first
+    assert [stream[index]["damaged"][:1] for index in range(4)] == [[], ["bad-7"], [], ["bad-9"]]
     assert reason in stream[1]["damaged"][1]
     (batch,) = epoch(folder, batch=4)
     assert sorted(batch["sample_ids"]) == ["a", "a", "b", "b"]
     assert {damaged[0] for damaged in batch["damaged"] if damaged} == {"bad-7", "bad-9"}
 
 
-def test_of_two_damaged_in_a_row_each_is_named_once(tmp_path: Path) -> None:
+def test_each_of_two_consecutive_damaged_samples_is_named_once(tmp_path: Path) -> None:
     folder = shards_of(tmp_path / "s", record("bad-1", "q"), record("bad-2", "q"), record("a", "q", "x"))
     stream = SampleStream(folder, PROCESSOR, batch_size=1)
     assert [(stream[i]["id"], stream[i]["damaged"][:1]) for i in range(3)] == [
@@ -155,25 +153,25 @@ def test_of_two_damaged_in_a_row_each_is_named_once(tmp_path: Path) -> None:
     ]
 
 
-def test_bytes_that_cannot_be_taken_apart_are_damage_too(tmp_path: Path) -> None:
+def test_a_record_that_cannot_be_parsed_is_damaged(tmp_path: Path) -> None:
     folder = shards_of(tmp_path / "s", record("a", "q", "x"), record("b", "q", "x"))
     shard = folder / "shard.00000.mds"
     shard.write_bytes(shard.read_bytes().replace(b'"role"', b"!role!", 1))
-    found = SampleStream(folder, PROCESSOR, batch_size=1)[0]
-    assert found["id"] == "b"
-    name, reason = found["damaged"]
+    sample = SampleStream(folder, PROCESSOR, batch_size=1)[0]
+    assert sample["id"] == "b"
+    name, reason = sample["damaged"]
     assert name == "number 0 of shard.00000.mds"
     assert reason.startswith("JSONDecodeError")
 
 
-def test_many_damaged_in_a_row_are_an_error(tmp_path: Path) -> None:
+def test_many_consecutive_damaged_samples_are_an_error(tmp_path: Path) -> None:
     folder = shards_of(tmp_path / "s", record("bad-1", "q"), record("bad-2", "q"))
-    with pytest.raises(DataError, match=r"100 samples in a row cannot be used, the first is sample bad-\d: nothing to"):
+    with pytest.raises(DataError, match=r"100 consecutive samples are damaged, starting with sample bad-\d: no super"):
         epoch(folder, batch=2)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_vanished_is_no_damage(tmp_path: Path, workers: int) -> None:
+def test_a_deleted_shard_is_a_shard_error(tmp_path: Path, workers: int) -> None:
     folder = shards_of(tmp_path / "s", *(record(str(i), "q", "x") for i in range(4)))
     loader = train_loader(folder, PROCESSOR, batch=2, seed=0, loader=Loader(workers=workers))
     (folder / "shard.00000.mds").unlink()
@@ -191,7 +189,7 @@ def test_workers_and_canonical_nodes_keep_the_order_of_one_process(folder: Path)
             assert names(list(train_loader(folder, PROCESSOR, batch=3, seed=0, loader=loader))) == expected
 
 
-def test_without_shuffling_samples_come_as_they_were_written(folder: Path) -> None:
+def test_without_shuffling_samples_keep_their_written_order(folder: Path) -> None:
     loader = train_loader(folder, PROCESSOR, batch=7, seed=0, loader=Loader(workers=0, shuffle=False))
     assert names(list(loader)) == [f"train-{i}" for i in range(SIZE)]
 
@@ -207,19 +205,21 @@ def test_each_stream_has_its_own_prompt(tmp_path: Path) -> None:
     assert read_records([Stream(a), Stream(b)]) == read_records(a) + read_records(b)
 
 
-def test_two_streams_of_one_folder_are_refused(folder: Path) -> None:
-    with pytest.raises(DataError, match="another stream of this mix, reads the same folder"):
+def test_two_streams_of_one_directory_are_rejected(folder: Path) -> None:
+    with pytest.raises(DataError, match="another stream of this mix, reads the same directory"):
         SampleStream([Stream(folder), Stream(folder)], PROCESSOR, batch_size=1)
 
 
-def test_a_cache_limit_never_deletes_what_is_in_no_bucket(folder: Path, tmp_path: Path) -> None:
+def test_a_cache_limit_never_deletes_local_shards(folder: Path, tmp_path: Path) -> None:
     for data in (folder, [Stream(folder), Stream(Shards(tmp_path, "s3://b/train"))]):
         with pytest.raises(DataError, match="cache_limit would delete shards"):
             train_loader(data, PROCESSOR, batch=1, seed=0, loader=Loader(cache_limit="1gb"))
 
 
-def test_records_of_a_shard_that_is_missing(tmp_path: Path) -> None:
+def test_reading_records_of_a_missing_shard_is_an_error(tmp_path: Path) -> None:
     folder = shards_of(tmp_path / "shards", record("a", "Why?", "So."))
     (folder / "shard.00000.mds").unlink()
-    with pytest.raises(DataError, match=r"shards: a shard cannot be read.*shard\.00000\.mds.*write it anew"):
+    with pytest.raises(
+        DataError, match=r"shards: a shard is missing, damaged or compressed.*shard\.00000\.mds.*write it again"
+    ):
         read_records(folder)

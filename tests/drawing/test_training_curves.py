@@ -1,4 +1,4 @@
-"""Loss and accuracy of a run, drawn."""
+"""Plots of a run's loss and accuracy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_scalars_are_read_by_name_and_step(tmp_path: Path) -> None:
     assert read_scalars(tmp_path) == LOGGED
 
 
-def test_a_resumed_run_counts_with_its_later_values(tmp_path: Path) -> None:
+def test_later_values_of_a_resumed_run_override_earlier_ones(tmp_path: Path) -> None:
     log(tmp_path, {"loss/train/total": {0: 2.0, 1: 9.0}})
     log(tmp_path, {"loss/train/total": {1: 1.0, 2: 0.5}})
     assert read_scalars(tmp_path) == {"loss/train/total": {0: 2.0, 1: 1.0, 2: 0.5}}
@@ -42,11 +42,11 @@ def drawn(folder: Path, stages: dict[str, Values]) -> np.ndarray:
     return np.asarray(Image.open(folder / "curves.png").convert("RGB"))
 
 
-def colours(picture: np.ndarray) -> int:
-    return len(np.unique(picture.reshape(-1, 3), axis=0))
+def num_colors(pixels: np.ndarray) -> int:
+    return len(np.unique(pixels.reshape(-1, 3), axis=0))
 
 
-def test_each_curve_is_in_the_picture(tmp_path: Path) -> None:
+def test_each_curve_is_drawn(tmp_path: Path) -> None:
     one = drawn(tmp_path / "one", {"r-align": {"loss/train/total": {0: 2.0, 9: 1.0}}})
     many = drawn(
         tmp_path / "many",
@@ -56,10 +56,10 @@ def test_each_curve_is_in_the_picture(tmp_path: Path) -> None:
         },
     )
     assert one.shape == many.shape
-    assert colours(many) > colours(one) > 2
+    assert num_colors(many) > num_colors(one) > 2
 
 
 @pytest.mark.parametrize("stages", [{}, {"r-align": {}}, {"r-align": {"accuracy/_a$_{": {0: 1.0}}}])
-def test_a_run_of_few_steps_is_drawn_too(tmp_path: Path, stages: dict[str, Values]) -> None:
+def test_a_run_with_few_steps_or_none_is_drawn(tmp_path: Path, stages: dict[str, Values]) -> None:
     assert drawn(tmp_path, stages).ndim == 3
     assert not list(tmp_path.glob(".*"))

@@ -20,7 +20,7 @@ MODELS: dict[str, Callable[..., MambaLM]] = {
 
 @pytest.fixture(scope="session", params=MODELS)
 def lm(request: pytest.FixtureRequest) -> MambaLM:
-    """Each language model, width 8, 2 layers, every parameter moved so that all of them count."""
+    """Each language model, with width 8 and 2 layers; every parameter is perturbed so that each affects the result."""
     torch.manual_seed(0)
     model = MODELS[request.param](width=8, num_layers=2, num_tokens=20).eval()
     with torch.no_grad():

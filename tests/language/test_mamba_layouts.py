@@ -1,4 +1,4 @@
-"""Checkpoints of Mamba language models as state-spaces and transformers write them, in and out."""
+"""Checkpoints of Mamba language models in the layouts of state-spaces and transformers, read and written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONFIG = {
 
 @pytest.fixture(autouse=True)
 def silent_transformers() -> Iterator[None]:
-    """Without their hint that a faster path could be installed."""
+    """Silence the hint that a faster path could be installed."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     yield
@@ -52,7 +52,7 @@ def mamba2(groups: int = 1, d_state: int = 8, norm_groups: int | None = 1, **opt
 
 
 def state_spaces_file(folder: Path, version: int, ssm_cfg: dict[str, Any], **change: Tensor) -> dict[str, Tensor]:
-    """`pytorch_model.bin` and `config.json` as mamba-ssm writes them, names and shapes by hand."""
+    """Write `pytorch_model.bin` and `config.json` as mamba-ssm does, with hand-written names and shapes."""
     inner = 2 * WIDTH
     rows = 32 if version == 2 else 24  # 20 ids padded to a multiple of 16, and of 8
     if version == 2:
@@ -101,23 +101,23 @@ def test_state_spaces(tmp_path: Path, version: int, ssm_cfg: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"layer": "Mamba2", "d_state": 4, "headdim": 16, "ngroups": 2}, "mixer.num_groups is 1, .* needs 2"),
-        ({"layer": "Mamba2", "d_state": 8, "headdim": 16, "norm_before_gate": True}, "norm_before_gate is nothing"),
+        ({"layer": "Mamba2", "d_state": 8, "headdim": 16, "norm_before_gate": True}, "norm_before_gate is not set"),
         (
             {"layer": "Mamba2", "d_state": 8, "headdim": 16, "dt_limit": [0.0, 1.0]},
             r"dt_limit is .*needs \(0\.0, 1\.0\)",
         ),
     ],
 )
-def test_a_config_that_the_shapes_do_not_show(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_a_different_config_with_the_same_shapes(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     state_spaces_file(tmp_path, 2, change)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         open_weights(tmp_path, "language").load(mamba2())
 
 
-def test_another_vocabulary_another_depth_and_a_head_of_its_own(tmp_path: Path) -> None:
+def test_another_vocabulary_another_depth_and_an_untied_head(tmp_path: Path) -> None:
     ssm_cfg = {"layer": "Mamba2", "d_state": 8, "headdim": 16}
     state_spaces_file(tmp_path, 2, ssm_cfg, **{"lm_head.weight": torch.zeros(32, WIDTH)})
     with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from backbone\.embedding\.weight"):
@@ -128,11 +128,11 @@ def test_another_vocabulary_another_depth_and_a_head_of_its_own(tmp_path: Path) 
             MambaLM(width=WIDTH, num_layers=LAYERS, num_tokens=40, mixer=lambda **_: mamba2().layers[0].mixer)
         )
     state_spaces_file(tmp_path, 2, ssm_cfg, **{"backbone.layers.2.norm.weight": torch.ones(WIDTH)})
-    with pytest.raises(CheckpointError, match=r"n_layer 2, the tensors have 3"):
+    with pytest.raises(CheckpointError, match=r"n_layer 2, but the tensors have 3"):
         open_weights(tmp_path, "language").load(mamba2())
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) / 5)
@@ -156,16 +156,16 @@ def hf_mamba2(tied: bool, groups: int = 2) -> nn.Module:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("version", [1, 2])
-def test_transformers_in_and_out(tmp_path: Path, version: int, tied: bool) -> None:
-    theirs = randomised(hf_mamba1(tied) if version == 1 else hf_mamba2(tied, groups=1))
-    safe = not (tied and version == 2)  # transformers 4.57 refuses to write that one as safetensors
+def test_transformers_files_are_read_and_written(tmp_path: Path, version: int, tied: bool) -> None:
+    theirs = randomized(hf_mamba1(tied) if version == 1 else hf_mamba2(tied, groups=1))
+    safe = not (tied and version == 2)  # transformers 4.57 does not write that one as safetensors
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB", safe_serialization=safe)
     assert len(list((tmp_path / "theirs").glob("*.index.json"))) == 1
     ours = mamba1(tied=tied) if version == 1 else mamba2(tied=tied)
     open_weights(tmp_path / "theirs", "language").load(ours)
     with torch.no_grad():
-        expected, found = theirs(IDS).logits, ours.head(ours.backbone(ours.embed(IDS)))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        expected, logits = theirs(IDS).logits, ours.head(ours.backbone(ours.embed(IDS)))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
     tensors, config = ours.to_transformers(end_id=0)
     write_tensors(tmp_path / "model.safetensors", tensors, {"format": "pt"})
@@ -180,20 +180,20 @@ def test_transformers_in_and_out(tmp_path: Path, version: int, tied: bool) -> No
         assert torch.equal(read.state_dict()[name], tensor)
 
 
-def test_several_groups_are_normalized_as_the_recipe_says(tmp_path: Path) -> None:
-    """transformers 4.57 normalizes the whole width (huggingface/transformers#40861), 5 and mamba-ssm each group."""
-    theirs = randomised(hf_mamba2(False, groups=2))
+def test_several_groups_are_normalized_as_configured(tmp_path: Path) -> None:
+    """transformers 4.57 normalizes the whole width (huggingface/transformers#40861); 5 and mamba-ssm, each group."""
+    theirs = randomized(hf_mamba2(False, groups=2))
     theirs.save_pretrained(tmp_path / "theirs")
     whole, each = mamba2(groups=2, norm_groups=1, tied=False), mamba2(groups=2, norm_groups=None, tied=False)
     assert each.layers[0].mixer.norm.groups == 2
     for ours in (whole, each):
         open_weights(tmp_path / "theirs", "language").load(ours)
     with torch.no_grad():
-        expected, found = theirs(IDS).logits, [ours.head(ours.backbone(ours.embed(IDS))) for ours in (whole, each)]
-    same, other = found if transformers.__version__.startswith("4.") else reversed(found)
+        expected, logits = theirs(IDS).logits, [ours.head(ours.backbone(ours.embed(IDS))) for ours in (whole, each)]
+    same, other = logits if transformers.__version__.startswith("4.") else reversed(logits)
     torch.testing.assert_close(same, expected, rtol=1e-4, atol=1e-4)
     assert (other - expected).abs().max() > 0.01
-    with pytest.warns(UserWarning, match="transformers below version 5 normalizes the whole width"):
+    with pytest.warns(UserWarning, match="transformers before version 5 normalizes the whole width"):
         tensors, config = each.to_transformers(end_id=0)
     assert config["n_groups"] == 2
     write_tensors(tmp_path / "model.safetensors", tensors, {"format": "pt"})
@@ -201,12 +201,12 @@ def test_several_groups_are_normalized_as_the_recipe_says(tmp_path: Path) -> Non
     again = mamba2(groups=2, norm_groups=None, tied=False)
     open_weights(tmp_path, "language").load(again)
     with torch.no_grad():
-        assert torch.equal(again.head(again.backbone(again.embed(IDS))), found[1])
+        assert torch.equal(again.head(again.backbone(again.embed(IDS))), logits[1])
 
 
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2", "state_spaces"])
-def test_a_config_that_ties_the_head_is_held_to(tmp_path: Path, kind: str) -> None:
-    """An untied model would read with the file's other head, where transformers and mamba-ssm use the embedding."""
+def test_a_file_must_match_a_config_that_ties_the_head(tmp_path: Path, kind: str) -> None:
+    """An untied model would use the file's different head, whereas transformers and mamba-ssm use the embedding."""
     if kind == "state_spaces":
         tensors = state_spaces_file(tmp_path, 1, {})
         path, name = tmp_path / "pytorch_model.bin", "backbone.embedding.weight"
@@ -219,36 +219,34 @@ def test_a_config_that_ties_the_head_is_held_to(tmp_path: Path, kind: str) -> No
         path = tmp_path / "pytorch_model.bin"
         ours = mamba1(tied=False) if kind == "mamba1" else mamba2(tied=False)
     torch.save({**tensors, "lm_head.weight": tensors[name] + 1}, path)
-    with pytest.raises(
-        CheckpointError, match=rf"lm_head\.weight differs from {name}, but the config\.json .* ties them"
-    ):
+    with pytest.raises(CheckpointError, match=rf"lm_head\.weight differs from {name}, but config\.json ties them"):
         open_weights(tmp_path, "language").load(ours)
     torch.save({**tensors, "lm_head.weight": tensors[name].clone()}, path)
     open_weights(tmp_path, "language").load(ours)
 
 
 @pytest.mark.parametrize(
-    ("option", "why"),
+    ("option", "message"),
     [
         ({"rms_norm": False}, "has rms_norm = False; only True is supported"),
         ({"d_intermediate": 128}, "has d_intermediate = 128; only 0 is supported"),
         ({"attn_layer_idx": [1]}, r"has attn_layer_idx = \[1\]; only \[\] is supported"),
-        ({"n_layer": 7}, f"says n_layer 7, the tensors have {LAYERS}"),
+        ({"n_layer": 7}, f"has n_layer 7, but the tensors have {LAYERS} layers"),
         ({"norm_epsilon": 1e-6}, r"norm_f\.eps is 1e-05, the checkpoint needs 1e-06"),
         ({"d_model": 999}, f"width is {WIDTH}, the checkpoint needs 999"),
         ({"d_model": WIDTH, "expand": 3}, f"inner is {2 * WIDTH}, the checkpoint needs {3 * WIDTH}"),
-        ({"model_type": "falcon_mamba"}, "has model_type 'falcon_mamba', not that of mamba-ssm"),
-        ({"nlayer": 2}, "options that are unknown here: nlayer; known are .*n_layer"),
+        ({"model_type": "falcon_mamba"}, "has model_type 'falcon_mamba', but mamba-ssm's start with 'mamba'"),
+        ({"nlayer": 2}, r"unknown options: nlayer\. Allowed: .*n_layer"),
     ],
 )
-def test_options_beside_those_of_the_layer_are_compared(tmp_path: Path, option: dict[str, Any], why: str) -> None:
+def test_options_outside_of_ssm_cfg_are_compared(tmp_path: Path, option: dict[str, Any], message: str) -> None:
     state_spaces_file(tmp_path, 1, {})
     (tmp_path / "config.json").write_text(json.dumps({"ssm_cfg": {}, "d_model": WIDTH, "n_layer": LAYERS, **option}))
-    with pytest.raises(CheckpointError, match=why):
+    with pytest.raises(CheckpointError, match=message):
         open_weights(tmp_path, "language").load(mamba1())
 
 
-def test_transformers_with_other_groups_of_the_same_shapes(tmp_path: Path) -> None:
+def test_transformers_with_other_groups_and_the_same_shapes(tmp_path: Path) -> None:
     hf_mamba2(True, groups=2).save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(CheckpointError, match=r"d_state is 16, .* needs 8\n.*num_groups is 1, .* needs 2"):
         open_weights(tmp_path, "language").load(mamba2(groups=1, d_state=16))
@@ -260,14 +258,14 @@ def test_transformers_with_another_activation(tmp_path: Path) -> None:
     hf_mamba1(True).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu", "layer_norm_epsilon": 1e-6}))
-    said = (
-        r"hidden_act is nothing, .* needs 'gelu'\n.*0\.norm\.eps is 1e-05, .* 1e-06\n.*norm_f\.eps is 1e-05, .* 1e-06"
+    message = (
+        r"hidden_act is not set, .* needs 'gelu'\n.*0\.norm\.eps is 1e-05, .* 1e-06\n.*norm_f\.eps is 1e-05, .* 1e-06"
     )
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         open_weights(tmp_path, "language").load(mamba1())
 
 
-def test_another_model_with_the_same_names_is_not_taken(tmp_path: Path) -> None:
+def test_another_model_with_the_same_names_is_rejected(tmp_path: Path) -> None:
     hf_mamba1(True).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "falcon_mamba"}))
@@ -284,13 +282,11 @@ def test_mamba1_of_state_spaces_needs_no_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [None, {}, {"d_model": WIDTH}, {"ssm_cfg": ["Mamba2"]}, {"ssm_cfg": "Mamba2"}])
-def test_mamba2_of_state_spaces_without_what_shapes_do_not_show(tmp_path: Path, config: Any) -> None:
+def test_mamba2_of_state_spaces_needs_a_config(tmp_path: Path, config: Any) -> None:
     state_spaces_file(tmp_path, 2, {"layer": "Mamba2", "d_state": 8, "headdim": 16})
     replace_config(tmp_path, config)
-    said = (
-        r"pytorch_model\.bin: the config\.json beside it (is missing or empty|lacks ssm_cfg|has .* as ssm_cfg; it must)"
-    )
-    with pytest.raises(CheckpointError, match=said):
+    message = r"pytorch_model\.bin: its config\.json (is missing or empty|lacks ssm_cfg|has ssm_cfg = .*; it must)"
+    with pytest.raises(CheckpointError, match=message):
         open_weights(tmp_path, "language")
 
 
@@ -301,51 +297,61 @@ def replace_config(folder: Path, config: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "ssm_cfg", "said"),
+    ("version", "ssm_cfg", "message"),
     [
-        (1, {"layer": "Mamba2"}, "says layer 'Mamba2', but the tensors are of Mamba1"),
-        (2, {"d_state": 8, "headdim": 16}, "says layer 'Mamba1', but the tensors are of Mamba2"),
-        (2, {"layer": "Mamba2", "d_state": 8, "A_scale": 2}, "options that no Mamba2 layer here knows: A_scale; known"),
-        (2, {"layer": "Mamba2", "d_state": 8, "dt_scale": 1}, "no Mamba2 layer here knows: dt_scale; known"),
-        (1, {"headdim": 64, "dt_rank": 2}, "options that no Mamba1 layer here knows: headdim; known are .*dt_rank"),
+        (1, {"layer": "Mamba2"}, "has layer 'Mamba2', but the tensors are those of Mamba1"),
+        (2, {"d_state": 8, "headdim": 16}, "has layer 'Mamba1', but the tensors are those of Mamba2"),
+        (
+            2,
+            {"layer": "Mamba2", "d_state": 8, "A_scale": 2},
+            r"unknown ssm_cfg options for Mamba2: A_scale\. Allowed: ",
+        ),
+        (
+            2,
+            {"layer": "Mamba2", "d_state": 8, "dt_scale": 1},
+            r"unknown ssm_cfg options for Mamba2: dt_scale\. Allowed: ",
+        ),
+        (1, {"headdim": 64, "dt_rank": 2}, r"unknown ssm_cfg options for Mamba1: headdim\. Allowed: .*dt_rank"),
     ],
 )
-def test_a_config_that_contradicts_the_tensors_or_says_what_nobody_knows(
-    tmp_path: Path, version: int, ssm_cfg: dict[str, Any], said: str
+def test_a_config_that_contradicts_the_tensors_or_has_unknown_options(
+    tmp_path: Path, version: int, ssm_cfg: dict[str, Any], message: str
 ) -> None:
     state_spaces_file(tmp_path, version, {"d_state": 8, **ssm_cfg} if version == 2 else ssm_cfg)
-    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: .*{said}"):
+    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: .*{message}"):
         open_weights(tmp_path, "language")
 
 
 @pytest.mark.parametrize("value", [3, "0", None, [0.0], {"a": 1}])
-def test_an_odd_range_is_a_difference(tmp_path: Path, value: Any) -> None:
+def test_an_invalid_dt_limit_is_a_difference(tmp_path: Path, value: Any) -> None:
     state_spaces_file(tmp_path, 2, {"layer": "Mamba2", "d_state": 8, "headdim": 16, "dt_limit": value})
     with pytest.raises(CheckpointError, match=r"dt_limit is \(0\.0, inf\), the checkpoint needs"):
         open_weights(tmp_path, "language").load(mamba2())
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_transformers_without_what_shapes_do_not_show(tmp_path: Path, version: int) -> None:
+def test_transformers_files_need_a_config(tmp_path: Path, version: int) -> None:
     (hf_mamba1(True) if version == 1 else hf_mamba2(True)).save_pretrained(tmp_path, safe_serialization=False)
     config = json.loads((tmp_path / "config.json").read_text())
-    lacking = (
+    required = (
         ["model_type"] if version == 1 else ["model_type", "n_groups", "state_size", "head_dim", "time_step_limit"]
     )
-    for key in lacking:
+    for key in required:
         replace_config(tmp_path, {k: v for k, v in config.items() if k != key})
-        with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: the config\.json beside it lacks {key}, "):
+        with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: its config\.json lacks {key}, "):
             open_weights(tmp_path, "language")
     for empty in ({}, None):
         replace_config(tmp_path, empty)
-        with pytest.raises(CheckpointError, match=r"the config\.json beside it is missing or empty, "):
+        with pytest.raises(CheckpointError, match=r"its config\.json is missing or empty, "):
             open_weights(tmp_path, "language")
     replace_config(tmp_path, {**config, "model_type": "mamba2" if version == 1 else "mamba"})
-    with pytest.raises(CheckpointError, match=rf"is of Mamba{3 - version}, but the tensors are of Mamba{version}"):
+    with pytest.raises(
+        CheckpointError, match=rf"describes Mamba{3 - version}, but the tensors are those of Mamba{version}"
+    ):
         open_weights(tmp_path, "language")
 
 
-def test_the_norms_of_a_file_are_the_models(tmp_path: Path) -> None:
+def test_the_norm_eps_of_a_file_must_match_the_model(tmp_path: Path) -> None:
     hf_mamba2(True).save_pretrained(tmp_path, safe_serialization=False)
     ours = mamba2(groups=2)
     ours.layers[0].mixer.norm.eps = 1e-6
@@ -353,12 +359,12 @@ def test_the_norms_of_a_file_are_the_models(tmp_path: Path) -> None:
         open_weights(tmp_path, "language").load(ours)
 
 
-def test_what_transformers_has_no_layout_for() -> None:
-    with pytest.raises(ContractError, match="norm_groups must be num_groups, which is 2, but is 1"):
+def test_models_without_an_equivalent_in_transformers() -> None:
+    with pytest.raises(ContractError, match="norm_groups must equal num_groups, which is 2, but is 1"):
         mamba2(groups=2, norm_groups=1).to_transformers(0)
     other = mamba2()
     other.layers[0].mixer = nn.Linear(1, 1)
-    with pytest.raises(ContractError, match="transformers has no language model of Linear"):
+    with pytest.raises(ContractError, match="transformers has no language model with Linear mixers"):
         other.to_transformers(0)
 
 

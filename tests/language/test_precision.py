@@ -1,4 +1,4 @@
-"""What stays in fp32 in a bf16 run, and how far the state drifts in it."""
+"""The parts of a bf16 run that stay in fp32, and the drift of its state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Low = tuple[MambaLM, Context]
 
 
 class Watch(TorchDispatchMode):
-    """Collects the dtypes that reach each op of PRECISE."""
+    """Collects the dtypes that reach each op in PRECISE."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,25 +79,25 @@ def test_step_sizes_rates_and_states_are_fp32(low: Low, monkeypatch: pytest.Monk
     model, context = low
     seen: dict[str, set[torch.dtype]] = {}
 
-    def watched_steps(dt: Tensor, *rest: Any) -> Tensor:
+    def observed_steps(dt: Tensor, *rest: Any) -> Tensor:
         seen.setdefault("dt before softplus", set()).add(dt.dtype)
         return step_sizes(dt, *rest)
 
-    def watched_choose(*arguments: Any) -> Callable[..., Any]:
+    def observed_choose(*arguments: Any) -> Callable[..., Any]:
         chosen = choose(*arguments)
 
-        def passed(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *rest: Any) -> Any:
+        def observed(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *rest: Any) -> Any:
             for name, tensor in {"dt": dt, "A": A, "D": D, "state before": rest[0]}.items():
                 seen.setdefault(name, set()).update(set() if tensor is None else {tensor.dtype})
             y, state = chosen(x, dt, A, B, C, D, *rest)
             seen.setdefault("state after", set()).add(state.dtype)
             return y, state
 
-        return passed
+        return observed
 
     for op in ("ssd", "selective_scan"):
-        monkeypatch.setattr(f"ssmvl.ops.{op}.step_sizes", watched_steps)
-        monkeypatch.setattr(f"ssmvl.ops.{op}.choose", watched_choose)
+        monkeypatch.setattr(f"ssmvl.ops.{op}.step_sizes", observed_steps)
+        monkeypatch.setattr(f"ssmvl.ops.{op}.choose", observed_choose)
     state = run(model, context)
     assert len(seen) == 6
     assert seen == {name: {torch.float32} for name in seen}
@@ -114,7 +114,7 @@ def test_backward_inside_autocast_equals_backward_outside(lm: MambaLM) -> None:
 
 
 def drift(model: MambaLM) -> list[float]:
-    """The error of the SSM states in bf16 autocast relative to those in fp32, after each of 1,000 steps."""
+    """Relative error of the SSM states in bf16 autocast, compared with fp32, after each of 1,000 steps."""
     exact, rounded, errors = model.new_state(8), model.new_state(8), []
     with torch.no_grad():
         for _ in range(1000):

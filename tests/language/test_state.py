@@ -28,7 +28,7 @@ def model() -> MambaLM:
 
 
 def advance(model: MambaLM, state: RecurrentState, tokens: int = 3) -> Tensor:
-    """The logits after `tokens` more ids, other ones in every row."""
+    """Logits of `tokens` more ids, different ones in each row."""
     rows = state.layers[0].conv.shape[0]
     ids = (torch.arange(rows * tokens).view(rows, tokens) * 7) % 20
     with torch.no_grad():
@@ -49,7 +49,7 @@ def same(a: RecurrentState, b: RecurrentState) -> bool:
     return a.model == b.model and all(map(torch.equal, tensors(a), tensors(b)))
 
 
-def test_keeps_the_contract(model: MambaLM) -> None:
+def test_satisfies_the_contract(model: MambaLM) -> None:
     assert isinstance(model.new_state(1), State)
 
 
@@ -60,17 +60,17 @@ def test_nbytes_counts_every_tensor(model: MambaLM) -> None:
 
 
 @pytest.mark.parametrize("index", [[2, 0, 0], torch.tensor([2, 0, 0])])
-def test_rows_copies_in_the_order_asked_for(model: MambaLM, index: list[int] | Tensor) -> None:
+def test_rows_copies_in_the_requested_order(model: MambaLM, index: list[int] | Tensor) -> None:
     state = used(model)
     chosen = state.rows(index)
-    for mine, theirs in zip(tensors(chosen), tensors(state), strict=True):
-        assert torch.equal(mine, torch.stack([theirs[2], theirs[0], theirs[0]]))
+    for copy, original in zip(tensors(chosen), tensors(state), strict=True):
+        assert torch.equal(copy, torch.stack([original[2], original[0], original[0]]))
     before = state.clone()
     advance(model, chosen)
     assert same(state, before)
 
 
-def test_rows_continue_as_if_they_had_been_alone(model: MambaLM) -> None:
+def test_a_copied_row_continues_as_in_the_batch(model: MambaLM) -> None:
     state = used(model)
     alone = state.rows([0])
     torch.testing.assert_close(advance(model, alone), advance(model, state)[:1])
@@ -88,13 +88,13 @@ def test_write_replaces_only_these_rows(model: MambaLM) -> None:
         assert (now[0] == 2).all()
 
 
-def test_write_casts_to_the_states_dtype(model: MambaLM) -> None:
+def test_write_casts_to_the_dtype_of_the_state(model: MambaLM) -> None:
     state, other = model.new_state(1, dtype=torch.bfloat16), used(model, 1)
     state.write([0], other)
     assert torch.equal(state.layers[0].conv, other.layers[0].conv.to(torch.bfloat16))
 
 
-def test_write_of_another_model_is_refused(model: MambaLM) -> None:
+def test_write_of_another_model_is_rejected(model: MambaLM) -> None:
     state = used(model)
     before = state.clone()
     for other in (build(width=32), build(num_layers=3)):
@@ -133,51 +133,53 @@ def test_loaded_state_continues_identically(model: MambaLM, tmp_path: Path) -> N
     assert same(loaded, state)
 
 
-def assert_refused(state: RecurrentState, path: Path, match: str) -> None:
+def assert_rejected(state: RecurrentState, path: Path, match: str) -> None:
     before = state.clone()
     with pytest.raises(CheckpointError, match=match):
         state.load(path)
     assert same(state, before)
 
 
-def test_state_of_another_model_is_refused(model: MambaLM, tmp_path: Path) -> None:
+def test_state_of_another_model_is_rejected(model: MambaLM, tmp_path: Path) -> None:
     used(model).save(tmp_path / "s")
     for other in (build(width=32), build(num_layers=3)):
-        assert_refused(other.new_state(3), tmp_path / "s", "model is .*width 16, 2 layers.* needs")
+        assert_rejected(other.new_state(3), tmp_path / "s", "model is .*width 16, 2 layers.* needs")
 
 
-def test_other_rows_are_refused(model: MambaLM, tmp_path: Path) -> None:
+def test_another_number_of_rows_is_rejected(model: MambaLM, tmp_path: Path) -> None:
     used(model).save(tmp_path / "s")
-    assert_refused(model.new_state(2), tmp_path / "s", r"0\.conv is .*\(3, 3, 48\), this state needs .*\(2, 3, 48\)")
+    assert_rejected(
+        model.new_state(2), tmp_path / "s", r"0\.conv is .*\(3, 3, 48\), but this state needs .*\(2, 3, 48\)"
+    )
 
 
-def test_another_dtype_is_refused(model: MambaLM, tmp_path: Path) -> None:
+def test_another_dtype_is_rejected(model: MambaLM, tmp_path: Path) -> None:
     used(model).save(tmp_path / "s")
-    assert_refused(model.new_state(3, dtype=torch.bfloat16), tmp_path / "s", r"float32 .* needs torch\.bfloat16")
+    assert_rejected(model.new_state(3, dtype=torch.bfloat16), tmp_path / "s", r"float32 .* needs torch\.bfloat16")
 
 
-def test_another_format_is_refused(model: MambaLM, tmp_path: Path) -> None:
+def test_another_format_is_rejected(model: MambaLM, tmp_path: Path) -> None:
     used(model).save(tmp_path / "s")
-    found, metadata = read_tensors(tmp_path / "s")
-    write_tensors(tmp_path / "s", found, {**metadata, "state_format": "0"})
-    assert_refused(model.new_state(3), tmp_path / "s", "state_format is '0'")
+    saved, metadata = read_tensors(tmp_path / "s")
+    write_tensors(tmp_path / "s", saved, {**metadata, "state_format": "0"})
+    assert_rejected(model.new_state(3), tmp_path / "s", "state_format is '0'")
 
 
-def test_missing_tensor_is_refused_before_anything_is_copied(model: MambaLM, tmp_path: Path) -> None:
+def test_missing_tensor_is_rejected_before_anything_is_copied(model: MambaLM, tmp_path: Path) -> None:
     used(model).save(tmp_path / "s")
-    found, metadata = read_tensors(tmp_path / "s")
-    del found["1.ssm"]
-    write_tensors(tmp_path / "s", found, metadata)
-    assert_refused(model.new_state(3), tmp_path / "s", r"1\.ssm is nothing")
+    saved, metadata = read_tensors(tmp_path / "s")
+    del saved["1.ssm"]
+    write_tensors(tmp_path / "s", saved, metadata)
+    assert_rejected(model.new_state(3), tmp_path / "s", r"1\.ssm is missing")
 
 
-def test_missing_file_and_weights_are_refused(model: MambaLM, tmp_path: Path) -> None:
-    assert_refused(model.new_state(3), tmp_path / "none", "cannot be read")
+def test_missing_file_and_weights_are_rejected(model: MambaLM, tmp_path: Path) -> None:
+    assert_rejected(model.new_state(3), tmp_path / "none", "cannot be read")
     write_tensors(tmp_path / "weights", {"a": torch.zeros(1)})
-    assert_refused(model.new_state(3), tmp_path / "weights", "state_format is None")
+    assert_rejected(model.new_state(3), tmp_path / "weights", "state_format is None")
 
 
-def test_write_wants_one_row_for_each_index(model: MambaLM) -> None:
+def test_write_needs_one_row_for_each_index(model: MambaLM) -> None:
     with pytest.raises(ShapeError, match="2 rows cannot be overwritten with 1"):
         model.new_state(3).write([0, 1], model.new_state(1))
 
@@ -186,5 +188,5 @@ def test_one_number_is_one_row(model: MambaLM) -> None:
     state = used(model)
     assert same(state.rows(1), state.rows([1]))
     for index in ([0.5], [[0, 1]]):
-        with pytest.raises(ShapeError, match="chosen by a list of numbers or a mask"):
+        with pytest.raises(ShapeError, match="chosen by a list of integers or a mask"):
             state.rows(index)

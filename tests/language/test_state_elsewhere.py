@@ -1,4 +1,4 @@
-"""A saved state continued in another process, which is this file run as a program."""
+"""A saved state is continued in another process, which runs this file as a program."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build(kind: str, num_layers: int = 2, d_state: int = 4) -> MambaLM:
 
 @torch.no_grad()
 def advance(model: MambaLM, state: RecurrentState, seed: int) -> Tensor:
-    """Hidden values of a prefill of mixed lengths and of 4 steps."""
+    """Hidden states of a prefill with mixed lengths and of 4 steps."""
     generator = torch.Generator().manual_seed(seed)
     embeds = torch.randn(3, 9, 16, generator=generator)
     read = model.prefill(embeds[:, :5], torch.tensor([5, 2, 4]), state)
@@ -55,34 +55,34 @@ def test_another_process_continues_identically(tmp_path: Path) -> None:
     for model, state, folder in states.values():
         expected = advance(model, state, seed=2)
         assert torch.equal(read_tensors(folder / "hidden")[0]["hidden"], expected)
-        found, _ = read_tensors(folder / "after")
-        assert len(found) == 4
+        saved, _ = read_tensors(folder / "after")
+        assert len(saved) == 4
         for number, layer in enumerate(state.layers):
-            assert all(torch.equal(found[f"{number}.{name}"], tensor) for name, tensor in layer._asdict().items())
+            assert all(torch.equal(saved[f"{number}.{name}"], tensor) for name, tensor in layer._asdict().items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_differs_is_named_and_nothing_is_copied(kind: str, tmp_path: Path) -> None:
+def test_a_difference_is_named_and_nothing_is_copied(kind: str, tmp_path: Path) -> None:
     model, path = build(kind), tmp_path / "state"
     state = model.new_state(3)
     advance(model, state, seed=1)
     state.save(path)
     another = "mamba2" if kind == "mamba1" else "mamba1"
-    refused = {
-        r"model is '.* LM, width 16, 2 layers, .*', this state needs '.* 3 layers": build(kind, num_layers=3),
-        rf"model is 'M{kind[1:]}Mixer LM, .*', this state needs 'M{another[1:]}Mixer LM": build(another),
-        r"model is '.*, ssm [^']*x4', this state needs '.*, ssm [^']*x6": build(kind, d_state=6),
+    rejected = {
+        r"model is '.* LM, width 16, 2 layers, .*', but this state needs '.* 3 layers": build(kind, num_layers=3),
+        rf"model is 'M{kind[1:]}Mixer LM, .*', but this state needs 'M{another[1:]}Mixer LM": build(another),
+        r"model is '.*, ssm [^']*x4', but this state needs '.*, ssm [^']*x6": build(kind, d_state=6),
     }
-    for message, other in refused.items():
-        assert_refused(other.new_state(3), path, message)
-    assert_refused(model.new_state(2), path, r"0\.conv is .*\(3, 3, \d+\), this state needs .*\(2, 3, \d+\)")
-    assert_refused(model.new_state(3, dtype=torch.float64), path, r"0\.conv is torch\.float32 .* needs torch\.float64")
+    for message, other in rejected.items():
+        assert_rejected(other.new_state(3), path, message)
+    assert_rejected(model.new_state(2), path, r"0\.conv is .*\(3, 3, \d+\), but this state needs .*\(2, 3, \d+\)")
+    assert_rejected(model.new_state(3, dtype=torch.float64), path, r"0\.conv is torch\.float32 .* needs torch\.float64")
     tensors, metadata = read_tensors(path)
     write_tensors(path, tensors, {**metadata, "state_format": "99"})
-    assert_refused(model.new_state(3), path, "state_format is '99', this state needs '1'")
+    assert_rejected(model.new_state(3), path, "state_format is '99', but this state needs '1'")
 
 
-def assert_refused(state: RecurrentState, path: Path, message: str) -> None:
+def assert_rejected(state: RecurrentState, path: Path, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         state.load(path)
     assert "\n" not in str(caught.value)
@@ -91,12 +91,12 @@ def assert_refused(state: RecurrentState, path: Path, message: str) -> None:
 
 def continue_all(folder: Path) -> None:
     for kind, dtype in CASES:
-        place, model = folder / f"{kind}-{dtype}", build(kind).to(dtype)
-        copy_into(model, read_tensors(place / "weights.safetensors")[0], "weights")
+        case, model = folder / f"{kind}-{dtype}", build(kind).to(dtype)
+        copy_into(model, read_tensors(case / "weights.safetensors")[0], "weights")
         state = model.new_state(3)
-        state.load(place / "before")
-        write_tensors(place / "hidden", {"hidden": advance(model, state, seed=2)})
-        state.save(place / "after")
+        state.load(case / "before")
+        write_tensors(case / "hidden", {"hidden": advance(model, state, seed=2)})
+        state.save(case / "after")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The same logits and states as transformers' Mamba and Mamba-2, given their weights."""
+"""Logits and states equal those of transformers' Mamba and Mamba-2 with the same weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ssmvl.layers.mamba2 import Mamba2Mixer
 
 @pytest.fixture(autouse=True)
 def silent_transformers() -> Iterator[None]:
-    """Without their hint that a faster path could be installed."""
+    """Silence the hint that a faster path could be installed."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     yield
@@ -30,8 +30,8 @@ def silent_transformers() -> Iterator[None]:
 
 
 @torch.no_grad()
-def randomise(theirs: nn.Module) -> None:
-    """Values as after training: their start has equal channels, biases of 0 and norms of 1."""
+def randomize(theirs: nn.Module) -> None:
+    """Set values as after training; at initialization, channels are equal, biases are 0 and norms are 1."""
     for name, parameter in theirs.named_parameters():
         if name.endswith("A_log"):
             parameter.copy_(torch.empty_like(parameter).uniform_(0.5, 16).log())
@@ -54,7 +54,7 @@ def copy_weights(theirs: nn.Module, ours: MambaLM) -> None:
 
 @torch.no_grad()
 def assert_agree(theirs: nn.Module, ours: MambaLM, ids: Tensor) -> None:
-    randomise(theirs)
+    randomize(theirs)
     assert theirs.lm_head.weight is theirs.get_input_embeddings().weight
     copy_weights(theirs, ours)
     expected = theirs.eval()(ids, use_cache=True)

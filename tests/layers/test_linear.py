@@ -1,4 +1,4 @@
-"""Wrapped layers are called, not bypassed: LoRA, parametrizations, hooks and quantized Linears; taps are refused."""
+"""Wrapped layers are called, not bypassed: LoRA, parametrizations, hooks, quantization; wrapped taps are rejected."""
 
 from __future__ import annotations
 
@@ -76,18 +76,18 @@ def test_lora_on_every_linear_trains_acts_and_merges(case: str) -> None:
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.1)
-    found = run(base)
-    assert (found - plain).abs().max() > 0.01
-    found.square().mean().backward()
-    without = [n for n, p in adapted.named_parameters() if "lora_" in n and (p.grad is None or not p.grad.any())]
-    assert without == []
+    y = run(base)
+    assert (y - plain).abs().max() > 0.01
+    y.square().mean().backward()
+    untrained = [n for n, p in adapted.named_parameters() if "lora_" in n and (p.grad is None or not p.grad.any())]
+    assert untrained == []
     with torch.no_grad():
         merged = run(adapted.merge_and_unload())
-    assert torch.allclose(merged, found, atol=2e-5, rtol=1e-5)
+    assert torch.allclose(merged, y, atol=2e-5, rtol=1e-5)
 
 
 class EightBits(nn.Module):
-    """A Linear whose weight is held in int8, as quantization libraries replace it."""
+    """A Linear with an int8 weight, as quantization libraries insert it."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -108,16 +108,16 @@ def replaced(module: nn.Module, change: Callable[[nn.Linear], nn.Module]) -> nn.
 
 
 def rounded(linear: nn.Linear) -> nn.Linear:
-    """The weights that `EightBits` computes with, in a plain layer."""
-    held = EightBits(linear)
+    """A plain layer with the weights that `EightBits` computes with."""
+    quantized = EightBits(linear)
     with torch.no_grad():
-        linear.weight.copy_(held.weight * held.scale)
+        linear.weight.copy_(quantized.weight * quantized.scale)
     return linear
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
-def test_quantized_linears_compute_with_the_weights_they_hold(case: str) -> None:
+def test_quantized_linears_compute_with_their_own_weights(case: str) -> None:
     torch.manual_seed(0)
     make, run = CASES[case]
     module = make()
@@ -129,15 +129,15 @@ def test_quantized_linears_compute_with_the_weights_they_hold(case: str) -> None
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [MambaLM, Mamba1LM])
-def test_a_quantized_language_model_decodes_as_it_reads(kind: type[MambaLM]) -> None:
+def test_decoding_of_a_quantized_language_model_equals_its_forward(kind: type[MambaLM]) -> None:
     torch.manual_seed(0)
     lm = replaced(kind(width=64, num_layers=2, num_tokens=50, tied=False).to(torch.bfloat16), EightBits).float()
     whole = run_lm(lm)
     state = lm.new_state(2)
     hidden = lm.prefill(lm.embed(IDS[:, :5]), torch.tensor([5, 5]), state)
     assert torch.allclose(lm.head(hidden), whole[:, :5], atol=1e-4)
-    for at in range(5, 9):
-        assert torch.allclose(lm.head(lm.step(lm.embed(IDS[:, at]), state)), whole[:, at], atol=1e-4)
+    for t in range(5, 9):
+        assert torch.allclose(lm.head(lm.step(lm.embed(IDS[:, t]), state)), whole[:, t], atol=1e-4)
 
 
 @pytest.mark.parametrize("mixer", [Mamba1Mixer, Mamba2Mixer])
@@ -147,14 +147,14 @@ def test_parametrizations_and_hooks_of_linears_act(mixer: type[nn.Module], paths
     x, table = torch.randn(2, 6, 32), Paths.of(two_ways(GRID)) if paths == 2 else None
     plain: Any = mixer(32, paths)
     expected = plain(x, table)
-    twice, baked = copy.deepcopy(plain), copy.deepcopy(plain)
+    parametrized, merged = copy.deepcopy(plain), copy.deepcopy(plain)
     for name in linears(plain):
-        layer = twice.get_submodule(name)
+        layer = parametrized.get_submodule(name)
         parametrizations.weight_norm(layer)
         layer.parametrizations.weight.original0.data.mul_(1.5)
-        baked.get_submodule(name).weight.data.copy_(layer.weight)
-    assert torch.allclose(twice(x, table), baked(x, table), atol=1e-5)
-    assert not torch.allclose(twice(x, table), expected, atol=1e-3)
+        merged.get_submodule(name).weight.data.copy_(layer.weight)
+    assert torch.allclose(parametrized(x, table), merged(x, table), atol=1e-5)
+    assert not torch.allclose(parametrized(x, table), expected, atol=1e-3)
     for name in linears(plain):
         hooked = copy.deepcopy(plain)
         hooked.get_submodule(name).register_forward_hook(lambda *call: 2 * call[-1])
@@ -162,7 +162,7 @@ def test_parametrizations_and_hooks_of_linears_act(mixer: type[nn.Module], paths
 
 
 @pytest.mark.parametrize("paths", [1, 2])
-def test_a_replaced_forward_a_bias_and_backward_hooks_of_selective_projections_act(paths: int) -> None:
+def test_a_replaced_forward_a_bias_and_backward_hooks_act_on_x_proj_and_dt_proj(paths: int) -> None:
     torch.manual_seed(0)
     x, table = torch.randn(2, 6, 32), Paths.of(two_ways(GRID)) if paths == 2 else None
     plain: Any = Mamba1Mixer(32, paths)
@@ -171,29 +171,29 @@ def test_a_replaced_forward_a_bias_and_backward_hooks_of_selective_projections_a
         changed: Any = copy.deepcopy(plain)
         layer, calls = getattr(changed, name), list[int]()
         forward = layer.forward
-        layer.forward = lambda given, forward=forward: 2 * forward(given)
+        layer.forward = lambda x, forward=forward: 2 * forward(x)
         assert not torch.allclose(changed(x, table), expected, atol=1e-4)
-        watched: Any = copy.deepcopy(plain)
-        getattr(watched, name).register_full_backward_hook(lambda *_, calls=calls: calls.append(1))
-        watched(x, table).sum().backward()
+        hooked: Any = copy.deepcopy(plain)
+        getattr(hooked, name).register_full_backward_hook(lambda *_, calls=calls: calls.append(1))
+        hooked(x, table).sum().backward()
         assert calls == [1]
     plain.x_proj.bias = nn.Parameter(torch.ones(plain.x_proj.out_features))
     assert not torch.allclose(plain(x, table), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("mixer", [Mamba1Mixer, Mamba2Mixer])
-def test_what_would_be_bypassed_at_the_convolution_is_refused(mixer: type[nn.Module]) -> None:
+def test_wrappers_of_the_convolution_are_rejected_because_they_would_be_bypassed(mixer: type[nn.Module]) -> None:
     x = torch.randn(2, 6, 32)
     wrapped, hooked, allowed = (mixer(32) for _ in range(3))
     wrapped.conv1d = nn.Sequential(cast(nn.Module, wrapped.conv1d))
     with pytest.raises(ContractError, match="conv1d is a Sequential, which would be bypassed"):
         wrapped(x)
     torch.nn.utils.spectral_norm(cast(nn.Module, hooked.conv1d))
-    with pytest.raises(ContractError, match="conv1d has forward pre-hooks or a forward of its own, which would be"):
+    with pytest.raises(ContractError, match="conv1d has forward pre-hooks or a replaced forward, which would be"):
         hooked(x)
     patched = mixer(32)
-    cast(Any, patched.conv1d).forward = lambda given: given
-    with pytest.raises(ContractError, match="a forward of its own"):
+    cast(Any, patched.conv1d).forward = lambda x: x
+    with pytest.raises(ContractError, match="a replaced forward"):
         patched(x)
     parametrizations.weight_norm(cast(nn.Module, allowed.conv1d))
     allowed(x).sum().backward()

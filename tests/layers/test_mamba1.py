@@ -1,4 +1,4 @@
-"""What is Mamba-1's own: one path written out straight, shapes, start. See test_mixers for what all mixers do."""
+"""Mamba-1 only: one path against a reference, shapes, initialization. See test_mixers for tests of all mixers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMALL = {"d_state": 5, "d_conv": 3, "dt_rank": 2}
 
 
 def trained(mixer: Mamba1Mixer) -> Mamba1Mixer:
-    """The mixer with every parameter moved, so that paths differ."""
+    """The mixer with every parameter perturbed, so that paths differ."""
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -23,7 +23,7 @@ def trained(mixer: Mamba1Mixer) -> Mamba1Mixer:
 
 
 def one_path(mixer: Mamba1Mixer, x: Tensor, path: Tensor, k: int) -> Tensor:
-    """Path k written out straight: gather, conv, recurrence, gather back; before the merge and the gate."""
+    """Reference for path k: gather, conv, recurrence, gather back; before the merge and the gate."""
     inner, size, rank = mixer.inner, mixer.d_state, mixer.dt_rank
     own, projected = slice(k * inner, (k + 1) * inner), rank + 2 * size
     u = (x @ mixer.in_proj.weight.T)[:, path, :inner]
@@ -45,7 +45,7 @@ def one_path(mixer: Mamba1Mixer, x: Tensor, path: Tensor, k: int) -> Tensor:
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize(("order", "merge"), [(raster, "mean"), (bsm, "mean"), (csm, "mean"), (bsm, "sum")])
-def test_paths_equal_each_written_out_straight(order: ScanOrder, merge: str, own: bool) -> None:
+def test_paths_equal_the_reference(order: ScanOrder, merge: str, own: bool) -> None:
     paths = order(Grid(1, 2, 3))
     mixer = Mamba1Mixer(8, len(paths), merge=merge, path_parameters="own" if own else "shared", **SMALL)
     mixer, x = trained(mixer), torch.randn(2, 6, 8)
@@ -85,11 +85,11 @@ def test_shapes(parameters: str, count: int) -> None:
 
 
 @pytest.mark.parametrize(("width", "rank"), [(8, 1), (16, 1), (17, 2), (768, 48)])
-def test_the_bottleneck_of_the_step_sizes_is_a_sixteenth_of_the_width(width: int, rank: int) -> None:
+def test_the_default_dt_rank_is_a_sixteenth_of_the_width(width: int, rank: int) -> None:
     assert Mamba1Mixer(width).dt_proj.in_features == rank
 
 
-def test_start_of_rates_and_step_sizes() -> None:
+def test_initial_rates_and_step_sizes() -> None:
     mixer = Mamba1Mixer(64, 2, d_state=6)
     assert torch.equal(mixer.D, torch.ones(256))
     torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 7).expand(256, 6))

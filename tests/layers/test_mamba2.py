@@ -1,4 +1,4 @@
-"""What is Mamba-2's own: one path written out straight, shapes, options. See test_mixers for what all mixers do."""
+"""Mamba-2 only: one path against a reference, shapes, options. See test_mixers for tests of all mixers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = {"d_state": 5, "head_dim": 4, "d_conv": 3}
 
 
 def trained(mixer: Mamba2Mixer) -> Mamba2Mixer:
-    """The mixer with every parameter moved, so that paths differ."""
+    """The mixer with every parameter perturbed, so that paths differ."""
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -26,7 +26,7 @@ def trained(mixer: Mamba2Mixer) -> Mamba2Mixer:
 
 
 def one_path(mixer: Mamba2Mixer, x: Tensor, path: Tensor, k: int) -> Tensor:
-    """Path k written out straight: gather, conv, recurrence, gather back, gated norm; before the merge."""
+    """Reference for path k: gather, conv, recurrence, gather back, gated norm; before the merge."""
     inner, heads, size = mixer.inner, mixer.heads, mixer.d_state * mixer.num_groups
     z, xBC, dt = (x @ mixer.in_proj.weight.T).split([inner, inner + 2 * size, heads], -1)
     xBC, dt = xBC[:, path], dt[:, path]
@@ -60,7 +60,7 @@ def one_path(mixer: Mamba2Mixer, x: Tensor, path: Tensor, k: int) -> Tensor:
 @pytest.mark.parametrize(
     ("order", "groups", "merge"), [(raster, 2, "mean"), (bsm, 1, "mean"), (csm, 2, "mean"), (bsm, 1, "sum")]
 )
-def test_paths_equal_each_written_out_straight(order: ScanOrder, groups: int, merge: str, own: bool) -> None:
+def test_paths_equal_the_reference(order: ScanOrder, groups: int, merge: str, own: bool) -> None:
     paths = order(Grid(1, 2, 3))
     parameters = "own" if own else "shared"
     options = {"num_groups": groups, "merge": merge, "path_parameters": parameters, **SMALL}
@@ -72,11 +72,11 @@ def test_paths_equal_each_written_out_straight(order: ScanOrder, groups: int, me
 
 @pytest.mark.parametrize("num_groups", [1, 2])
 @pytest.mark.parametrize("norm_groups", [2, 4, 16])
-def test_each_norm_group_is_normalised_apart(norm_groups: int, num_groups: int) -> None:
+def test_each_norm_group_is_normalized_separately(norm_groups: int, num_groups: int) -> None:
     check_option(Mamba2Mixer(8, num_groups=num_groups, norm_groups=1, **SMALL), norm_groups=norm_groups)
 
 
-def test_without_norm_groups_each_group_is_normalized_apart() -> None:
+def test_norm_groups_default_to_num_groups() -> None:
     assert [Mamba2Mixer(8, num_groups=groups, **SMALL).norm.groups for groups in (1, 2, 4)] == [1, 2, 4]
 
 
@@ -87,12 +87,12 @@ def test_step_sizes_stay_within_their_limits(limit: tuple[float, float]) -> None
 
 @torch.no_grad()
 def check_option(without: Mamba2Mixer, **option: object) -> None:
-    """Forward, prefill and steps equal the path written out, and differ from a mixer `without` the option."""
+    """Forward, prefill and steps equal the reference, and differ from a mixer `without` the option."""
     mixer, x = trained(Mamba2Mixer(8, num_groups=without.num_groups, **SMALL, **option)), torch.randn(2, 9, 8)
     expected = one_path(mixer, x, torch.arange(9), 0) @ mixer.out_proj.weight.T
-    read, stepped = mixer.new_state(2), mixer.new_state(2)
+    prefilled, stepped = mixer.new_state(2), mixer.new_state(2)
     steps = torch.stack([mixer.step(x[:, t], stepped) for t in range(9)], 1)
-    for y in (mixer(x), mixer.prefill(x, torch.tensor([9, 9]), read), steps):
+    for y in (mixer(x), mixer.prefill(x, torch.tensor([9, 9]), prefilled), steps):
         torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
     without.load_state_dict(mixer.state_dict())
     assert (without(x) - expected).abs().max() > 1e-3
@@ -129,16 +129,16 @@ def test_step_sizes_start_between_a_thousandth_and_a_tenth() -> None:
     assert 0.03 < dt.max() < 0.1001
 
 
-def test_step_sizes_and_decay_rates_start_where_they_are_asked_to() -> None:
+def test_step_sizes_and_decay_rates_start_in_the_given_ranges() -> None:
     mixer = Mamba2Mixer(512, **SMALL, dt_init=(0.2, 0.8), A_init=(0.5, 2.0))
-    for found, lowest, highest in ((F.softplus(mixer.dt_bias), 0.2, 0.8), (mixer.A_log.exp(), 0.5, 2.0)):
-        assert lowest * 0.999 < found.min() < lowest * 1.3
-        assert highest / 1.3 < found.max() < highest * 1.001
+    for values, lowest, highest in ((F.softplus(mixer.dt_bias), 0.2, 0.8), (mixer.A_log.exp(), 0.5, 2.0)):
+        assert lowest * 0.999 < values.min() < lowest * 1.3
+        assert highest / 1.3 < values.max() < highest * 1.001
 
 
 @pytest.mark.parametrize("name", ["dt_init", "A_init"])
 @pytest.mark.parametrize("range_", [(0.0, 1.0), (2.0, 1.0), (1.0, float("inf")), (-1.0, 1.0), (float("nan"), 1.0)])
-def test_a_range_that_is_none_is_refused(name: str, range_: tuple[float, float]) -> None:
+def test_an_invalid_range_is_rejected(name: str, range_: tuple[float, float]) -> None:
     with pytest.raises(ShapeError, match=rf"^{name} must be \(lowest, highest\) with 0 < lowest <= highest, received"):
         Mamba2Mixer(8, **SMALL, **{name: range_})
 
@@ -151,6 +151,6 @@ def test_a_range_that_is_none_is_refused(name: str, range_: tuple[float, float])
         ({"norm_groups": 3}, "norm_groups 3 must divide the inner width 16"),
     ],
 )
-def test_what_does_not_divide_says_which_number_to_change(options: dict[str, int], message: str) -> None:
+def test_the_message_names_the_number_that_does_not_divide(options: dict[str, int], message: str) -> None:
     with pytest.raises(ShapeError, match=f"^{message}$"):
         Mamba2Mixer(8, **{**SMALL, **options})

@@ -34,7 +34,7 @@ def test_gated_norm_gates_before_it_norms() -> None:
 
 @pytest.mark.parametrize("tokens", [3, 700])
 @pytest.mark.parametrize("groups", [1, 2, 8])
-def test_groups_are_normalised_apart_forward_and_backward(groups: int, tokens: int) -> None:
+def test_groups_are_normalized_separately_forward_and_backward(groups: int, tokens: int) -> None:
     norm, x, gate = GatedRMSNorm(64, groups=groups), torch.randn(tokens, 2, 64), torch.randn(tokens, 64)
     nn.init.normal_(norm.weight)
     values = [t.requires_grad_() for t in (x, gate, norm.weight)]
@@ -42,8 +42,8 @@ def test_groups_are_normalised_apart_forward_and_backward(groups: int, tokens: i
     expected, y = torch.cat(parts, -1) * norm.weight, norm(x, gate)
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
     weight = torch.randn_like(y)
-    for one, other in zip(*(torch.autograd.grad((t * weight).sum(), values) for t in (y, expected)), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    for grad, reference in zip(*(torch.autograd.grad((t * weight).sum(), values) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(grad, reference, atol=1e-4, rtol=1e-4)
 
 
 def test_swiglu() -> None:
@@ -64,7 +64,7 @@ def test_block_keeps_the_residual_in_fp32() -> None:
     assert block(torch.randn(1, 5, 8)).dtype == torch.float32
 
 
-def test_residual_scaling_touches_out_proj_only() -> None:
+def test_residual_scaling_changes_out_proj_only() -> None:
     block = Block(Mamba2Mixer(8, d_state=4, head_dim=4))
     before = {name: p.clone() for name, p in block.named_parameters()}
     scale_residual([block], 4)

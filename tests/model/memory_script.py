@@ -1,4 +1,4 @@
-"""Prints the peak of anonymous memory while a model is built and its weights are read, as a share of its parameters.
+"""Print the peak of anonymous memory while a model is built and loaded, as a share of its parameters' size.
 
 python memory_script.py RECIPE WEIGHTS DTYPE [override …]
 """
@@ -15,26 +15,26 @@ import ssmvl
 
 
 def anonymous() -> int:
-    """Bytes of this process that lie in memory and in no file."""
+    """Return the bytes of this process in memory that are not backed by a file."""
     (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon")]
     return int(line.split()[1]) * 1024
 
 
 def main(recipe: str, weights: str, dtype: str, *overrides: str) -> None:
-    ssmvl.build_model(recipe, *overrides, device="meta")  # what is imported and compiled is not counted
-    before, found, stop = anonymous(), [0], threading.Event()
+    ssmvl.build_model(recipe, *overrides, device="meta")  # do not count imports and compilation
+    before, sizes, stop = anonymous(), [0], threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.002):
-            found.append(anonymous())
+            sizes.append(anonymous())
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     model = ssmvl.build_model(recipe, *overrides, weights=weights, dtype=getattr(torch, dtype))
-    found.append(anonymous())
+    sizes.append(anonymous())
     stop.set()
     watcher.join()
-    print((max(found) - before) / sum(p.nbytes for p in model.parameters()))
+    print((max(sizes) - before) / sum(p.nbytes for p in model.parameters()))
 
 
 main(*sys.argv[1:])

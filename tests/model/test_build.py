@@ -1,3 +1,5 @@
+"""Building of models: devices, dtypes, overrides, weights, and components that violate their contract."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -24,7 +26,7 @@ def test_dtype_device_and_overrides() -> None:
     assert model.connector.layers[0].mixer.folding.count == 4
 
 
-def test_nothing_is_loaded_unless_asked() -> None:
+def test_weights_are_loaded_only_on_request() -> None:
     plain, loaded = (
         ssmvl.build_model("quickstart", weights=w).encoders["fine"].state_dict() for w in ("none", "recipe")
     )
@@ -32,12 +34,12 @@ def test_nothing_is_loaded_unless_asked() -> None:
     assert not torch.equal(plain[name], loaded[name])
 
 
-def test_weights_from_a_folder_without_any_name_the_file(tmp_path: Path) -> None:
+def test_a_directory_without_weights_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         ssmvl.build_model("quickstart", weights=tmp_path)
 
 
-def test_one_seed_one_model() -> None:
+def test_the_seed_determines_the_model() -> None:
     models = []
     for _ in range(2):
         torch.manual_seed(1)
@@ -45,13 +47,13 @@ def test_one_seed_one_model() -> None:
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
-def test_a_tokenizer_of_another_size_is_refused() -> None:
+def test_a_tokenizer_of_a_different_size_is_rejected() -> None:
     recipe = ssmvl.load_recipe("quickstart", "model.language.num_tokens=300")
     with pytest.raises(ContractError, match="num_tokens is 300, but tokenizer 'words' has 339 ids"):
         build_processor(recipe, ssmvl.build_model(recipe, device="meta"))
 
 
-def test_a_component_that_lacks_part_of_its_contract_is_named(install_plugin: Callable[..., None]) -> None:
+def test_a_component_that_violates_its_contract_is_named(install_plugin: Callable[..., None]) -> None:
     install_plugin(
         "halfway",
         "import ssmvl, torch\n"

@@ -1,4 +1,4 @@
-"""Weights of a folder of ours, read into the model of another recipe: refused where shapes hide a difference."""
+"""A saved model loaded with a different recipe: differences that shapes do not show are rejected."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refusal(saved: Path, *overrides: str) -> list[str]:
+def differences(saved: Path, *overrides: str) -> list[str]:
+    """Lines of the error that list differences between the saved model and a recipe."""
     with pytest.raises(CheckpointError) as error:
         ssmvl.build_model("quickstart", *overrides, weights=saved)
     first, *lines, last = str(error.value).splitlines()
-    assert first.startswith(f"{saved} holds weights of another model than ")
-    assert last == "write into the recipe what they were saved with, or build from the folder itself"
+    assert first.startswith(f"{saved} holds weights of a different model than ")
+    assert last == "change the recipe to match the saved one, or build from the directory itself"
     return [line.strip() for line in lines]
 
 
@@ -73,25 +74,25 @@ def each(layers: int, part: str, line: str) -> list[str]:
             ["model.fusion.order=[coarse, fine]"],
             ["fusion.order is ('coarse', 'fine'), the checkpoint needs ('fine', 'coarse')"],
         ),
-        (["model.language.tied=false"], ["language.lm_head is 'Linear', the checkpoint needs nothing"]),
+        (["model.language.tied=false"], ["language.lm_head is 'Linear', the checkpoint has none"]),
     ],
 )
-def test_what_differs_is_listed(saved: Path, overrides: list[str], lines: list[str]) -> None:
-    assert sorted(refusal(saved, *overrides)) == sorted(lines)
+def test_differences_are_listed(saved: Path, overrides: list[str], lines: list[str]) -> None:
+    assert sorted(differences(saved, *overrides)) == sorted(lines)
 
 
-def test_another_stem_differs_in_mean_and_std(saved: Path) -> None:
-    mean, std, *stem = refusal(saved, "model.encoders.fine.stem=coarse")
+def test_a_different_stem_has_a_different_mean_and_std(saved: Path) -> None:
+    mean, std, *stem = differences(saved, "model.encoders.fine.stem=coarse")
     assert mean == "encoders.fine.mean is (0.0, 0.0, 0.0), the checkpoint needs (0.5, 0.5, 0.5)"
     assert std == "encoders.fine.std is (1.0, 1.0, 1.0), the checkpoint needs (0.5, 0.5, 0.5)"
     assert stem
     assert all(line.startswith("encoders.fine.vit.patch_embed.layers.") for line in stem)
 
 
-def test_another_component_and_an_encoder_more(saved: Path) -> None:
+def test_a_different_component_and_an_additional_encoder(saved: Path) -> None:
     coarse = "model.encoders={extra: {name: digit_vit, stem: coarse}}"
-    assert refusal(saved, coarse, "model.fusion=sequence", "model.fusion.order=[fine, coarse, extra]") == [
-        "encoders.extra is 'ssmvl.vision.encoders.VitEncoder', the checkpoint needs nothing",
+    assert differences(saved, coarse, "model.fusion=sequence", "model.fusion.order=[fine, coarse, extra]") == [
+        "encoders.extra is 'ssmvl.vision.encoders.VitEncoder', the checkpoint has none",
         "fusion is 'ssmvl.vision.fusion.SequenceFusion', the checkpoint needs 'ssmvl.vision.fusion.ChannelFusion'",
         "connector.paths.order is 'ssmvl.scans.bsm', the checkpoint needs 'ssmvl.scans.bsm'",  # on three maps
         "connector.paths.grid is Grid(maps=3, rows=3, columns=3), the checkpoint needs Grid(maps=1, rows=3, columns=3)",
@@ -100,12 +101,12 @@ def test_another_component_and_an_encoder_more(saved: Path) -> None:
 
 
 def test_only_the_first_differences_are_listed(saved: Path) -> None:
-    assert refusal(saved, "model.language.num_layers=40")[-1] == "and 16 more"
+    assert differences(saved, "model.language.num_layers=40")[-1] == "and 16 more"
 
 
-def test_another_scan_order_of_the_same_shapes(saved: Path, install_plugin: Callable[..., None]) -> None:
+def test_a_different_scan_order_of_the_same_shapes(saved: Path, install_plugin: Callable[..., None]) -> None:
     install_plugin("twice", TWICE)
-    assert refusal(saved, "model.connector.scan_order=twice") == [
+    assert differences(saved, "model.connector.scan_order=twice") == [
         "connector.paths.order is 'twice.twice', the checkpoint needs 'ssmvl.scans.bsm'"
     ]
 
@@ -121,68 +122,68 @@ def test_another_scan_order_of_the_same_shapes(saved: Path, install_plugin: Call
         ["model.connector.scan_order=both"],
     ],
 )
-def test_equal_models_however_they_are_written(
+def test_equal_models_may_be_written_differently(
     saved: Path, overrides: list[str], install_plugin: Callable[..., None]
 ) -> None:
     install_plugin("both", BOTH)
     model = ssmvl.build_model("quickstart", *overrides, weights=saved).state_dict()
-    theirs = ssmvl.load(saved, device="cpu").model.state_dict()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.items())
+    expected = ssmvl.load(saved, device="cpu").model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.items())
 
 
-def test_a_default_left_out_here_and_written_out_there(saved: Path) -> None:
+def test_a_default_may_be_omitted(saved: Path) -> None:
     text = (saved / "recipe.yaml").read_text()
-    left_out = text.replace("      scan_order: bsm\n", "").replace("    scan_order: bsm\n", "")
-    assert left_out != text
+    omitted = text.replace("      scan_order: bsm\n", "").replace("    scan_order: bsm\n", "")
+    assert omitted != text
     try:
-        (saved / "recipe.yaml").write_text(left_out)
+        (saved / "recipe.yaml").write_text(omitted)
         ssmvl.build_model("quickstart", weights=saved)
     finally:
         (saved / "recipe.yaml").write_text(text)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (("msc_advanced", "msc_gone"), r"model\.connector: no connector named 'msc_gone'"),
-        (("model:", "modle:"), r"recipe\.yaml, which the weights were saved with, cannot be built: "),
+        (("msc_advanced", "msc_gone"), r"model\.connector: unknown connector 'msc_gone'"),
+        (("model:", "modle:"), r"recipe\.yaml, the recipe saved with the weights, cannot be built: "),
     ],
 )
-def test_a_saved_recipe_that_cannot_be_read(saved: Path, tmp_path: Path, change: tuple[str, str], said: str) -> None:
+def test_a_saved_recipe_that_cannot_be_read(saved: Path, tmp_path: Path, change: tuple[str, str], message: str) -> None:
     (tmp_path / "model.safetensors").symlink_to(saved / "model.safetensors")
     (tmp_path / "recipe.yaml").write_text((saved / "recipe.yaml").read_text().replace(*change))
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         ssmvl.build_model("quickstart", weights=tmp_path)
     (tmp_path / "recipe.yaml").unlink()
-    ssmvl.build_model("quickstart", weights=tmp_path)  # a file alone is compared by names and shapes
+    ssmvl.build_model("quickstart", weights=tmp_path)  # without a recipe, names and shapes are compared
 
 
-def test_a_saved_prompt_of_a_package_that_is_not_here(saved: Path, tmp_path: Path) -> None:
+def test_a_saved_prompt_of_a_missing_package(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(saved / "model.safetensors")
     text = (saved / "recipe.yaml").read_text()
     assert "name: mamba\n" in text
-    (tmp_path / "recipe.yaml").write_text(text.replace("name: mamba\n", "name: theirs\n"))
+    (tmp_path / "recipe.yaml").write_text(text.replace("name: mamba\n", "name: missing\n"))
     ssmvl.build_model("quickstart", weights=tmp_path)
 
 
-def test_a_saved_model_in_the_hub(saved: Path, hub: Hub) -> None:
+def test_a_saved_model_on_the_hub(saved: Path, hub: Hub) -> None:
     folder = hub.model("someone/small")
     for path in saved.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     model = ssmvl.build_model("quickstart", weights="someone/small")
-    written = read_tensors(saved / "model.safetensors")[0]
-    assert all(torch.equal(tensor, written[name]) for name, tensor in model.state_dict().items())
+    expected = read_tensors(saved / "model.safetensors")[0]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 VIT = "name: timm, model: vit_small_patch16_224"
 
 
 @pytest.mark.parametrize(
-    ("there", "here", "said"),
+    ("saved_encoder", "encoder", "message"),
     [
         (f"{VIT}.dino", f"{VIT}, weights: dino", ""),
         (f"{VIT}.dino", f"{VIT}.dino, image_size: 224", ""),
-        (f"{VIT}.augreg_in1k", f"{VIT}.augreg_in21k", ""),  # of one mean and std; the values are the file's
+        (f"{VIT}.augreg_in1k", f"{VIT}.augreg_in21k", ""),  # same mean and std; the values are those in the file
         (f"{VIT}.dino", VIT, "encoders.one.mean is (0.5, 0.5, 0.5), the checkpoint needs (0.485, 0.456, 0.406)"),
         (
             f"{VIT}, weights: dino",
@@ -193,14 +194,14 @@ VIT = "name: timm, model: vit_small_patch16_224"
         (f"{VIT}.dino", f"{VIT}.dino, image_size: 240", "encoders.one.grid is Grid(maps=1, rows=15"),
     ],
 )
-def test_the_tag_of_an_encoder_counts_where_it_decides_mean_and_std(
-    there: str, here: str, said: str, tmp_path: Path
+def test_the_tag_of_an_encoder_matters_if_it_determines_mean_and_std(
+    saved_encoder: str, encoder: str, message: str, tmp_path: Path
 ) -> None:
-    def recipe(encoder: str) -> ssmvl.Recipe:
+    def recipe(node: str) -> ssmvl.Recipe:
         others = ["model.encoders.fine=null", "model.encoders.coarse=null", "model.fusion.order=null"]
-        return ssmvl.load_recipe("quickstart", *others, f"model.encoders.one={{{encoder}}}")
+        return ssmvl.load_recipe("quickstart", *others, f"model.encoders.one={{{node}}}")
 
     write_tensors(tmp_path / "model.safetensors", {"language.none": torch.zeros(1)})
-    (tmp_path / "recipe.yaml").write_text(recipe(there).to_yaml())
-    with pytest.raises(CheckpointError, match=re.escape(said or "model.safetensors does not fit the model")):
-        ssmvl.build_model(recipe(here), weights=tmp_path)
+    (tmp_path / "recipe.yaml").write_text(recipe(saved_encoder).to_yaml())
+    with pytest.raises(CheckpointError, match=re.escape(message or "model.safetensors does not fit the model")):
+        ssmvl.build_model(recipe(encoder), weights=tmp_path)

@@ -1,4 +1,4 @@
-"""Costs of parts: against the parameters themselves, products counted by hand, and a real forward on the CPU."""
+"""Costs of parts, compared with parameter counts, products counted by hand, and a real forward on the CPU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Features(nn.Module):
 
 
 class OwnHead(MambaLM):
-    """A head that is not the embedding."""
+    """A language model whose head is not tied to the embedding."""
 
     def __init__(self) -> None:
         super().__init__(width=32, num_layers=1, num_tokens=50)
@@ -57,10 +57,10 @@ class OwnHead(MambaLM):
 
 
 def small(language: Callable[[], nn.Module], **encoders: nn.Module) -> VisionLanguageModel:
-    """On meta: the given encoders or one digit ViT, channel fusion, the three-layer MLP."""
+    """Build a model on meta: the given encoders or one digit ViT, channel fusion and a three-layer MLP."""
     with torch.device("meta"):
         encoders = encoders or {"coarse": digit_vit("coarse")}
-        widths, grids = ({n: getattr(e, what) for n, e in encoders.items()} for what in ("width", "grid"))
+        widths, grids = ({n: getattr(e, key) for n, e in encoders.items()} for key in ("width", "grid"))
         fusion = ChannelFusion(widths, grids)
         return VisionLanguageModel(encoders, fusion, MlpConnector(fusion.width, 32, fusion.grid), language())
 
@@ -74,7 +74,7 @@ def by_name(model: VisionLanguageModel, text: int = 7) -> dict[str, PartCost]:
 
 
 def whole_forward(model: VisionLanguageModel, text: int, device: str) -> Tensor:
-    """Logits of one image and `text` supervised positions after it."""
+    """Return the logits of `text` supervised positions after one image."""
     total = model.tokens_per_image + text
     return model(
         ids=torch.zeros(1, total, dtype=torch.int64, device=device),
@@ -118,15 +118,15 @@ def test_shapes_are_those_of_a_real_forward(quickstart: VisionLanguageModel, tex
 
 
 @torch.no_grad()
-def test_parts_together_do_the_work_of_the_whole_forward(quickstart: VisionLanguageModel) -> None:
+def test_parts_sum_to_the_whole_forward(quickstart: VisionLanguageModel) -> None:
     in_place = torch.ops.aten.baddbmm_
-    with FlopCounterMode(display=False, custom_mapping={in_place: by_hand_baddbmm}) as counter:
+    with FlopCounterMode(display=False, custom_mapping={in_place: baddbmm_flops}) as counter:
         whole_forward(quickstart, 300, "meta")
     assert counter.get_flop_counts()["Global"][in_place] > 0
     assert sum(cost.flops for cost in describe(quickstart, 300)) == counter.get_total_flops()
 
 
-def by_hand_baddbmm(_: torch.Size, a: torch.Size, b: torch.Size, **__: object) -> int:
+def baddbmm_flops(_: torch.Size, a: torch.Size, b: torch.Size, **__: object) -> int:
     return 2 * a[0] * a[1] * a[2] * b[2]
 
 
@@ -163,12 +163,12 @@ def test_flops_of_mamba2_layers_by_hand(text: int) -> None:
 @pytest.mark.parametrize("text", [7, 300])
 def test_flops_of_mamba1_layers_by_hand(text: int) -> None:
     T, D, E, S, R = M + text, 32, 64, 4, 2
-    per_position = D * 2 * E + E * (R + 2 * S) + R * E + E * S + E * D  # E * S: what is read from the state
+    per_position = D * 2 * E + E * (R + 2 * S) + R * E + E * S + E * D  # the second E * S reads the state
     assert by_name(small(LANGUAGE["mamba1"]), text)["language.layers"].flops == 2 * 2 * T * per_position
 
 
 @pytest.mark.parametrize("language", LANGUAGE)
-def test_the_tied_head_counts_with_the_embedding(language: str) -> None:
+def test_the_tied_head_is_counted_with_the_embedding(language: str) -> None:
     model = small(LANGUAGE[language])
     costs, rows = by_name(model), model.language.vocab_rows
     assert costs["language.embedding"].parameters == costs["language.head"].tied == rows * 32
@@ -176,12 +176,12 @@ def test_the_tied_head_counts_with_the_embedding(language: str) -> None:
     assert [name for name, cost in costs.items() if cost.tied] == ["language.head"]
 
 
-def test_a_head_of_its_own_counts_as_head() -> None:
+def test_an_untied_head_is_counted_as_head() -> None:
     costs = by_name(small(OwnHead))
     assert [(cost.parameters, cost.tied) for cost in costs.values()][-3::2] == [(64 * 32, 0), (64 * 32, 0)]
 
 
-def test_a_part_that_stands_in_two_places_counts_once() -> None:
+def test_a_part_used_twice_is_counted_once() -> None:
     with torch.device("meta"):
         encoder = digit_vit("coarse")
     model = small(LANGUAGE["mamba2"], one=encoder, two=encoder)
@@ -191,7 +191,7 @@ def test_a_part_that_stands_in_two_places_counts_once() -> None:
     assert sum(cost.parameters for cost in costs.values()) == numel(model)
 
 
-def test_parameters_that_are_never_used_are_told() -> None:
+def test_unused_parameters_are_reported() -> None:
     model = small(LANGUAGE["mamba2"])
     vit = model.encoders["coarse"].vit
     costs = by_name(model)
@@ -212,12 +212,12 @@ def test_ml_mamba_at_its_published_size() -> None:
     assert not any(cost.unused for cost in costs.values())
 
 
-def test_a_model_with_numbers_is_refused() -> None:
-    with pytest.raises(ContractError, match=r"found on meta, the model is on cpu; build it with device='meta'"):
+def test_a_model_that_is_not_on_meta_is_rejected() -> None:
+    with pytest.raises(ContractError, match=r"computed on meta, but the model is on cpu; build it with device='meta'"):
         describe(ssmvl.build_model("quickstart"))
 
 
-def test_a_part_that_reads_numbers_is_named() -> None:
+def test_a_part_that_reads_values_is_named() -> None:
     class Reader(Features):
         def forward(self, pixels: Tensor) -> Tensor:
             return super().forward(pixels) * pixels.max().item()
@@ -226,7 +226,7 @@ def test_a_part_that_reads_numbers_is_named() -> None:
         describe(small(LANGUAGE["mamba2"], reader=Reader(8, Grid(1, 2, 3))))
 
 
-def test_a_part_may_switch_autocast_off() -> None:
+def test_a_part_may_disable_autocast() -> None:
     class InFullPrecision(Features):
         def forward(self, pixels: Tensor) -> Tensor:
             with torch.autocast(pixels.device.type, enabled=False), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -238,8 +238,8 @@ def test_a_part_may_switch_autocast_off() -> None:
     assert isinstance(torch.autocast, type)
 
 
-def test_meta_does_nothing_position_by_position() -> None:
-    """Else the published sizes would take minutes."""
+def test_nothing_runs_position_by_position_on_meta() -> None:
+    """Otherwise published sizes would take minutes."""
 
     class Calls(TorchDispatchMode):
         def __init__(self) -> None:
@@ -260,7 +260,7 @@ def test_meta_does_nothing_position_by_position() -> None:
     assert counts[0] == counts[1]
 
 
-def test_what_is_left_out_on_meta_gives_what_torch_gives() -> None:
+def test_operations_skipped_on_meta_return_what_torch_returns() -> None:
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return run_on_meta(func, args, kwargs or {})
@@ -277,4 +277,4 @@ def test_what_is_left_out_on_meta_gives_what_torch_gives() -> None:
             x.add_(full)
     values = torch.ones(2)
     assert run_on_meta(torch.ops.aten.exp_.default, (values,), {}) is values
-    assert values.tolist() == [1, 1]  # not run
+    assert values.tolist() == [1, 1]  # the operation did not run

@@ -1,4 +1,4 @@
-"""Weights by name: found, recognised, read into place."""
+"""Weights by name: finding, recognizing and loading them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SCRIPT = Path(__file__).with_name("memory_script.py")
 
 
 def state_spaces_file(folder: Path, width: int, layers: int) -> str:
-    """A language model of that size in the layout of state-spaces; returns its recipe node."""
+    """Write a language model in the layout of state-spaces; return its recipe node."""
     with torch.device("meta"):
         model = MambaLM(width=width, num_layers=layers, num_tokens=50277)
-    half = {"dtype": torch.float16}  # as the published ones are
+    half = {"dtype": torch.float16}  # like the published weights
     tensors = {f"backbone.{name}": torch.full(p.shape, 0.01, **half) for name, p in model.named_parameters()}
     tensors["lm_head.weight"] = tensors["backbone.embedding.weight"].clone()
     torch.save(tensors, folder / "pytorch_model.bin")
@@ -45,7 +45,7 @@ def share_of_memory(weights: str, dtype: str, *overrides: str) -> float:
 @pytest.mark.parametrize(
     ("width", "layers"), [(512, 8), pytest.param(1024, 48, marks=pytest.mark.slow)], ids=["small", "370m"]
 )
-def test_reading_takes_no_second_copy_of_the_weights(tmp_path: Path, width: int, layers: int) -> None:
+def test_loading_makes_no_second_copy_of_the_weights(tmp_path: Path, width: int, layers: int) -> None:
     language = f"model.language={state_spaces_file(tmp_path, width, layers)}"
     ratios = {"recipe": share_of_memory("recipe", "bfloat16", language)}
     model = ssmvl.build_model("quickstart", language)
@@ -55,7 +55,7 @@ def test_reading_takes_no_second_copy_of_the_weights(tmp_path: Path, width: int,
     assert max(ratios.values()) <= 1.1
 
 
-def test_a_plugins_layout_is_found(tmp_path: Path, install_plugin: Callable[..., None]) -> None:
+def test_the_layout_of_a_plugin_is_recognized(tmp_path: Path, install_plugin: Callable[..., None]) -> None:
     install_plugin(
         "other",
         "import ssmvl\n"
@@ -71,7 +71,7 @@ def test_a_plugins_layout_is_found(tmp_path: Path, install_plugin: Callable[...,
     assert torch.equal(target.layers[0].mixer.in_proj.weight, source.layers[0].mixer.in_proj.weight)
 
 
-def test_two_layouts_that_recognise_one_file_and_one_that_fails(
+def test_two_layouts_recognize_a_file_and_others_fail(
     tmp_path: Path, install_plugin: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_plugin(
@@ -98,11 +98,11 @@ def test_two_layouts_that_recognise_one_file_and_one_that_fails(
     )
     monkeypatch.setenv("SSMVL_DISABLE_PLUGINS", "greedy")
     components.cache_clear()
-    said = (
-        r"(?s)no registered layout.*checkpoint 'bad' failed: KeyError: 'missing'.*'odd' failed: .* must give a Layout "
-        r"or None, gave 5.*'part' failed: .* must be one of 'language', 'encoder', 'model', is 'langage'"
+    expected = (
+        r"(?s)no registered layout.*checkpoint 'bad' failed: KeyError: 'missing'.*'odd' failed: .* must return a "
+        r"Layout or None, returned 5.*'part' failed: .* must be one of 'language', 'encoder', 'model', received 'langage'"
     )
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=expected):
         open_weights(tmp_path / "x.safetensors", "language")
     source = MambaLM(width=64, num_layers=1, num_tokens=10)
     write_tensors(tmp_path / "y.safetensors", {f"backbone.{name}": t for name, t in source.state_dict().items()})
@@ -110,17 +110,17 @@ def test_two_layouts_that_recognise_one_file_and_one_that_fails(
     assert open_weights(tmp_path / "y.safetensors", "language").layout.part == "language"
 
 
-def test_names_that_nobody_knows(tmp_path: Path) -> None:
+def test_unknown_names(tmp_path: Path) -> None:
     write_tensors(tmp_path / "x.safetensors", {"a.b": torch.zeros(1)})
     with pytest.raises(
         CheckpointError, match=r"no registered layout recognizes its names \(a\.b, …\)\. Layouts: .*ssmvl"
     ):
         open_weights(tmp_path / "x.safetensors", "model")
-    with pytest.raises(CheckpointError, match=r"nowhere: no such file or folder, and not a model of the hub"):
+    with pytest.raises(CheckpointError, match=r"nowhere: no such file or directory, and not a Hub model id"):
         open_weights("nowhere", "model")
 
 
-def test_a_whole_model_is_no_language_model(tmp_path: Path) -> None:
+def test_a_whole_model_is_not_a_language_model(tmp_path: Path) -> None:
     write_tensors(tmp_path / "model.safetensors", ssmvl.build_model("quickstart").state_dict())
     with pytest.raises(
         CheckpointError,
@@ -129,7 +129,7 @@ def test_a_whole_model_is_no_language_model(tmp_path: Path) -> None:
         open_weights(tmp_path, "language")
 
 
-def test_the_default_dtype_is_left_alone_and_every_value_is_read(tmp_path: Path) -> None:
+def test_the_default_dtype_is_restored_and_every_value_is_loaded(tmp_path: Path) -> None:
     source = ssmvl.build_model("quickstart")
     write_tensors(tmp_path / "model.safetensors", source.state_dict())
     before = torch.get_rng_state()
@@ -140,7 +140,7 @@ def test_the_default_dtype_is_left_alone_and_every_value_is_read(tmp_path: Path)
         assert torch.equal(tensor, source.state_dict()[name].double())
 
 
-def test_a_file_that_does_not_fit_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_is_rejected_before_any_allocation(tmp_path: Path) -> None:
     write_tensors(tmp_path / "model.safetensors", ssmvl.build_model("quickstart").state_dict())
     big = "model.language={width: 1000000, num_layers: 256}"  # 10 TB
     with pytest.raises(CheckpointError, match=r"(?s)does not fit the model.*and \d+ more"):
@@ -148,14 +148,14 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_made(tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["a--b/c", "-a/b", "a/b..c", "a/" + "b" * 200, "~nouser/x", "x" * 5000, "a\0b/c"])
-def test_odd_names_are_no_tracebacks(hub: Hub, name: str) -> None:
+def test_malformed_names_give_short_errors(hub: Hub, name: str) -> None:
     with pytest.raises(CheckpointError) as error:
         open_weights(name, "model")
     assert len(str(error.value)) < 1500
 
 
-def test_a_path_is_never_asked_of_the_hub(hub: Hub) -> None:
+def test_a_path_is_never_looked_up_on_the_hub(hub: Hub) -> None:
     for name in (Path("runs/quickstart"), "tests/quickstart.json", "nowhere"):
-        with pytest.raises(CheckpointError, match="no such file or folder, and not a model of the hub"):
+        with pytest.raises(CheckpointError, match="no such file or directory, and not a Hub model id"):
             open_weights(name, "model")
     assert hub.requests == []

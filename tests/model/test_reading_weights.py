@@ -1,4 +1,4 @@
-"""One way to weights: wrapped names, encoders of plugins, and the plugins that a saved model needs."""
+"""Weights of any origin: wrapped names, encoders of plugins, and the plugins that a saved model needs."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ PLAIN = ("model.fusion.order=null",)
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, Tensor]:
-    """Of the quickstart's model."""
+    """Tensors of the quickstart's model."""
     torch.manual_seed(3)
     return ssmvl.build_model("quickstart").state_dict()
 
 
-def assert_read(weights: str, tensors: Mapping[str, Tensor]) -> None:
-    found = ssmvl.build_model("quickstart", weights=weights).state_dict()
-    assert all(torch.equal(tensor, found[name]) for name, tensor in tensors.items())
+def assert_loaded(weights: str, tensors: Mapping[str, Tensor]) -> None:
+    loaded = ssmvl.build_model("quickstart", weights=weights).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in tensors.items())
 
 
 def lightning(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -76,27 +76,25 @@ def lightning(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
-def test_prefixes_of_wrappers_are_stripped_where_that_is_asked_for(
-    prefix: str, tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_prefixes_of_wrappers_are_stripped_on_request(prefix: str, tensors: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "wrapped.pt"
     torch.save({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, path)
     with pytest.raises(
         CheckpointError, match=r"Each name begins with '.*', which a wrapper adds; unwrap:PATH strips it"
     ):
         ssmvl.build_model("quickstart", weights=path)
-    assert_read(f"unwrap:{path}", tensors)
+    assert_loaded(f"unwrap:{path}", tensors)
 
 
 def test_a_checkpoint_of_lightning_is_unwrapped(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     torch.save(lightning(tensors), path)
-    assert_read(f"unwrap:{path}", tensors)
+    assert_loaded(f"unwrap:{path}", tensors)
     with pytest.raises(CheckpointError):
         ssmvl.build_model("quickstart", weights=path)
 
 
-def test_an_encoder_of_a_plugin_is_read_in_a_registered_layout(install_plugin: Install, tmp_path: Path) -> None:
+def test_an_encoder_of_a_plugin_is_loaded_in_a_registered_layout(install_plugin: Install, tmp_path: Path) -> None:
     install_plugin("zz-patches", ENCODER)
     weight, bias, path = torch.randn(16, 3, 16, 16), torch.randn(16), tmp_path / "patches.safetensors"
     write_tensors(path, {"patches.weight": weight, "patches.bias": bias})
@@ -113,14 +111,15 @@ def test_an_encoder_of_a_plugin_is_read_in_a_registered_layout(install_plugin: I
         ssmvl.build_model("quickstart", weights=path)
 
 
-def test_an_encoder_that_loads_its_own_weights_still_does(install_plugin: Install) -> None:
+def test_an_encoder_that_loads_its_own_weights_still_works(install_plugin: Install) -> None:
     install_plugin("zz-patches", ENCODER)
-    with pytest.warns(DeprecationWarning, match=r"Old\.load_weights: state a file as `weights` instead"):
+    expected = r"Old\.load_weights is deprecated .* 0\.4; name a file in `weights` instead"
+    with pytest.warns(DeprecationWarning, match=expected):
         model = ssmvl.build_model("quickstart", *PLAIN, "model.encoders.fine=old", weights="recipe")
     assert model.encoders["fine"].conv.bias.tolist() == [7] * 16
 
 
-def test_files_are_compared_once_and_before_anything_is_allocated(
+def test_files_are_compared_once_and_before_any_allocation(
     tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ssmvl.checkpoints.layouts import Layout
@@ -128,7 +127,7 @@ def test_files_are_compared_once_and_before_anything_is_allocated(
     write_tensors(tmp_path / "model.safetensors", tensors)
     fitted: list[str] = []
     fit = Layout.fit
-    monkeypatch.setattr(Layout, "fit", lambda *given: fitted.append(given[-1]) or fit(*given))
+    monkeypatch.setattr(Layout, "fit", lambda *arguments: fitted.append(arguments[-1]) or fit(*arguments))
     blueprint = Blueprint.of("quickstart")
     opened = opened_weights(blueprint, tmp_path / "model.safetensors")
     assert len(fitted) == 1

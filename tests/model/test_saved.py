@@ -1,4 +1,4 @@
-"""Saved models: in shards, to the hub and back, the language model for transformers."""
+"""Saved models: shards, the Hub, and the language model for transformers."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def assistant() -> Assistant:
 
 @pytest.fixture
 def one_group() -> Assistant:
-    """One that transformers has."""
+    """An assistant whose language model transformers supports."""
     recipe = ssmvl.load_recipe("quickstart", "model.language.mixer.num_groups=1")
     model = ssmvl.build_model(recipe)
     return Assistant(model, build_processor(recipe, model), recipe)
 
 
 def assert_equal(first: Assistant, second: Assistant) -> None:
-    ours, theirs = first.model.state_dict(), second.model.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    own, other = first.model.state_dict(), second.model.state_dict()
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[name], other[name]) for name in own)
     assert first.recipe.data == second.recipe.data
     assert first.processor.end == second.processor.end
 
@@ -56,7 +56,7 @@ def test_shards_are_bit_equal(assistant: Assistant, tmp_path: Path, monkeypatch:
     assert_equal(ssmvl.load(tmp_path / "model"), assistant)
 
 
-def test_a_shard_that_did_not_arrive(assistant: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_shard_is_named(assistant: Assistant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "SHARD", 10**6)
     assistant.save_pretrained(tmp_path / "model")
     max((tmp_path / "model").glob("model-*.safetensors")).unlink()
@@ -65,15 +65,15 @@ def test_a_shard_that_did_not_arrive(assistant: Assistant, tmp_path: Path, monke
 
 
 def test_to_the_hub_and_back(assistant: Assistant, tmp_path: Path, hub: Any) -> None:
-    address = assistant.push_to_hub("someone/small")
-    assert address.startswith(hub.url)
+    url = assistant.push_to_hub("someone/small")
+    assert url.startswith(hub.url)
     assert hub.files("someone/small")["README.md"].decode().startswith("---\nlibrary_name: ssmvl")
     assert_equal(ssmvl.load("someone/small"), assistant)
     hub.close()
     assert_equal(ssmvl.load("someone/small"), assistant)
 
 
-def test_a_push_over_a_larger_model_leaves_none_of_its_shards(
+def test_pushing_over_a_larger_model_removes_its_shards(
     assistant: Assistant, hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "SHARD", 10**6)
@@ -86,43 +86,41 @@ def test_a_push_over_a_larger_model_leaves_none_of_its_shards(
     assert_equal(ssmvl.load("someone/small"), other)
 
 
-def test_a_model_card_that_somebody_wrote_stays_in_the_hub(assistant: Assistant, hub: Any) -> None:
+def test_a_model_card_without_the_marker_is_kept_on_the_hub(assistant: Assistant, hub: Any) -> None:
     assistant.push_to_hub("someone/small")
     card = hub.model("someone/small") / "README.md"
-    ours = card.read_text()
-    card.write_text(ours.replace("fusion channel", "fusion of old"))
+    generated = card.read_text()
+    card.write_text(generated.replace("fusion channel", "fusion of old"))
     assistant.push_to_hub("someone/small")
-    assert card.read_text() == ours
+    assert card.read_text() == generated
     card.write_text("# Mine\n")
     assistant.push_to_hub("someone/small")
     assert card.read_text() == "# Mine\n"
 
 
 @pytest.mark.parametrize("name", ["small", "no such/model", "a/b/c", "", None, "a--b/c"])
-def test_a_push_to_what_names_no_model(assistant: Assistant, hub: Any, name: Any) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"names no model of the hub; write owner/model|cannot be pushed"
-    ) as caught:
+def test_pushing_to_a_malformed_id(assistant: Assistant, hub: Any, name: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"is not a Hub model id; write owner/model|cannot be pushed") as caught:
         assistant.push_to_hub(name)
     assert len(str(caught.value).splitlines()) == 1
     assert hub.requests == []
 
 
-def test_a_push_without_a_connection(assistant: Assistant, hub: Any) -> None:
+def test_pushing_without_a_connection(assistant: Assistant, hub: Any) -> None:
     hub.close()
-    with pytest.raises(CheckpointError, match=r"someone/small: cannot be pushed to the hub \("):
+    with pytest.raises(CheckpointError, match=r"someone/small cannot be pushed to the Hub \("):
         assistant.push_to_hub("someone/small")
 
 
-def test_what_the_hub_does_not_have(hub: Any) -> None:
-    with pytest.raises(CheckpointError, match="someone/none: no such file or folder here, and it cannot be fetched"):
+def test_a_missing_model_on_the_hub(hub: Any) -> None:
+    with pytest.raises(CheckpointError, match="someone/none: no such file or directory, and it cannot be downloaded"):
         ssmvl.load("someone/none")
     hub.model("someone/empty").joinpath("notes.json").write_text("{}")
     with pytest.raises(CheckpointError, match="holds no saved model"):
         ssmvl.load("someone/empty")
 
 
-def test_nothing_is_fetched_that_nobody_asked_for(hub: Any) -> None:
+def test_nothing_is_downloaded_without_a_request(hub: Any) -> None:
     language = "model.language={weights: someone/big}"
     timm = "model.encoders.fine={name: timm, model: vit_tiny_patch16_224, weights: augreg_in21k_ft_in1k}"
     clip = "model.encoders.coarse={name: open_clip, model: ViT-B-16-quickgelu, weights: openai}"
@@ -152,7 +150,7 @@ def test_the_language_model_for_transformers(one_group: Assistant, tmp_path: Pat
     assistant.save_language(tmp_path / "language")
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval()
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "language")
     transformers.logging.set_verbosity(before)
     ids = torch.tensor([tokenizer("What is in row 2?").input_ids])
@@ -161,28 +159,28 @@ def test_the_language_model_for_transformers(one_group: Assistant, tmp_path: Pat
     language: Any = assistant.model.language
     with torch.no_grad():
         expected = language.head(language.backbone(language.embed(ids)))
-        torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(reference(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_language_model_of_transformers_itself(tmp_path: Path, assistant: Assistant) -> None:
+def test_a_language_model_built_by_transformers(tmp_path: Path, assistant: Assistant) -> None:
     config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config |= {"intermediate_size": 48, "vocab_size": 400, "tie_word_embeddings": True}
     recipe = ssmvl.load_recipe("quickstart", f"model.language={{name: causal_lm, num_tokens: 339, config: {config}}}")
     own = Assistant(ssmvl.build_model(recipe), assistant.processor, recipe)
     own.save_language(tmp_path / "language")
-    theirs, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval(), torch.tensor([[3, 1, 4]])
+    reference, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval(), torch.tensor([[3, 1, 4]])
     language: Any = own.model.language
     with torch.no_grad():
-        torch.testing.assert_close(theirs(ids).logits, language.head(language.backbone(language.embed(ids))))
+        torch.testing.assert_close(reference(ids).logits, language.head(language.backbone(language.embed(ids))))
 
 
-def test_transformers_stops_where_an_answer_ends(tmp_path: Path, assistant: Assistant) -> None:
-    """Its own models too, whose config names another end."""
+def test_transformers_stops_at_our_end_token(tmp_path: Path, assistant: Assistant) -> None:
+    """This includes its own models, even if their config has a different end token."""
     config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config |= {"intermediate_size": 48, "vocab_size": 400, "eos_token_id": 2}
     tokens = assistant.processor.tokenizer.get_vocab_size()
-    theirs = f"model.language={{name: causal_lm, num_tokens: {tokens}, config: {config}}}"
-    for name, overrides in (("ours", ["model.language.mixer.num_groups=1"]), ("theirs", [theirs])):
+    causal_lm = f"model.language={{name: causal_lm, num_tokens: {tokens}, config: {config}}}"
+    for name, overrides in (("ours", ["model.language.mixer.num_groups=1"]), ("transformers", [causal_lm])):
         recipe = ssmvl.load_recipe("quickstart", *overrides)
         model, end = ssmvl.build_model(recipe), assistant.processor.end_id
         Assistant(model, assistant.processor, recipe).save_language(tmp_path / name)
@@ -195,17 +193,17 @@ def test_transformers_stops_where_an_answer_ends(tmp_path: Path, assistant: Assi
         assert language.generate(ids, do_sample=False, max_new_tokens=8)[0].tolist() == [3, 1, 4, end]
 
 
-def test_a_language_model_that_transformers_has_not(assistant: Assistant, tmp_path: Path) -> None:
-    recipe = ssmvl.load_recipe("quickstart")  # of four groups, but one norm
+def test_a_language_model_that_transformers_does_not_support(assistant: Assistant, tmp_path: Path) -> None:
+    recipe = ssmvl.load_recipe("quickstart")  # four groups, but one norm
     other = Assistant(ssmvl.build_model(recipe), assistant.processor, recipe)
-    with pytest.raises(ContractError, match="norm_groups must be num_groups, which is 4, but is 1"):
+    with pytest.raises(ContractError, match="norm_groups must equal num_groups, which is 4, but is 1"):
         other.save_language(tmp_path / "language")
     assert not (tmp_path / "language").exists()
 
 
-def flip(path: Path, at: int) -> None:
+def flip(path: Path, index: int) -> None:
     data = bytearray(path.read_bytes())
-    data[at] ^= 1
+    data[index] ^= 1
     path.write_bytes(data)
 
 
@@ -222,14 +220,14 @@ def test_a_flipped_byte_is_found_and_its_file_named(
     path = max(folder.glob("*.safetensors"))
     flip(path, path.stat().st_size - 3)
     for read in (lambda: ssmvl.load(folder), lambda: ssmvl.build_model("quickstart", weights=folder)):
-        with pytest.raises(CheckpointError, match=rf"{path.name}: is damaged, its SHA-256 digest is not the one"):
+        with pytest.raises(CheckpointError, match=rf"{path.name}: is damaged: its SHA-256 digest does not match"):
             read()
     assert ssmvl.load(folder, verify=False).model is not None
     (folder / "SHA256SUMS").unlink()
     assert ssmvl.load(folder).model is not None
 
 
-def test_a_folder_of_an_earlier_version_has_no_digests_and_loads(assistant: Assistant, tmp_path: Path) -> None:
+def test_a_model_of_an_earlier_version_without_digests_loads(assistant: Assistant, tmp_path: Path) -> None:
     assistant.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "SHA256SUMS").unlink()
     assert_equal(ssmvl.load(tmp_path / "model"), assistant)
@@ -272,26 +270,24 @@ def not_a_number(model: Any) -> None:
         (pruned, r"missing connector\.layers\.0\.mixer\.in_proj\.weight"),
         (wider, r"language\.norm_f\.weight is \(64,\), the model has \(128,\)"),
         (not_a_number, r"1 of \d+ tensors are not finite: language\.norm_f\.weight"),
-        (lambda model: model.to("meta"), "a model on meta holds no weights"),
+        (lambda model: model.to("meta"), "a model on meta has no weights"),
         (eps, r"language\.norm_f\.eps is 0\.5, the recipe needs 1e-05"),
         (swapped_activation, r"connector\.stem\.1 is 'ReLU', the recipe needs 'GELU'"),
         (dynamic_int8, "are not tensors; quantized models cannot be saved"),
     ],
 )
-def test_what_could_not_be_loaded_again_is_not_written(
+def test_a_model_that_could_not_be_loaded_is_not_written(
     assistant: Assistant, tmp_path: Path, change: Callable[[Any], object], why: str
 ) -> None:
     assistant.save_pretrained(tmp_path / "model")
     changed = copy.deepcopy(assistant)
     change(changed.model)
-    with pytest.raises(CheckpointError, match=f"(?s)model is not written: .*{why}"):
+    with pytest.raises(CheckpointError, match=f"(?s)model was not written: .*{why}"):
         changed.save_pretrained(tmp_path / "model")
-    assert_equal(ssmvl.load(tmp_path / "model"), assistant)  # the older folder stays
+    assert_equal(ssmvl.load(tmp_path / "model"), assistant)  # the older model is kept
 
 
-def test_wrappers_and_merged_adapters_are_saved_under_the_models_own_names(
-    assistant: Assistant, tmp_path: Path
-) -> None:
+def test_wrappers_and_merged_adapters_are_saved_under_original_names(assistant: Assistant, tmp_path: Path) -> None:
     wrapped: Any = copy.deepcopy(assistant)
     wrapped.model.connector = torch.nn.DataParallel(torch.compile(wrapped.model.connector))
     wrapped.model.language.layers[0] = torch.compile(torch.nn.DataParallel(wrapped.model.language.layers[0]))
@@ -311,14 +307,14 @@ def test_wrappers_and_merged_adapters_are_saved_under_the_models_own_names(
     assert not torch.equal(adapted.model.state_dict()[name], assistant.model.state_dict()[name])
 
 
-def test_a_tokenizer_of_another_size_is_not_written(assistant: Assistant, tmp_path: Path) -> None:
+def test_a_tokenizer_of_a_different_size_is_not_written(assistant: Assistant, tmp_path: Path) -> None:
     other = copy.copy(assistant)
     other.processor = replace(assistant.processor, tokenizer=byte_tokenizer())
-    with pytest.raises(CheckpointError, match=r"the tokenizer has 257 ids, the language model \d+"):
+    with pytest.raises(CheckpointError, match=r"the tokenizer has 257 ids, but the language model has \d+"):
         other.save_pretrained(tmp_path / "model")
 
 
-def test_weights_that_two_layers_share_are_written_apart(assistant: Assistant, tmp_path: Path) -> None:
+def test_weights_shared_by_two_layers_are_written_twice(assistant: Assistant, tmp_path: Path) -> None:
     shared: Any = copy.deepcopy(assistant)
     first, second, *_ = shared.model.language.layers
     second.mixer.in_proj.weight = first.mixer.in_proj.weight
@@ -326,15 +322,15 @@ def test_weights_that_two_layers_share_are_written_apart(assistant: Assistant, t
     assert_equal(ssmvl.load(tmp_path / "model"), shared)
 
 
-def test_a_prompt_that_the_recipe_does_not_name_is_not_lost(assistant: Assistant, tmp_path: Path) -> None:
+def test_a_prompt_other_than_the_recipes_is_rejected(assistant: Assistant, tmp_path: Path) -> None:
     other = copy.copy(assistant)
     other.processor = replace(assistant.processor, prompt=VicunaPrompt())
-    with pytest.raises(CheckpointError, match="prompt is VicunaPrompt, the recipe's is MambaPrompt"):
+    with pytest.raises(CheckpointError, match="prompt is VicunaPrompt, but the recipe's is MambaPrompt"):
         other.save_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize("change", [not_a_number, lora, eps])
-def test_a_language_model_alone_is_checked_alike(
+def test_a_language_model_alone_is_checked_too(
     assistant: Assistant, tmp_path: Path, change: Callable[[Any], object]
 ) -> None:
     changed = copy.deepcopy(assistant)
@@ -344,14 +340,14 @@ def test_a_language_model_alone_is_checked_alike(
     assert not (tmp_path / "language").exists()
 
 
-def test_digests_that_lack_a_file_are_damaged(assistant: Assistant, tmp_path: Path) -> None:
+def test_digests_without_a_file_are_damaged(assistant: Assistant, tmp_path: Path) -> None:
     assistant.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "SHA256SUMS").write_text("")
-    with pytest.raises(CheckpointError, match=r"SHA256SUMS: is damaged, it does not list model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"SHA256SUMS: is damaged: it does not list model\.safetensors"):
         ssmvl.load(tmp_path / "model")
 
 
-def test_a_folder_of_version_1_begins_texts_as_it_was_trained(tmp_path: Path) -> None:
+def test_a_saved_model_of_version_1_begins_texts_as_in_its_training(tmp_path: Path) -> None:
     words = json.loads(load_tokenizer("words")[0].to_str())
     begin = {"SpecialToken": {"id": END, "type_id": 0}}
     single = [begin, {"Sequence": {"id": "A", "type_id": 0}}]
@@ -361,8 +357,8 @@ def test_a_folder_of_version_1_begins_texts_as_it_was_trained(tmp_path: Path) ->
     (tmp_path / "tokenizer.json").write_text(json.dumps(words))
     recipe = ssmvl.load_recipe("quickstart", f"model.tokenizer={tmp_path}")
     model = ssmvl.build_model(recipe)
-    made = Assistant(model, build_processor(recipe, model), recipe)
-    made.save_pretrained(tmp_path / "model")
+    assistant = Assistant(model, build_processor(recipe, model), recipe)
+    assistant.save_pretrained(tmp_path / "model")
     about = tmp_path / "model" / "ssmvl.json"
     for version, begins in ((2, True), (1, False)):
         about.write_text(about.read_text().replace('"format_version": 2', f'"format_version": {version}'))

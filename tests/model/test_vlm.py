@@ -1,3 +1,5 @@
+"""VisionLanguageModel: packing, images, prefill and steps, and the memory of a long prompt."""
+
 from __future__ import annotations
 
 import subprocess
@@ -28,37 +30,37 @@ def processor(model: VisionLanguageModel) -> Processor:
 
 
 def samples(processor: Processor, images: list[int]) -> list[dict[str, Any]]:
-    """One for each number: that many images, and texts of different lengths."""
-    made = []
+    """Return one sample for each number of images, with texts of different lengths."""
+    encoded = []
     for i, count in enumerate(images):
-        pictures = [Image.new("RGB", (48, 48), (40 * i, 90 * k, 200)) for k in range(count)]
+        own = [Image.new("RGB", (48, 48), (40 * i, 90 * k, 200)) for k in range(count)]
         talk = [{"role": "user", "content": "q" * (3 * i)}, {"role": "assistant", "content": "a" * (i + 1)}]
-        made.append(processor.encode(talk, pictures, train=True))
-    return made
+        encoded.append(processor.encode(talk, own, train=True))
+    return encoded
 
 
 def batch(processor: Processor, images: list[int]) -> Batch:
     return collate(samples(processor, images))
 
 
-def test_logits_are_given_at_supervised_positions_only(model: VisionLanguageModel, processor: Processor) -> None:
+def test_logits_are_computed_at_supervised_positions_only(model: VisionLanguageModel, processor: Processor) -> None:
     given = batch(processor, [1, 0, 2])
     assert model(**pad(given)).shape == (len(given["labels"]), model.language.vocab_rows)
 
 
-def test_packed_and_padded_give_one_loss_and_one_gradient(model: VisionLanguageModel, processor: Processor) -> None:
-    found = []
+def test_packed_and_padded_give_the_same_loss_and_gradient(model: VisionLanguageModel, processor: Processor) -> None:
+    outputs = []
     for layout in (pad, pack):
         model.zero_grad()
         given = batch(processor, [1, 0, 2, 1])
         logits = model(**layout(given))
         torch.nn.functional.cross_entropy(logits, given["labels"]).backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        found.append((logits.detach(), gradients))
-    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-4)
-    assert found[0][1].keys() == found[1][1].keys()
-    for name, gradient in found[0][1].items():
-        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+        outputs.append((logits.detach(), gradients))
+    torch.testing.assert_close(outputs[0][0], outputs[1][0], atol=1e-5, rtol=1e-4)
+    assert outputs[0][1].keys() == outputs[1][1].keys()
+    for name, gradient in outputs[0][1].items():
+        torch.testing.assert_close(outputs[1][1][name], gradient, atol=1e-5, rtol=1e-3, msg=name)
 
 
 def test_each_sample_sees_its_own_images(model: VisionLanguageModel, processor: Processor) -> None:
@@ -66,11 +68,11 @@ def test_each_sample_sees_its_own_images(model: VisionLanguageModel, processor: 
     changed = batch(processor, [1, 2, 1])
     (spec,) = changed["images"]
     changed["images"][spec][1] = 255 - changed["images"][spec][1]  # the second sample's first image
-    moved = (model(**pack(changed)) - together).abs().amax(1) > 1e-4
-    assert moved.tolist() == [False] * 2 + [True] * 3 + [False] * 4
+    differs = (model(**pack(changed)) - together).abs().amax(1) > 1e-4
+    assert differs.tolist() == [False] * 2 + [True] * 3 + [False] * 4
 
 
-def test_a_batch_of_text_only_reaches_every_part_with_gradient_zero(
+def test_a_batch_without_images_gives_every_part_a_zero_gradient(
     model: VisionLanguageModel, processor: Processor
 ) -> None:
     model.zero_grad()
@@ -78,12 +80,12 @@ def test_a_batch_of_text_only_reaches_every_part_with_gradient_zero(
     assert all(p.grad is not None and not p.grad.any() for p in model.connector.parameters())
 
 
-def test_images_and_places_that_differ_in_number_are_refused(model: VisionLanguageModel, processor: Processor) -> None:
+def test_there_must_be_an_image_for_all_image_places(model: VisionLanguageModel, processor: Processor) -> None:
     inputs = pack(batch(processor, [1, 1]))
     (spec,) = inputs["images"]
-    with pytest.raises(ShapeError, match="1 images of 9 visual tokens do not fill 18 places"):
+    with pytest.raises(ShapeError, match="1 images of 9 visual tokens do not fill 18 image places"):
         model(**{**inputs, "images": {spec: inputs["images"][spec][:1]}})
-    with pytest.raises(ShapeError, match="do not fill 18 places"):
+    with pytest.raises(ShapeError, match="do not fill 18 image places"):
         model(**{**inputs, "images": {spec: inputs["images"][spec][:0]}})
 
 
@@ -92,11 +94,11 @@ import resource, sys, torch, ssmvl
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 narrow = ("model.language.num_layers=1", "model.language.width=256", "model.connector.num_layers=1")
 model = ssmvl.build_model("quickstart", *narrow).eval()
-visual, places = torch.zeros(2, 9, 256), torch.arange(18)
+visual, positions = torch.zeros(2, 9, 256), torch.arange(18)
 @torch.no_grad()
 def read(length):
     ids = torch.zeros(1, length, dtype=torch.long)
-    return model.prefill(ids, torch.tensor([length]), visual, places, model.language.new_state(1))
+    return model.prefill(ids, torch.tensor([length]), visual, positions, model.language.new_state(1))
 read(2048)
 before = peak()
 read(65536)

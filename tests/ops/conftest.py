@@ -4,7 +4,7 @@ import pytest
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line for each backend and op that test_parity.py did not run, with the reason."""
+    """Print one line for each backend and op that test_parity.py did not run, with the reason."""
     skipped = terminalreporter.stats.get("skipped", [])
     lines = {value for report in skipped for name, value in report.user_properties if name == "not run"}
     if lines:

@@ -1,4 +1,4 @@
-"""Stand-ins for mamba-ssm and causal-conv1d: their argument layouts, what they refuse, and a plain loop.
+"""Stand-ins for mamba-ssm and causal-conv1d: the argument checks of the originals, and a plain loop.
 
 Sources: state-spaces/mamba mamba_ssm/ops/triton/ssd_combined.py, mamba_ssm/ops/selective_scan_interface.py and
 csrc/selective_scan/selective_scan.cpp; Dao-AILab/causal-conv1d causal_conv1d_interface.py and csrc/causal_conv1d.cpp.
@@ -21,7 +21,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def loop(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h: Tensor, marks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """x (B, L, H, P), dt (B, L, H), A (H, S), B and C (B, L, H, S), h (B, H, P, S), all in fp32."""
+    """The recurrence, all in fp32: x (B, L, H, P), dt (B, L, H), A (H, S), B and C (B, L, H, S), h (B, H, P, S)."""
     ys = []
     before = None
     for t in range(x.shape[1]):
@@ -160,7 +160,7 @@ def causal_conv1d_fn(
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put them where the real packages are imported from."""
+    """Install the stand-ins under the names of the real packages."""
     contents = {
         "mamba_ssm": {},
         "mamba_ssm.ops": {},

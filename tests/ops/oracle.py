@@ -1,4 +1,4 @@
-"""The ops over sequences, written out position by position in fp64; no code of the ops is used."""
+"""Reference implementations of the ops over sequences, position by position in fp64; they use no code of the ops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 Values = dict[str, Any]
 
-SEQUENCES = ("x", "dt", "B", "C")  # the arguments with one entry a position
+SEQUENCES = ("x", "dt", "B", "C")  # the arguments with one entry per position
 HEADS = ((2, 1), (4, 2), (3, 3))  # heads and groups
 
 
@@ -27,7 +27,7 @@ def inputs(
     scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> Values:
-    """Every tensor argument but dt_bias. Step sizes are below `scale`, rates in -1.1…-0.1."""
+    """Every tensor argument except dt_bias. Step sizes are below `scale`, rates A in -1.1…-0.1."""
     per_head = (width,) if op == "ssd" else ()
     return {
         "x": torch.randn(rows, length, heads, *per_head, dtype=dtype),
@@ -42,7 +42,7 @@ def inputs(
 
 @st.composite
 def calls(draw: st.DrawFn, op: str, max_length: int = 40) -> Values:
-    """Arguments with dt |A| at most 20, with and without each optional one."""
+    """Arguments with dt |A| at most 20, with and without each optional argument."""
     torch.manual_seed(draw(st.integers(0, 999)))
     heads, groups = draw(st.sampled_from(HEADS))
     rows, length = draw(st.integers(1, 3)), draw(st.integers(1, max_length))
@@ -75,14 +75,14 @@ def recurrence(
     segments: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The op whose shapes these are, in fp64."""
+    """The op with these shapes, in fp64."""
     x, dt, A, B, C = (t.double() for t in (x, dt, A, B, C))
-    one_number_a_head = x.ndim == 3
-    if one_number_a_head:
+    is_selective_scan = x.ndim == 3
+    if is_selective_scan:
         x, state = x[..., None], None if state is None else state[:, :, None]
     rows, length, heads, width = x.shape
     groups, size = B.shape[2:]
-    rates = A if one_number_a_head else A[:, None].expand(heads, size)
+    rates = A if is_selective_scan else A[:, None].expand(heads, size)
     B, C = (torch.stack([t[:, :, head * groups // heads] for head in range(heads)], 2) for t in (B, C))
     if dt_bias is not None:
         dt = dt + dt_bias.double()
@@ -101,7 +101,7 @@ def recurrence(
     y = torch.stack(ys, 1) if ys else x
     if D is not None:
         y = y + D.double()[:, None] * x
-    return (y.squeeze(3), h.squeeze(2)) if one_number_a_head else (y, h)
+    return (y.squeeze(3), h.squeeze(2)) if is_selective_scan else (y, h)
 
 
 def convolution(
@@ -134,17 +134,17 @@ def convolution(
     return torch.stack(ys, 1) if ys else x, last
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    """Maximum error over maximum value."""
-    return float((found.double() - expected).abs().max() / expected.abs().max())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Maximum error divided by maximum value."""
+    return float((actual.double() - expected).abs().max() / expected.abs().max())
 
 
 def positions(values: Values, part: slice) -> Values:
-    """The same call over some of its positions."""
+    """The same call, restricted to some positions."""
     return {name: value[:, part] if name in SEQUENCES else value for name, value in values.items()}
 
 
 def row(values: Values, index: int) -> Values:
-    """The same call with one of its rows."""
+    """The same call, restricted to one row."""
     by_row = (*SEQUENCES, "state")
     return {name: value[index : index + 1] if name in by_row else value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""Arguments that do not fit are a ShapeError of one line, which names the numbers."""
+"""Arguments that do not fit raise a ShapeError with one line that names the numbers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def one_position(op: str) -> Values:
     return {name: value[:, 0] if name in SEQUENCES else value for name, value in inputs(op, ROWS, LENGTH).items()}
 
 
-def assert_refused(run: Callable[..., Any], values: Values, *parts: str) -> None:
+def assert_rejected(run: Callable[..., Any], values: Values, *parts: str) -> None:
     with pytest.raises(ShapeError) as error:
         run(**values)
     message = str(error.value)
@@ -51,7 +51,7 @@ def assert_refused(run: Callable[..., Any], values: Values, *parts: str) -> None
         assert part in message
 
 
-def test_the_arguments_that_the_others_change_are_accepted() -> None:
+def test_valid_arguments_are_accepted() -> None:
     for op, run in OPS.items():
         assert all(result.isfinite().all() for result in run(**valid(op)))
     for op, step in STEPS.items():
@@ -83,7 +83,7 @@ SHAPES = {
     },
     "causal_conv": {"weight": (3, 4), "bias": (3,), "window": (2, 3, 3)},
 }
-LEADS = {"B": (2, 3), "weight": (1,)}  # axes of an argument that say what the others must be
+LEADS = {"B": (2, 3), "weight": (1,)}  # axes that set the sizes expected of other arguments
 
 
 @pytest.mark.parametrize(
@@ -96,20 +96,22 @@ LEADS = {"B": (2, 3), "weight": (1,)}  # axes of an argument that say what the o
         if axis not in LEADS.get(name, ())
     ],
 )
-def test_one_number_too_many(op: str, name: str, axis: int) -> None:
+def test_an_axis_that_is_too_long(op: str, name: str, axis: int) -> None:
     shape = SHAPES[op][name]
     wrong = longer(torch.rand(shape), axis)
-    assert_refused(OPS[op], valid(op) | {name: wrong}, f"{name} must have shape {shape}, received {tuple(wrong.shape)}")
+    assert_rejected(
+        OPS[op], valid(op) | {name: wrong}, f"{name} must have shape {shape}, received {tuple(wrong.shape)}"
+    )
 
 
 @pytest.mark.parametrize(
     ("op", "name"), [(op, name) for op, shapes in SHAPES.items() for name in shapes if name != "B"]
 )
-def test_an_axis_missing(op: str, name: str) -> None:
+def test_a_missing_axis(op: str, name: str) -> None:
     shape = SHAPES[op][name]
     wrong = torch.rand(shape[1:])
-    expected = "(3, W)" if name == "weight" else shape  # nothing else says how many taps there are
-    assert_refused(
+    expected = "(3, W)" if name == "weight" else shape  # no other argument sets the number of taps
+    assert_rejected(
         OPS[op], valid(op) | {name: wrong}, f"{name} must have shape {expected}, received {tuple(wrong.shape)}"
     )
 
@@ -117,34 +119,34 @@ def test_an_axis_missing(op: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("op", "name"), [("ssd", "x"), ("ssd", "B"), ("selective_scan", "x"), ("selective_scan", "B"), ("causal_conv", "x")]
 )
-def test_an_axis_missing_of_what_the_others_are_checked_by(op: str, name: str) -> None:
+def test_a_missing_axis_of_an_argument_that_sets_sizes(op: str, name: str) -> None:
     wrong = valid(op)[name][0]
-    assert_refused(OPS[op], valid(op) | {name: wrong}, f"{tuple(wrong.shape)}")
+    assert_rejected(OPS[op], valid(op) | {name: wrong}, f"{tuple(wrong.shape)}")
 
 
 @both
 @pytest.mark.parametrize(("heads", "groups"), [(3, 2), (2, 3), (4, 3), (4, 0)])
-def test_heads_that_are_no_multiple_of_groups(op: str, heads: int, groups: int) -> None:
+def test_heads_not_divisible_by_groups(op: str, heads: int, groups: int) -> None:
     message = f"{heads} heads cannot share {groups} groups; num_groups must divide the number of heads"
     values = inputs(op, ROWS, LENGTH, heads, groups)
-    assert_refused(OPS[op], values, message)
+    assert_rejected(OPS[op], values, message)
     now = {name: value[:, 0] if name in SEQUENCES else value for name, value in values.items()}
-    assert_refused(STEPS[op], now, message)
+    assert_rejected(STEPS[op], now, message)
 
 
 @every_op
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
-        ([6, 7], "lengths[1] is 7; rows have 0…6 positions"),
-        ([-1, 9], "lengths[0] is -1; rows have 0…6 positions"),
+        ([6, 7], "lengths[1] must be in 0…6, received 7"),
+        ([-1, 9], "lengths[0] must be in 0…6, received -1"),
         ([3, 3, 3], "lengths must have shape (2,), received (3,)"),
         ([3], "lengths must have shape (2,), received (1,)"),
         ([[3, 3]], "lengths must have shape (2,), received (1, 2)"),
     ],
 )
 def test_lengths(op: str, lengths: list[int], message: str) -> None:
-    assert_refused(OPS[op], valid(op) | {"lengths": torch.tensor(lengths)}, message)
+    assert_rejected(OPS[op], valid(op) | {"lengths": torch.tensor(lengths)}, message)
 
 
 @every_op
@@ -165,8 +167,10 @@ def test_lengths(op: str, lengths: list[int], message: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_segments(op: str, segments: list[int], message: str, dtype: torch.dtype) -> None:
     rows = torch.tensor([[0, 0, 1, 1, 2, -1], segments], dtype=dtype)
-    assert_refused(OPS[op], without_a_state(op) | {"segments": rows}, message)
-    assert_refused(OPS[op], without_a_state(op) | {"segments": rows}, "segments", "count 0, 1, 2, …")
+    assert_rejected(OPS[op], without_a_state(op) | {"segments": rows}, message)
+    assert_rejected(
+        OPS[op], without_a_state(op) | {"segments": rows}, "number segments 0, 1, 2, …, then -1 for padding"
+    )
 
 
 @every_op
@@ -174,36 +178,36 @@ def test_segments(op: str, segments: list[int], message: str, dtype: torch.dtype
 def test_segments_of_the_wrong_shape(op: str, shape: tuple[int, ...]) -> None:
     segments = torch.zeros(shape, dtype=torch.int32)
     message = f"segments must have shape (2, 6), received {shape}"
-    assert_refused(OPS[op], without_a_state(op) | {"segments": segments}, message)
+    assert_rejected(OPS[op], without_a_state(op) | {"segments": segments}, message)
 
 
 @every_op
 def test_no_rows(op: str) -> None:
     by_row = (*SEQUENCES, "state", "window")
     values = {name: value[:0] if name in by_row else value for name, value in valid(op).items()}
-    assert_refused(OPS[op], values, "a batch of no rows; give at least one (a row may have length 0)")
+    assert_rejected(OPS[op], values, "the batch has no rows; pass at least one (its length may be 0)")
 
 
 @both
 def test_a_step_of_no_rows(op: str) -> None:
     by_row = (*SEQUENCES, "state")
     values = {name: value[:0] if name in by_row else value for name, value in one_position(op).items()}
-    assert_refused(STEPS[op], values, "a batch of no rows")
+    assert_rejected(STEPS[op], values, "the batch has no rows")
 
 
 def test_a_convolution_step_of_no_rows() -> None:
     values = convolution() | {"x": torch.zeros(0, 3), "window": torch.zeros(0, 3, 3)}
-    assert_refused(causal_conv_step, values, "a batch of no rows")
+    assert_rejected(causal_conv_step, values, "the batch has no rows")
 
 
 @every_op
-def test_what_excludes_each_other(op: str) -> None:
+def test_mutually_exclusive_arguments(op: str) -> None:
     segments = torch.zeros(ROWS, LENGTH, dtype=torch.int32)
     state = "window" if op == "causal_conv" else "state"
-    assert_refused(OPS[op], valid(op) | {"segments": segments}, f"a {state} and segments exclude each other")
+    assert_rejected(OPS[op], valid(op) | {"segments": segments}, f"{state} and segments are mutually exclusive")
     lengths = torch.tensor([1, 2])
     both_marks = without_a_state(op) | {"segments": segments, "lengths": lengths}
-    assert_refused(OPS[op], both_marks, "lengths and segments exclude each other", "-1")
+    assert_rejected(OPS[op], both_marks, "lengths and segments are mutually exclusive", "-1")
 
 
 @pytest.mark.parametrize(
@@ -214,11 +218,11 @@ def test_what_excludes_each_other(op: str) -> None:
         *(("selective_scan", "state", axis) for axis in range(3)),
     ],
 )
-def test_a_step_with_one_number_too_many(op: str, name: str, axis: int) -> None:
+def test_a_step_with_an_axis_that_is_too_long(op: str, name: str, axis: int) -> None:
     now = one_position(op)
     wrong = longer(now[name], axis)
     message = f"{name} must have shape {tuple(now[name].shape)}, received {tuple(wrong.shape)}"
-    assert_refused(STEPS[op], now | {name: wrong}, message)
+    assert_rejected(STEPS[op], now | {name: wrong}, message)
 
 
 @both
@@ -227,30 +231,30 @@ def test_a_step_with_weights_that_do_not_fit(op: str, name: str, wrong: int) -> 
     now = one_position(op) | {"dt_bias": torch.rand(4)}
     state = now["state"].clone()
     tensor = now[name][[0] * wrong]
-    assert_refused(STEPS[op], now | {name: tensor}, f"{tuple(now[name].shape)}", f"{tuple(tensor.shape)}")
+    assert_rejected(STEPS[op], now | {name: tensor}, f"{tuple(now[name].shape)}", f"{tuple(tensor.shape)}")
     assert torch.equal(now["state"], state)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 3), (2, 4, 3), (1, 3, 3), (2, 3, 4), (3, 3)])
 def test_a_convolution_step_with_a_wrong_window(shape: tuple[int, ...]) -> None:
     values = convolution() | {"x": torch.randn(2, 3), "window": torch.zeros(shape)}
-    assert_refused(causal_conv_step, values, f"window must have shape (2, 3, 3), received {shape}")
+    assert_rejected(causal_conv_step, values, f"window must have shape (2, 3, 3), received {shape}")
 
 
 @pytest.mark.parametrize(("name", "shape"), [("weight", (1, 4)), ("bias", (1,))])
 def test_a_convolution_step_with_weights_that_do_not_fit(name: str, shape: tuple[int, ...]) -> None:
     values = convolution() | {"x": torch.randn(2, 3), name: torch.randn(shape)}
-    assert_refused(causal_conv_step, values, f"{shape}")
+    assert_rejected(causal_conv_step, values, f"{shape}")
 
 
 @both
-def test_a_chunk_of_nothing(op: str) -> None:
-    assert_refused(OPS[op], valid(op) | {"chunk": 0}, "chunk must be at least 1, received 0")
+def test_a_chunk_of_0(op: str) -> None:
+    assert_rejected(OPS[op], valid(op) | {"chunk": 0}, "chunk must be at least 1, received 0")
 
 
 @both
 @pytest.mark.parametrize("limit", [(2.0, 1.0), (-1.0, 1.0)])
-def test_limits_that_are_no_interval(op: str, limit: tuple[float, float]) -> None:
+def test_limits_that_are_not_an_interval(op: str, limit: tuple[float, float]) -> None:
     with pytest.raises(ShapeError, match="0 <= lowest <= highest, received") as caught:
         OPS[op](**valid(op) | {"dt_limit": limit})
     assert str(limit) in str(caught.value)
@@ -258,18 +262,20 @@ def test_limits_that_are_no_interval(op: str, limit: tuple[float, float]) -> Non
 
 @pytest.mark.parametrize("op", list(OPS))
 @pytest.mark.parametrize("lengths", [torch.tensor([1.0, 2.0]), torch.zeros(2, dtype=torch.long, device="meta")])
-def test_lengths_that_are_no_integers_here(op: str, lengths: torch.Tensor) -> None:
+def test_lengths_of_the_wrong_dtype_or_device(op: str, lengths: torch.Tensor) -> None:
     message = f"lengths must be a tensor of int32 or int64 on cpu, received {lengths.dtype} on {lengths.device}"
-    assert_refused(OPS[op], valid(op) | {"lengths": lengths}, message)
+    assert_rejected(OPS[op], valid(op) | {"lengths": lengths}, message)
 
 
 @pytest.mark.parametrize("op", list(OPS))
-def test_inputs_that_are_no_floats(op: str) -> None:
-    assert_refused(
-        OPS[op], valid(op) | {"x": valid(op)["x"].int()}, "x must be of a floating dtype, received torch.int32"
+def test_inputs_with_an_integer_dtype(op: str) -> None:
+    assert_rejected(
+        OPS[op], valid(op) | {"x": valid(op)["x"].int()}, "x must have a floating-point dtype, received torch.int32"
     )
 
 
 @pytest.mark.parametrize("op", list(OPS))
 def test_a_list_of_lengths(op: str) -> None:
-    assert_refused(OPS[op], valid(op) | {"lengths": [1, 2]}, "must be a tensor of int32 or int64 on cpu, received list")
+    assert_rejected(
+        OPS[op], valid(op) | {"lengths": [1, 2]}, "must be a tensor of int32 or int64 on cpu, received list"
+    )

@@ -17,7 +17,7 @@ def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, window: Tens
 
 
 def tensors(rows: int, length: int, taps: int, channels: int = 3, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Input, weight, bias and window."""
+    """Random input, weight, bias and window."""
     shapes = (rows, length, channels), (channels, taps), (channels,), (rows, taps - 1, channels)
     return [torch.randn(*shape, dtype=dtype) for shape in shapes]
 
@@ -33,14 +33,14 @@ def test_equals_torch_forward_and_backward(  # a tile has 256 positions of one r
         theirs = by_torch(*arguments)
         torch.testing.assert_close(ours, theirs)
         weights = torch.randn_like(theirs)
-        found, expected = (torch.autograd.grad((y * weights).sum(), arguments) for y in (ours, theirs))
-        torch.testing.assert_close(found, expected)
+        grads, expected = (torch.autograd.grad((y * weights).sum(), arguments) for y in (ours, theirs))
+        torch.testing.assert_close(grads, expected)
 
 
 def test_fp32_equals_fp64() -> None:
-    given = tensors(2, 300, 4)
-    y, _ = causal_conv(*given[:3], window=given[3])
-    torch.testing.assert_close(y.double(), by_torch(*(t.double() for t in given)), atol=1e-5, rtol=1e-5)
+    inputs = tensors(2, 300, 4)
+    y, _ = causal_conv(*inputs[:3], window=inputs[3])
+    torch.testing.assert_close(y.double(), by_torch(*(t.double() for t in inputs)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("rows", "length", "taps"), [(1, 2, 4), (2, 7, 4), (2, 5, 1), (16, 22, 3)])
@@ -67,14 +67,14 @@ def test_inputs_and_gradients_of_any_layout() -> None:
     weight = torch.randn(4, 5, dtype=torch.float64).t().requires_grad_()
     bias = torch.randn(10, dtype=torch.float64)[::2].requires_grad_()
     window = torch.randn(2, 5, 3, dtype=torch.float64).transpose(1, 2).requires_grad_()
-    found = []
+    grads = []
     for y in (
         causal_conv(projected[..., 3:8], weight, bias, window=window)[0],
         by_torch(projected[..., 3:8], weight, bias, window),
     ):
         loss = y.sum() + y.transpose(1, 2).contiguous().pow(2).sum() + y[:, ::3].expand(3, *y[:, ::3].shape).sum()
-        found.append(torch.autograd.grad(loss, (projected, weight, bias, window)))
-    torch.testing.assert_close(*found)
+        grads.append(torch.autograd.grad(loss, (projected, weight, bias, window)))
+    torch.testing.assert_close(*grads)
 
 
 @settings(deadline=None, max_examples=40)
@@ -90,31 +90,31 @@ def test_splitting_equals_one_call(cut: int, taps: int) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=4), st.integers(1, 4), st.booleans())
-def test_rows_of_any_length_equal_the_row_alone(lengths: list[int], taps: int, begins: bool) -> None:
+def test_rows_of_any_length_equal_the_row_alone(lengths: list[int], taps: int, from_zeros: bool) -> None:
     x, weight, bias, before = tensors(len(lengths), 8, taps)
-    y, window = causal_conv(x, weight, bias, window=None if begins else before, lengths=torch.tensor(lengths))
+    y, window = causal_conv(x, weight, bias, window=None if from_zeros else before, lengths=torch.tensor(lengths))
     for row, length in enumerate(lengths):
         one = slice(row, row + 1)
-        expected, alone = causal_conv(x[one, :length], weight, bias, window=None if begins else before[one])
+        expected, alone = causal_conv(x[one, :length], weight, bias, window=None if from_zeros else before[one])
         torch.testing.assert_close(y[one, :length], expected)
         assert torch.equal(window[one], alone)
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(1, 4), st.integers(0, 4))
-def test_a_packed_row_equals_its_samples_apart(samples: list[int], taps: int, padding: int) -> None:
+def test_a_packed_row_equals_separate_samples(samples: list[int], taps: int, padding: int) -> None:
     x, weight, bias, _ = tensors(1, sum(samples) + padding, taps, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     marks = torch.repeat_interleave(torch.tensor([*range(len(samples)), -1]), torch.tensor([*samples, padding]))
     y = causal_conv(*leaves, segments=marks[None].int())[0][:, : sum(samples)]
-    apart = torch.cat([causal_conv(part, weight, bias)[0] for part in x[:, : sum(samples)].split(samples, 1)], 1)
-    torch.testing.assert_close(y, apart)
+    separate = torch.cat([causal_conv(part, weight, bias)[0] for part in x[:, : sum(samples)].split(samples, 1)], 1)
+    torch.testing.assert_close(y, separate)
     weights = torch.randn_like(y)
-    found, expected = (torch.autograd.grad((out * weights).sum(), leaves) for out in (y, apart))
-    torch.testing.assert_close(found, expected)
+    grads, expected = (torch.autograd.grad((out * weights).sum(), leaves) for out in (y, separate))
+    torch.testing.assert_close(grads, expected)
 
 
-def test_segments_that_meet_at_the_edge_of_a_tile() -> None:
+def test_segments_that_meet_at_a_tile_boundary() -> None:
     x, weight, bias, _ = tensors(1, 600, 4)
     samples = [1, 2, 256, 1, 255, 2, 83]
     marks = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(samples))[None]
@@ -134,7 +134,7 @@ def test_steps_equal_the_sequence(taps: int) -> None:
 
 
 @pytest.mark.parametrize("taps", [1, 4])
-def test_no_positions_leave_the_window_as_it_was(taps: int) -> None:
+def test_an_empty_sequence_leaves_the_window_unchanged(taps: int) -> None:
     x, weight, bias, window = tensors(2, 0, taps)
     y, after = causal_conv(x, weight, bias, window=window)
     assert y.shape == x.shape
@@ -156,10 +156,10 @@ def test_dtypes(autocast: bool) -> None:
 
 
 def test_gradients_under_autocast_equal_those_without() -> None:
-    given = [t.requires_grad_() for t in tensors(2, 30, 4)]
-    found = []
+    inputs = [t.requires_grad_() for t in tensors(2, 30, 4)]
+    grads = []
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            y, _ = causal_conv(*given[:3], window=given[3])
-            found.append(torch.autograd.grad(y.square().sum(), given))
-    assert all(map(torch.equal, *found))
+            y, _ = causal_conv(*inputs[:3], window=inputs[3])
+            grads.append(torch.autograd.grad(y.square().sum(), inputs))
+    assert all(map(torch.equal, *grads))

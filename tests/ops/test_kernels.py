@@ -1,4 +1,4 @@
-"""The door to the CUDA kernels, with stand-ins for them, through the public ops: what the torch backend computes."""
+"""Adapters for the CUDA kernels, called through the public ops with stand-in kernels, equal the torch backend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPS: dict[str, Callable[..., Any]] = {"ssd": ssd, "selective_scan": selective_sc
 @pytest.fixture(autouse=True)
 def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fake_kernels.install(monkeypatch)
-    torch.set_float32_matmul_precision("high")  # else fp32 is the torch backend's
+    torch.set_float32_matmul_precision("high")  # otherwise fp32 uses the torch backend
     for op, offer in backends.BACKENDS["mamba_ssm"].items():
         monkeypatch.setitem(backends.BACKENDS["mamba_ssm"], op, offer._replace(device=""))
     clear()
@@ -33,7 +33,7 @@ def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def clear() -> None:
     backends._choose.cache_clear()
-    backends._why_missing.cache_clear()
+    backends._import_failure.cache_clear()
 
 
 def convolution(rows: int = 2, length: int = 9, channels: int = 16, taps: int = 4) -> Values:
@@ -42,9 +42,9 @@ def convolution(rows: int = 2, length: int = 9, channels: int = 16, taps: int = 
 
 
 def assert_agree(op: str, values: Values, outputs: tuple[int, ...] = (0,)) -> None:
-    """Results, and the gradients of every tensor through these outputs."""
+    """Compare the results of both backends, and the gradients of every tensor through these outputs."""
     leaves = {k: v.requires_grad_() for k, v in values.items() if torch.is_tensor(v) and v.is_floating_point()}
-    found = []
+    by_backend = []
     for backend in ("mamba_ssm", "torch"):
         results = OPS[op](**values | leaves, backend=backend)
         total = sum(
@@ -52,8 +52,8 @@ def assert_agree(op: str, values: Values, outputs: tuple[int, ...] = (0,)) -> No
             for index in outputs
         )
         grads = torch.autograd.grad(total, tuple(leaves.values()), materialize_grads=True)
-        found.append([*results, *grads])
-    for name, ours, theirs in zip(("y", "state", *leaves), *found, strict=True):
+        by_backend.append([*results, *grads])
+    for name, ours, theirs in zip(("y", "state", *leaves), *by_backend, strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -90,7 +90,7 @@ CALLS: dict[str, tuple[str, Callable[[], Values]]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_the_door_equals_the_torch_backend(call: str) -> None:
+def test_the_adapters_equal_the_torch_backend(call: str) -> None:
     op, values = CALLS[call]
     assert_agree(op, values())
 
@@ -102,7 +102,7 @@ def test_gradients_through_the_final_state(state: bool) -> None:
 
 
 @pytest.mark.parametrize("state", [True, False])
-def test_the_scan_refuses_gradients_through_the_final_state(state: bool) -> None:
+def test_the_scan_rejects_gradients_through_the_final_state(state: bool) -> None:
     values = inputs("selective_scan", 2, 9)
     x = values["x"].requires_grad_()
     _, last = selective_scan(**values | ({} if state else {"state": None}), backend="mamba_ssm")
@@ -149,8 +149,8 @@ def test_a_window_of_any_layout() -> None:
 @pytest.mark.parametrize("op", ["ssd", "selective_scan"])
 def test_scans_of_any_layout(op: str) -> None:
     values = inputs(op, 2, 9)
-    apart = {name: value.mT.contiguous().mT if value.ndim > 1 else value for name, value in values.items()}
-    ours, theirs = (OPS[op](**apart, backend=backend) for backend in ("mamba_ssm", "torch"))
+    strided = {name: value.mT.contiguous().mT if value.ndim > 1 else value for name, value in values.items()}
+    ours, theirs = (OPS[op](**strided, backend=backend) for backend in ("mamba_ssm", "torch"))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -158,15 +158,15 @@ def test_scans_of_any_layout(op: str) -> None:
     ("op", "values", "reason"),
     [
         ("selective_scan", inputs("selective_scan", 2, 9) | {"state": None, "segments": MARKS}, "segments"),
-        ("causal_conv", convolution(channels=12), "channels no multiple of 8"),
-        ("causal_conv", convolution(taps=1), "taps other than 2 to 4"),
-        ("causal_conv", convolution(taps=5), "taps other than 2 to 4"),
+        ("causal_conv", convolution(channels=12), "channels not divisible by 8"),
+        ("causal_conv", convolution(taps=1), "a number of taps other than 2 to 4"),
+        ("causal_conv", convolution(taps=5), "a number of taps other than 2 to 4"),
         ("ssd", {k: v.double() for k, v in inputs("ssd", 1, 3).items()}, "torch.float64"),
         ("causal_conv", {k: v.double() for k, v in convolution().items()}, "torch.float64"),
     ],
 )
-def test_what_the_kernels_do_not_take(op: str, values: Values, reason: str) -> None:
-    with pytest.raises(BackendError, match=f"it does not take {reason}") as error:
+def test_calls_that_the_kernels_do_not_support(op: str, values: Values, reason: str) -> None:
+    with pytest.raises(BackendError, match=f"it does not support {reason}") as error:
         OPS[op](**values, backend="mamba_ssm")
     assert "\n" not in str(error.value)
     torch.testing.assert_close(OPS[op](**values), OPS[op](**values, backend="torch"))

@@ -1,4 +1,4 @@
-"""Every backend that this machine can run computes every op as defined: in fp64, written out in `oracle`."""
+"""Every backend that this machine can run computes every op as the fp64 reference in `oracle`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def call(op: str, case: str) -> Values:
 
 
 def not_run(backend: str, op: str, values: Values) -> str:
-    """Why not; "" if it is."""
+    """Reason that this call is not run, or ""."""
     offer = backends.BACKENDS[backend][op]
     device = offer.device or "cpu"
     if reason := backends.report(device)[backend][op]:
@@ -54,13 +54,13 @@ def not_run(backend: str, op: str, values: Values) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
     names = {"window": "a window"}
-    return backends._why_not(offer, device, {names.get(name, name) for name in values})
+    return backends._unusable_reason(offer, device, {names.get(name, name) for name in values})
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", backends.BACKENDS)
-def test_a_backend_computes_what_is_defined(
+def test_a_backend_equals_the_reference(
     backend: str, op: str, case: str, record_property: Callable[[str, object], None]
 ) -> None:
     values = call(op, case)
@@ -72,15 +72,15 @@ def test_a_backend_computes_what_is_defined(
     tensors = [name for name, value in values.items() if value.is_floating_point()]
     moved = {name: value.detach().to(device) for name, value in values.items()}
     exact = {name: value.double() if name in tensors else value for name, value in values.items()}
-    found = results(lambda **arguments: OPS[op](**arguments, backend=backend), moved, tensors)
+    actual = results(lambda **arguments: OPS[op](**arguments, backend=backend), moved, tensors)
     expected = results(convolution if op == "causal_conv" else recurrence, exact, tensors)
     tolerance = 0.02 if case == "bf16" else TOLERANCE.get(backend, 1e-2)
     for name, value in expected.items():
-        assert relative(found[name].cpu(), value) <= tolerance, name
+        assert relative(actual[name].cpu(), value) <= tolerance, name
 
 
 def results(run: Callable[..., tuple[Tensor, Tensor]], values: Values, tensors: list[str]) -> dict[str, Tensor]:
-    """What is defined of the outputs, and the gradients of the tensors through it."""
+    """The defined part of the outputs, and the gradients of the tensors through it."""
     leaves = {name: values[name].clone().requires_grad_() for name in tensors}
     y, state = run(**values | leaves)
     defined = {"y": y, "last state": state}

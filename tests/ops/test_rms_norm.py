@@ -10,10 +10,10 @@ from ssmvl.ops.rms_norm import rms_norm
 EPS = 1e-5
 
 
-@pytest.fixture(params=["few", "tiles"])
+@pytest.fixture(params=["small", "tiles"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each of the two ways to compute it."""
-    monkeypatch.setattr(module, "FEW", -1 if request.param == "tiles" else 2**30)
+    """Each of the two implementations."""
+    monkeypatch.setattr(module, "SMALL", -1 if request.param == "tiles" else 2**30)
     monkeypatch.setattr(module, "TILE", 3)
     return request.param
 
@@ -59,50 +59,50 @@ def test_equals_the_formula(path: str, case: str, groups: int) -> None:
 @cases
 @by_groups
 def test_gradcheck(path: str, case: str, groups: int) -> None:
-    given = tuple(t.requires_grad_() for t in tensors(case, torch.float64))
+    inputs = tuple(t.requires_grad_() for t in tensors(case, torch.float64))
 
     def run(x: Tensor, weight: Tensor, gate: Tensor | None = None) -> Tensor:
         return rms_norm(x, weight, EPS, gate, groups)
 
-    assert torch.autograd.gradcheck(run, given, fast_mode=True)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
 @cases
 @by_groups
 def test_gradients_equal_those_of_the_formula(path: str, case: str, groups: int) -> None:
-    given = tuple(t.requires_grad_() for t in tensors(case, torch.float64))
-    x, weight, *gate = given
-    found = []
+    inputs = tuple(t.requires_grad_() for t in tensors(case, torch.float64))
+    x, weight, *gate = inputs
+    grads = []
     for y in (rms_norm(x, weight, EPS, *gate, groups=groups), formula(x, weight, *gate, groups=groups)):
         loss = y.sum() + y.transpose(0, -1).contiguous().cumsum(0).square().sum()
-        found.append(torch.autograd.grad(loss, given))
-    torch.testing.assert_close(*found)
+        grads.append(torch.autograd.grad(loss, inputs))
+    torch.testing.assert_close(*grads)
 
 
 def test_every_entry_of_the_gradients(path: str) -> None:
     x, weight, gate = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 2, 4), (4,), (5, 4)))
-    given = tuple(t.requires_grad_() for t in (x, weight, gate))
-    assert torch.autograd.gradcheck(lambda a, b, c: rms_norm(a, b, EPS, c, 2), given)
+    inputs = tuple(t.requires_grad_() for t in (x, weight, gate))
+    assert torch.autograd.gradcheck(lambda a, b, c: rms_norm(a, b, EPS, c, 2), inputs)
 
 
-def test_both_paths_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_implementations_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, gate = torch.randn(40, 2, 12), torch.randn(12), torch.randn(40, 12)
-    few = rms_norm(x, weight, EPS, gate, 3)
-    monkeypatch.setattr(module, "FEW", 0)
+    small = rms_norm(x, weight, EPS, gate, 3)
+    monkeypatch.setattr(module, "SMALL", 0)
     monkeypatch.setattr(module, "TILE", 3)
-    torch.testing.assert_close(rms_norm(x, weight, EPS, gate, 3), few)
+    torch.testing.assert_close(rms_norm(x, weight, EPS, gate, 3), small)
 
 
 def test_inputs_of_any_layout(path: str) -> None:
     projected = torch.randn(6, 5, 30, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(24, dtype=torch.float64)[::2].requires_grad_()
     x, gate = projected[..., :12], projected[..., 15:27]
-    found = []
+    grads = []
     for function in (rms_norm, formula):
         arguments = {"eps": EPS, "gate": gate.transpose(0, 1), "groups": 2}
         y = function(x.transpose(0, 1), weight, **arguments)
-        found.append(torch.autograd.grad(y.square().sum(), (projected, weight)))
-    torch.testing.assert_close(*found)
+        grads.append(torch.autograd.grad(y.square().sum(), (projected, weight)))
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-12, 1e-3, 1e15])
@@ -135,10 +135,10 @@ def test_dtypes(path: str) -> None:
 
 @by_groups
 def test_gradients_under_autocast_equal_those_without(path: str, groups: int) -> None:
-    given = [t.requires_grad_() for t in tensors("two paths share a gate")]
-    found = []
+    inputs = [t.requires_grad_() for t in tensors("two paths share a gate")]
+    grads = []
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            y = rms_norm(given[0], given[1], EPS, given[2], groups)
-            found.append(torch.autograd.grad(y.square().sum(), given))
-    assert all(map(torch.equal, *found))
+            y = rms_norm(inputs[0], inputs[1], EPS, inputs[2], groups)
+            grads.append(torch.autograd.grad(y.square().sum(), inputs))
+    assert all(map(torch.equal, *grads))

@@ -1,4 +1,4 @@
-"""Gradients of both state-space ops: by differences, and of the recurrence written out; no second derivatives."""
+"""Gradients of both state-space ops equal finite differences and the reference's; second derivatives raise."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def small(op: str, rows: int = 2, length: int = 7, heads: int = 4, groups: int =
 def assert_gradients(
     op: str, values: Values, pick: Callable[..., object] = lambda outputs: outputs, every_entry: bool = False
 ) -> None:
-    """By differences, along random directions or of every entry."""
+    """Compare with finite differences, along random directions or of every entry."""
     leaves = {k: v.requires_grad_() for k, v in values.items() if torch.is_tensor(v) and v.is_floating_point()}
 
     def run(*tensors: Tensor) -> object:
@@ -82,19 +82,19 @@ def test_gradcheck_through_one_output(op: str, output: int, state: bool) -> None
 
 @both
 @pytest.mark.parametrize("name", ["x", "dt", "A", "B", "C", "D", "state"])
-def test_one_input_alone_asks_for_a_gradient(op: str, name: str) -> None:
+def test_only_one_input_requires_a_gradient(op: str, name: str) -> None:
     values = small(op) | {"chunk": 3}
     assert_agree(op, values, [name], lambda y, h: (y * y).sum() + h.sum())
 
 
 def assert_agree(op: str, values: Values, names: list[str], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """The op's gradients of `names` are those of the recurrence."""
-    found = []
+    """Compare the op's gradients of `names` with those of the recurrence."""
+    grads = []
     for run in (OPS[op], recurrence):
         leaves = {name: values[name].detach().requires_grad_() for name in names}
         total = loss(*run(**values | leaves))
-        found.append(torch.autograd.grad(total, tuple(leaves.values()), materialize_grads=True))
-    for name, ours, theirs in zip(names, *found, strict=True):
+        grads.append(torch.autograd.grad(total, tuple(leaves.values()), materialize_grads=True))
+    for name, ours, theirs in zip(names, *grads, strict=True):
         torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -107,7 +107,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     ),
     "transposed, weighted": lambda y, h: (y.transpose(0, -1).reshape(-1) * torch.arange(y.numel())).sum(),
     "every other position": lambda y, h: y[:, ::2].pow(2).sum() + h[:, 1:].pow(2).sum(),
-    "backwards": lambda y, h: y.flip(1).cumsum(1).pow(2).sum() + h.flip(-1).cumsum(-1).pow(2).sum(),
+    "reversed": lambda y, h: y.flip(1).cumsum(1).pow(2).sum() + h.flip(-1).cumsum(-1).pow(2).sum(),
     "one number": lambda y, h: y[0, 3].sum() * h[1].sum(),
     "one row": lambda y, h: y[:1].expand(3, *y.shape[1:]).pow(2).sum(),
 }
@@ -139,7 +139,7 @@ def test_inputs_that_are_views_of_one_projection(op: str) -> None:
 
 
 def scattered(t: Tensor) -> Tensor:
-    """The same values, with the axes in memory the other way round and gaps between the numbers."""
+    """The same values, with the axes reversed in memory and gaps between the elements."""
     reverse = [*reversed(range(t.ndim))]
     return torch.stack([t.permute(reverse), t.permute(reverse)], -1)[..., 0].permute(reverse)
 
@@ -147,11 +147,11 @@ def scattered(t: Tensor) -> Tensor:
 @both
 def test_inputs_of_any_layout(op: str) -> None:
     values = small(op) | {"dt_bias": torch.rand(4, dtype=torch.float64)}
-    apart = {name: scattered(value) for name, value in values.items()}
-    assert not any(value.is_contiguous() for value in apart.values())
-    for ours, theirs in zip(OPS[op](**apart, chunk=3), recurrence(**values), strict=True):
+    strided = {name: scattered(value) for name, value in values.items()}
+    assert not any(value.is_contiguous() for value in strided.values())
+    for ours, theirs in zip(OPS[op](**strided, chunk=3), recurrence(**values), strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert_agree(op, apart | {"chunk": 3}, [*apart], LOSSES["transposed"])
+    assert_agree(op, strided | {"chunk": 3}, [*strided], LOSSES["transposed"])
 
 
 @both
@@ -189,8 +189,8 @@ def double(*sizes: int) -> Tensor:
 def scan_of(op: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
     values = {key: value for key, value in small(op).items() if torch.is_tensor(value)}
     if op == "selective_scan":
-        del values["D"]  # its skip is made of ops of torch, whose second derivative is right
-    return lambda *given: OPS[op](**dict(zip(values, given, strict=True)))[0], list(values.values())
+        del values["D"]  # its skip consists of torch ops, which have a correct second derivative
+    return lambda *tensors: OPS[op](**dict(zip(values, tensors, strict=True)))[0], list(values.values())
 
 
 ONCE: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
@@ -203,17 +203,19 @@ ONCE: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
 
 @pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()], ids=["sum", "square"])
 @pytest.mark.parametrize(("op", "number"), [(op, number) for op, (_, t) in ONCE.items() for number in range(len(t))])
-def test_a_second_derivative_raises_whatever_it_is_of(op: str, number: int, loss: Callable[..., Tensor]) -> None:
+def test_a_second_derivative_raises_for_every_input(op: str, number: int, loss: Callable[..., Tensor]) -> None:
     run, tensors = ONCE[op]
-    given = [t.clone().requires_grad_(at == number) for at, t in enumerate(tensors)]
-    found = run(*given)
-    (first,) = torch.autograd.grad(loss(found), given[number], create_graph=True)
-    (plain,) = torch.autograd.grad(loss(run(*given)), given[number])
+    inputs = [t.clone().requires_grad_(index == number) for index, t in enumerate(tensors)]
+    leaf = inputs[number]
+    (first,) = torch.autograd.grad(loss(run(*inputs)), leaf, create_graph=True)
+    (plain,) = torch.autograd.grad(loss(run(*inputs)), leaf)
     assert torch.equal(first, plain)
-    if first.requires_grad:  # elsewhere it does not depend on the input: the gradient of a sum in D
+    if (
+        first.requires_grad
+    ):  # otherwise it does not depend on the input, such as the gradient of a sum with respect to D
         with pytest.raises(BackendError, match="have no second derivative"):
-            torch.autograd.grad(first.sum(), given[number])
-    # a direct path beside the op must not hide it
-    (mixed,) = torch.autograd.grad(loss(run(*given)) + given[number].pow(3).sum(), given[number], create_graph=True)
+            torch.autograd.grad(first.sum(), leaf)
+    # a direct path next to the op must not hide the error
+    (mixed,) = torch.autograd.grad(loss(run(*inputs)) + leaf.pow(3).sum(), leaf, create_graph=True)
     with pytest.raises(BackendError, match="have no second derivative"):
         mixed.sum().backward()

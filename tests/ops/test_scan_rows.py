@@ -44,15 +44,15 @@ def test_steps_equal_the_sequence(op: str, options: str) -> None:
 
 
 @both
-def test_a_step_takes_inputs_of_any_layout_and_dtype(op: str) -> None:
+def test_a_step_accepts_inputs_of_any_layout_and_dtype(op: str) -> None:
     step = OPS[op][1]
     now = {name: value[:, 0] if name in SEQUENCES else value for name, value in inputs(op, 2, 1).items()}
-    apart = {name: value.mT.contiguous().mT if value.ndim > 1 else value for name, value in now.items()}
-    whole = now | {"state": now["state"].clone()}
-    expected = step(**whole)
-    strided = apart | {"state": now["state"].clone()}
+    contiguous = now | {"state": now["state"].clone()}
+    expected = step(**contiguous)
+    strided = {name: value.mT.contiguous().mT if value.ndim > 1 else value for name, value in now.items()}
+    strided |= {"state": now["state"].clone()}
     assert_close(step(**strided), expected)
-    assert_close(strided["state"], whole["state"])
+    assert_close(strided["state"], contiguous["state"])
     halved = {name: value.bfloat16() for name, value in now.items()} | {"state": now["state"].clone()}
     y = step(**halved)
     assert y.dtype == torch.bfloat16
@@ -61,7 +61,7 @@ def test_a_step_takes_inputs_of_any_layout_and_dtype(op: str) -> None:
 
 
 @both
-def test_a_step_refuses_a_state_that_is_not_contiguous(op: str) -> None:
+def test_a_step_rejects_a_state_that_is_not_contiguous(op: str) -> None:
     now = {name: value[:, 0] if name in SEQUENCES else value for name, value in inputs(op, 2, 1).items()}
     strided = now["state"].mT.contiguous().mT
     before = strided.clone()
@@ -71,7 +71,7 @@ def test_a_step_refuses_a_state_that_is_not_contiguous(op: str) -> None:
 
 
 @both
-def test_a_step_leaves_no_graph(op: str) -> None:
+def test_a_step_builds_no_graph(op: str) -> None:
     now = {name: value[:, 0] if name in SEQUENCES else value for name, value in inputs(op, 2, 1).items()}
     now = {name: value.requires_grad_(name != "state") for name, value in now.items()}
     assert not OPS[op][1](**now).requires_grad
@@ -92,11 +92,11 @@ def test_splitting_equals_one_call(op: str, cut: int) -> None:
 
 @both
 @settings(deadline=None, max_examples=25)
-@given(lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4), chunk=st.integers(1, 30), begins=st.booleans())
-def test_rows_of_any_length_equal_the_row_alone(op: str, lengths: list[int], chunk: int, begins: bool) -> None:
+@given(lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4), chunk=st.integers(1, 30), from_zeros=st.booleans())
+def test_rows_of_any_length_equal_the_row_alone(op: str, lengths: list[int], chunk: int, from_zeros: bool) -> None:
     run = OPS[op][0]
     values = inputs(op, len(lengths), 20) | {"chunk": chunk}
-    if begins:
+    if from_zeros:
         del values["state"]
     y, state = run(**values, lengths=torch.tensor(lengths))
     for index, length in enumerate(lengths):
@@ -113,7 +113,7 @@ def packed(op: str, samples: list[int], dtype: torch.dtype = torch.float32, padd
     return values, torch.repeat_interleave(names, counts)[None].int()
 
 
-def places(samples: list[int]) -> list[slice]:
+def slices(samples: list[int]) -> list[slice]:
     ends = torch.tensor(samples).cumsum(0).tolist()
     return [slice(end - length, end) for length, end in zip(samples, ends, strict=True)]
 
@@ -123,13 +123,13 @@ def places(samples: list[int]) -> list[slice]:
 @given(
     samples=st.lists(st.integers(1, 12), min_size=1, max_size=5), chunk=st.integers(1, 20), padding=st.integers(0, 9)
 )
-def test_a_packed_row_equals_its_samples_apart(op: str, samples: list[int], chunk: int, padding: int) -> None:
+def test_a_packed_row_equals_separate_samples(op: str, samples: list[int], chunk: int, padding: int) -> None:
     run = OPS[op][0]
     values, segments = packed(op, samples, padding=padding)
     y, state = run(**values, segments=segments, chunk=chunk)
-    for place in places(samples):
-        expected, last = run(**positions(values, place))
-        assert_close(y[:, place], expected)
+    for part in slices(samples):
+        expected, last = run(**positions(values, part))
+        assert_close(y[:, part], expected)
     if not padding:
         assert_close(state, last)
 
@@ -147,12 +147,12 @@ def test_gradients_of_a_packed_row_are_those_of_its_samples(
     weights[:, sum(samples) :] = 0
     leaves = {name: value.requires_grad_() for name, value in values.items()}
     y, _ = run(**leaves, segments=segments, chunk=chunk, dt_softplus=True)
-    found = torch.autograd.grad((y * weights).sum(), tuple(leaves.values()))
+    grads = torch.autograd.grad((y * weights).sum(), tuple(leaves.values()))
     total = sum(
-        (run(**positions(leaves, place), dt_softplus=True)[0] * weights[:, place]).sum() for place in places(samples)
+        (run(**positions(leaves, part), dt_softplus=True)[0] * weights[:, part]).sum() for part in slices(samples)
     )
     expected = torch.autograd.grad(total, tuple(leaves.values()))
-    for name, ours, theirs in zip(leaves, found, expected, strict=True):
+    for name, ours, theirs in zip(leaves, grads, expected, strict=True):
         torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -160,7 +160,7 @@ def test_gradients_of_a_packed_row_are_those_of_its_samples(
 @pytest.mark.parametrize(
     "marks", [{"segments": torch.tensor([[0] * 3 + [1] * 4 + [-1] * 5])}, {"lengths": torch.tensor([7])}]
 )
-def test_what_padding_holds_reaches_no_real_position(op: str, marks: Values) -> None:
+def test_values_in_the_padding_reach_no_real_position(op: str, marks: Values) -> None:
     values = inputs(op, 1, 12) | {"state": None, "chunk": 5}
     other = values | {name: values[name].clone() for name in SEQUENCES}
     for name in SEQUENCES:
@@ -172,7 +172,7 @@ def test_what_padding_holds_reaches_no_real_position(op: str, marks: Values) -> 
 
 
 @both
-def test_a_row_of_padding_alone_is_accepted(op: str) -> None:
+def test_a_row_with_only_padding_is_accepted(op: str) -> None:
     values = inputs(op, 2, 4) | {"state": None}
     y, _ = OPS[op][0](**values, segments=torch.tensor([[0, 0, 1, -1], [-1, -1, -1, -1]]))
     assert y.isfinite().all()
@@ -180,7 +180,7 @@ def test_a_row_of_padding_alone_is_accepted(op: str) -> None:
 
 @both
 @pytest.mark.parametrize("rows", [1, 3])
-def test_no_positions_leave_the_state_as_it_was(op: str, rows: int) -> None:
+def test_an_empty_sequence_leaves_the_state_unchanged(op: str, rows: int) -> None:
     run = OPS[op][0]
     values = inputs(op, rows, 0)
     y, state = run(**values)
@@ -193,7 +193,7 @@ def test_no_positions_leave_the_state_as_it_was(op: str, rows: int) -> None:
 
 
 @both
-def test_the_state_given_is_not_written_to(op: str) -> None:
+def test_the_initial_state_is_not_modified(op: str) -> None:
     values = inputs(op, 2, 9)
     before = {name: value.clone() for name, value in values.items()}
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_the_state_given_is_not_written_to(op: str) -> None:
 @both
 @pytest.mark.parametrize("dt", [1e-10, 1e-3, 1.0, 1e4])
 @pytest.mark.parametrize("length", [1, 2, 70])
-def test_lengths_of_1_and_steps_at_both_ends(op: str, length: int, dt: float) -> None:
+def test_a_length_of_1_and_extreme_step_sizes(op: str, length: int, dt: float) -> None:
     values = inputs(op, 2, length)
     values["dt"] = torch.full_like(values["dt"], dt)
     for call in (values, values | {"D": None, "state": None}):
@@ -246,11 +246,11 @@ def test_dtypes_of_the_results(op: str, autocast: bool) -> None:
 @pytest.mark.parametrize("backward_too", [False, True])
 def test_gradients_under_autocast_equal_those_without(op: str, backward_too: bool) -> None:
     values = inputs(op, 2, 70)
-    found = []
+    grads = []
     for enabled in (True, False):
         leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             y, state = OPS[op][0](**leaves)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled and backward_too):
-            found.append(torch.autograd.grad(y.sum() + state.sum(), tuple(leaves.values())))
-    assert all(map(torch.equal, *found))
+            grads.append(torch.autograd.grad(y.sum() + state.sum(), tuple(leaves.values())))
+    assert all(map(torch.equal, *grads))

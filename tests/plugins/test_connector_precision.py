@@ -1,4 +1,4 @@
-"""Connectors in bf16 weights and under autocast: dtypes, and values and gradients close to those in fp32."""
+"""Connectors with bf16 weights and under autocast: dtypes, and values and gradients close to fp32."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ CONNECTORS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-class Watch(TorchDispatchMode):
-    """Collects the dtypes that reach the ops of PRECISE."""
+class DtypeRecorder(TorchDispatchMode):
+    """Records the input dtypes of the ops in PRECISE."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[torch.dtype] = set()
+        self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op.__name__.partition(".")[0].rstrip("_") in PRECISE:
-            self.seen.add(args[0].dtype)
+            self.dtypes.add(args[0].dtype)
         return op(*args, **(kwargs or {}))
 
 
 @pytest.fixture(params=CONNECTORS)
 def connector(request: pytest.FixtureRequest) -> nn.Module:
-    """In fp32, each parameter a value that bf16 holds exactly."""
+    """A connector in fp32 whose parameters are exact in bf16."""
     built = CONNECTORS[request.param](WIDTH, OUT, GRID)
     with torch.no_grad():
         for parameter in built.parameters():
@@ -59,27 +59,27 @@ def connector(request: pytest.FixtureRequest) -> nn.Module:
 
 
 def run(connector: nn.Module, x: Tensor, context: AbstractContextManager[object]) -> dict[str, Tensor]:
-    """Forward within the context, backward outside of it: the output, and the gradients by name."""
+    """Run forward inside the context and backward outside; return the output, and the gradients by name."""
     x = x.clone().requires_grad_()
     with context:
         y = connector(x, GRID)
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    wanted = {"the input": x, **dict(connector.named_parameters())}
-    gradients = torch.autograd.grad((y.float() * weight).sum(), list(wanted.values()))
-    return {"the output": y, **dict(zip(wanted, gradients, strict=True))}
+    inputs = {"the input": x, **dict(connector.named_parameters())}
+    gradients = torch.autograd.grad((y.float() * weight).sum(), list(inputs.values()))
+    return {"the output": y, **dict(zip(inputs, gradients, strict=True))}
 
 
-def assert_near(found: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """The output to 1.5 %, the gradients to 2.5 % on average and 10 % each: twice what three seeds gave."""
-    errors = {name: float((found[name].float() - t).norm() / t.norm()) for name, t in exact.items()}
+def assert_near(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Check errors: 1.5% in the output, 10% per gradient, 2.5% on average; twice the errors of three seeds."""
+    errors = {name: float((actual[name].float() - t).norm() / t.norm()) for name, t in exact.items()}
     assert errors.pop("the output") < 0.015
-    assert all(error < 0.1 for error in errors.values()), errors  # which NaN is not
+    assert all(error < 0.1 for error in errors.values()), errors  # False for NaN
     assert sum(errors.values()) / len(errors) < 0.025, errors
 
 
-def dtypes(found: dict[str, Tensor]) -> list[Any]:
-    """Of the output, of the input's gradient, and those of the parameters' gradients."""
-    output, x, *rest = (tensor.dtype for tensor in found.values())
+def dtypes(actual: dict[str, Tensor]) -> list[Any]:
+    """The dtypes of the output, of the input's gradient, and of the parameters' gradients (as a set)."""
+    output, x, *rest = (tensor.dtype for tensor in actual.values())
     return [output, x, set(rest)]
 
 
@@ -87,28 +87,28 @@ def test_bf16_weights_give_bf16_near_fp32(connector: nn.Module) -> None:
     x = torch.randn(2, GRID.length, WIDTH).bfloat16()
     exact = run(connector, x.float(), nullcontext())
     low = copy.deepcopy(connector).bfloat16()
-    found = run(low, x, nullcontext())
-    assert dtypes(found) == [torch.bfloat16, torch.bfloat16, {torch.bfloat16}]
-    assert_near(found, exact)
-    cast = run(low, x.float(), nullcontext())  # features in fp32 are cast to the weights
-    assert torch.equal(cast["the output"], found["the output"])
+    actual = run(low, x, nullcontext())
+    assert dtypes(actual) == [torch.bfloat16, torch.bfloat16, {torch.bfloat16}]
+    assert_near(actual, exact)
+    cast = run(low, x.float(), nullcontext())  # fp32 features are cast to the dtype of the weights
+    assert torch.equal(cast["the output"], actual["the output"])
     assert dtypes(cast) == [torch.bfloat16, torch.float32, {torch.bfloat16}]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_gives_bf16_near_fp32_and_gradients_in_fp32(connector: nn.Module, dtype: torch.dtype) -> None:
-    """The features come in bf16 from encoders under autocast, in fp32 from those that leave it."""
+    """Features are bf16 from encoders that run under autocast, and fp32 from those that disable it."""
     x = torch.randn(2, GRID.length, WIDTH).bfloat16()
     exact = run(connector, x.float(), nullcontext())
-    found = run(connector, x.to(dtype), torch.autocast("cpu", torch.bfloat16))
-    assert dtypes(found) == [torch.bfloat16, dtype, {torch.float32}]
-    assert_near(found, exact)
+    actual = run(connector, x.to(dtype), torch.autocast("cpu", torch.bfloat16))
+    assert dtypes(actual) == [torch.bfloat16, dtype, {torch.float32}]
+    assert_near(actual, exact)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_exponentials_and_sums_never_see_bf16(connector: nn.Module, autocast: bool) -> None:
+def test_exponentials_and_sums_never_run_in_bf16(connector: nn.Module, autocast: bool) -> None:
     low = connector if autocast else connector.bfloat16()
-    with Watch() as watch:
+    with DtypeRecorder() as recorder:
         run(low, torch.randn(2, GRID.length, WIDTH), torch.autocast("cpu", torch.bfloat16, enabled=autocast))
-    assert watch.seen <= {torch.float32, torch.float64}
-    assert bool(watch.seen) == any(name.endswith("A_log") for name, _ in connector.named_parameters())
+    assert recorder.dtypes <= {torch.float32, torch.float64}
+    assert bool(recorder.dtypes) == any(name.endswith("A_log") for name, _ in connector.named_parameters())

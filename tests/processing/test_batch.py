@@ -1,4 +1,4 @@
-"""The ragged batch: collated, counted, split, padded and packed."""
+"""Collating, counting, splitting, padding and packing the ragged batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL, LARGE, PLACES = ImageSpec(2), ImageSpec(4), 2
 
 
 def make(number: int, images: int, texts: int, supervised: int) -> dict[str, Any]:
-    """Ids and pixels that tell the sample they belong to; the last `supervised` of the texts are labels."""
+    """A sample whose ids and pixels encode its number; the last `supervised` text tokens are labels."""
     ids = torch.tensor([-1] * (PLACES * images) + [100 * number + i for i in range(texts)], dtype=torch.long)
     labels = ids.clone()
     labels[: len(ids) - supervised] = -100
@@ -39,9 +39,9 @@ def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 
 def predictions(inputs: dict[str, Any], labels: Tensor) -> list[tuple[int, int]]:
-    """(id at which the logits stand, token to predict) of every label."""
-    at = inputs["ids"].flatten()[inputs["label_positions"]]
-    return list(zip(at.tolist(), labels.tolist(), strict=True))
+    """(id at the position of the logits, token to predict) of every label."""
+    ids = inputs["ids"].flatten()[inputs["label_positions"]]
+    return list(zip(ids.tolist(), labels.tolist(), strict=True))
 
 
 def expected_predictions(samples: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
@@ -55,7 +55,7 @@ def expected_predictions(samples: Sequence[dict[str, Any]]) -> list[tuple[int, i
 def test_collate_keeps_samples_apart_and_joins_images() -> None:
     samples = make_all(THREE)
     batch = collate(samples)
-    assert len(next(iter(batch.values()))) == 3  # what StreamingDataLoader counts
+    assert len(next(iter(batch.values()))) == 3  # StreamingDataLoader counts the first value
     assert batch["sample_ids"] == ["s1", "s2", "s3"]
     assert equal(batch["ids"].split(batch["num_tokens"]), [s["ids"] for s in samples])
     assert batch["labels"].tolist() == [101, 102, 201, 303]
@@ -68,7 +68,7 @@ def test_collate_keeps_samples_apart_and_joins_images() -> None:
         assert batch["images"][spec][:, 0, 0, 0].tolist() == [1, 3, 3]
 
 
-def test_collate_without_names() -> None:
+def test_collate_without_optional_keys() -> None:
     sample = make(1, 0, 2, 1)
     del sample["id"], sample["damaged"]
     assert collate([sample])["sample_ids"] == [""]
@@ -120,13 +120,13 @@ def test_each_token_is_predicted_from_the_one_before_it(layout: Any, shapes: lis
     inputs = layout(batch)
     assert predictions(inputs, batch["labels"]) == expected_predictions(samples)
     assert len(batch["labels"]) == num_tokens(batch)["loss_generating"]
-    assert layout is pad or inputs["ids"].numel() == num_tokens(batch)["total"]  # nothing is computed that is not there
+    assert layout is pad or inputs["ids"].numel() == num_tokens(batch)["total"]  # packing adds no padding
 
 
 @pytest.mark.parametrize("layout", [pad, pack])
 @settings(deadline=None)
 @given(shapes=SHAPES)
-def test_every_place_of_every_image_has_a_position(layout: Any, shapes: list[tuple[int, int, int]]) -> None:
+def test_every_image_place_has_a_position(layout: Any, shapes: list[tuple[int, int, int]]) -> None:
     batch = collate(make_all(shapes))
     inputs = layout(batch)
     assert len(inputs["image_positions"]) == PLACES * sum(batch["num_images"])
@@ -156,7 +156,7 @@ def test_pack_is_one_row_without_padding() -> None:
     assert inputs["label_positions"].tolist() == [2, 3, 5, 13]
 
 
-def test_pack_leaves_the_batch_as_it_was() -> None:
+def test_pack_and_pad_do_not_modify_the_batch() -> None:
     batch = collate(make_all([(0, 3, 3), (0, 2, 2)]))
     pack(batch)
     pad(batch)

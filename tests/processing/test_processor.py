@@ -1,4 +1,4 @@
-"""A conversation with its images becomes ids, labels and pixels."""
+"""Conversion of a conversation with images to ids, labels and pixels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def processor(prompt: Prompt | None = None, tokenizer: Tokenizer | None = None) 
 
 
 def merging_tokenizer() -> Tokenizer:
-    """Bytes, and one token for a space with the letter b behind it."""
+    """A byte tokenizer with one merged token: a space followed by the letter b."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {c: i for i, c in enumerate([*alphabet, "Ġb"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("Ġ", "b")]))
@@ -71,7 +71,7 @@ def test_question_ends_where_the_answer_begins() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_places_of_every_image_come_first(count: int) -> None:
+def test_image_places_come_first(count: int) -> None:
     ids = processor().encode(talk("a", "b"), [RED] * count)["ids"]
     assert ids[: 2 * count].tolist() == [-1] * (2 * count)
     assert (ids == -1).sum() == 2 * count
@@ -91,14 +91,14 @@ def test_no_image() -> None:
     assert all(pixels.dtype == torch.uint8 for pixels in images.values())
 
 
-def test_mark_leaves_the_text_when_images_come_first() -> None:
+def test_marks_are_removed_from_the_text_when_images_come_first() -> None:
     plain = processor().encode(talk("a", "b"), [RED])
     assert same(processor().encode(talk("<image>\na", "b"), [RED]), plain)
     assert same(processor().encode(talk("<image>a", "b"), [RED]), plain)
     assert same(processor().encode(talk("<image> a", "b"), [RED]), plain)
 
 
-def test_mark_below_the_question_leaves_with_its_line() -> None:
+def test_a_mark_below_the_question_is_removed_with_its_line_break() -> None:
     plain = processor().encode(talk("a", "b"), [RED])
     assert same(processor().encode(talk("a\n<image>", "b"), [RED]), plain)
 
@@ -108,26 +108,26 @@ def test_marks_in_place() -> None:
     assert ids == [*IN, 64, -1, -1, 65, *OUT, 66, END_ID, *AGAIN, -1, -1, 198, 67, *OUT]
 
 
-def test_images_without_marks_stand_above_the_first_question_where_images_are_in_place() -> None:
+def test_in_place_images_without_marks_precede_the_first_question() -> None:
     for given in (talk("a", "b", "c"), talk("<image>\n<image>\na", "b", "c")):
         ids = processor(InPlacePrompt()).encode(given, [RED, BLUE])["ids"].tolist()
         assert ids == [*IN, -1, -1, 198, -1, -1, 198, 64, *OUT, 65, END_ID, *AGAIN, 66, *OUT]
 
 
-def test_marks_that_a_prompt_leaves_out_are_counted() -> None:
+def test_marks_that_a_prompt_omits_are_counted() -> None:
     assert processor(PlainPrompt()).encode(talk("<image>", "b"), [RED])["ids"].tolist() == [-1, -1, 65, END_ID]
     with pytest.raises(DataError, match="2 <image> marks"):
         processor(PlainPrompt()).encode(talk("<image><image>", "b"), [RED])
 
 
-def test_neither_text_nor_image_is_refused() -> None:
+def test_a_sample_without_text_and_image_is_rejected() -> None:
     assert processor(PlainPrompt()).encode(talk("a"), [RED])["ids"].tolist() == [-1, -1]
-    with pytest.raises(DataError, match="nothing to read in this sample"):
+    with pytest.raises(DataError, match="no text and no image in this sample"):
         processor(PlainPrompt()).encode(talk("a"))
 
 
 @pytest.mark.parametrize(("text", "count"), [("<image>", 0), ("<image>", 2), ("<image><image>", 1)])
-def test_marks_and_images_that_differ_are_refused(text: str, count: int) -> None:
+def test_different_numbers_of_marks_and_images_are_rejected(text: str, count: int) -> None:
     with pytest.raises(DataError, match=f"{text.count('<image>')} <image> marks .* {count} images"):
         processor().encode(talk(text), [RED] * count)
 
@@ -138,7 +138,7 @@ def test_mark_in_an_answer_is_text() -> None:
     assert processor().decode(sample["ids"][-8:].tolist()) == "<image>"
 
 
-def test_special_tokens_of_a_user_are_text() -> None:
+def test_special_tokens_in_user_text_are_text() -> None:
     for texts in (("x" + END, "b"), ("a", END + "x"), (END, END)):
         sample = processor().encode(talk(*texts))
         assert sample["ids"].tolist().count(END_ID) == 1
@@ -147,33 +147,33 @@ def test_special_tokens_of_a_user_are_text() -> None:
         assert read == f"In: {texts[0]}\nOut: {texts[1]}"
 
 
-def test_what_stands_before_an_answer_is_one_text_and_the_answer_another() -> None:
+def test_the_text_before_an_answer_is_tokenized_separately_from_the_answer() -> None:
     assert merging_tokenizer().encode(" b").ids == [256]
     ids = processor(tokenizer=merging_tokenizer()).encode(talk("b", "b"))["ids"].tolist()
     assert ids == [*IN[:-1], 256, *OUT, 65, 257]
 
 
-def test_continued_conversation_starts_with_the_shorter_one() -> None:
+def test_ids_of_a_shorter_conversation_are_a_prefix() -> None:
     texts = ("b b", "b", "b", "b b")
-    made = processor(tokenizer=merging_tokenizer())
-    whole = made.encode(talk(*texts), [RED])["ids"].tolist()
+    merging = processor(tokenizer=merging_tokenizer())
+    full = merging.encode(talk(*texts), [RED])["ids"].tolist()
     for turns in (1, 2, 3):
-        shorter = made.encode(talk(*texts[:turns]), [RED])["ids"].tolist()
-        assert whole[: len(shorter)] == shorter
+        shorter = merging.encode(talk(*texts[:turns]), [RED])["ids"].tolist()
+        assert full[: len(shorter)] == shorter
 
 
-def test_nothing_to_learn_is_refused_in_training() -> None:
-    with pytest.raises(DataError, match="nothing to learn"):
+def test_a_sample_without_supervised_tokens_is_rejected_in_training() -> None:
+    with pytest.raises(DataError, match="no supervised token in this sample"):
         processor().encode(talk("a"), [RED], train=True)
 
 
-def test_empty_answer_still_teaches_its_end() -> None:
+def test_the_end_of_an_empty_answer_is_supervised() -> None:
     labels = processor().encode(talk("a", ""), train=True)["labels"]
     assert labels[labels != NONE].tolist() == [220, END_ID]
 
 
 @pytest.mark.parametrize("content", [None, 5, ["a"]])
-def test_content_that_is_no_text_is_a_data_error(content: Any) -> None:
+def test_content_that_is_not_a_string_is_a_data_error(content: Any) -> None:
     with pytest.raises(DataError, match="message 0"):
         processor().encode([{"role": "user", "content": content}], [RED])
 
@@ -184,27 +184,27 @@ def test_image_that_cannot_be_read_is_a_data_error() -> None:
 
 
 def test_pickled_processor_makes_equal_samples() -> None:
-    made = processor()
-    before = made.encode(talk("<image>\na" + END, "b"), [RED], train=True)
-    copy = pickle.loads(pickle.dumps(made))
+    original = processor()
+    before = original.encode(talk("<image>\na" + END, "b"), [RED], train=True)
+    copy = pickle.loads(pickle.dumps(original))
     assert same(copy.encode(talk("<image>\na" + END, "b"), [RED], train=True), before)
-    assert copy.end_id == made.end_id == END_ID
+    assert copy.end_id == original.end_id == END_ID
 
 
-def test_the_end_is_the_tokenizers() -> None:
+def test_the_end_token_is_the_tokenizers() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens(["</s>"])
-    made = Processor(tokenizer, MambaPrompt(), (SMALL,), tokens_per_image=2, end="</s>")
-    assert made.end_id == 257
-    assert made.encode(talk("a", "b"))["ids"].tolist() == [*IN, 64, *OUT, 65, 257]
+    other_end = Processor(tokenizer, MambaPrompt(), (SMALL,), tokens_per_image=2, end="</s>")
+    assert other_end.end_id == 257
+    assert other_end.encode(talk("a", "b"))["ids"].tolist() == [*IN, 64, *OUT, 65, 257]
 
 
-def test_decode_leaves_special_tokens_out() -> None:
+def test_decode_omits_special_tokens() -> None:
     assert processor().decode([64, END_ID, 65]) == "ab"
 
 
 class Tiled(Processor):
-    """Images of different sizes need different numbers of visual tokens."""
+    """A processor whose images have different numbers of visual tokens."""
 
     def tokens_of(self, image: ImageLike) -> int:
         return 1 if image is RED else 3
@@ -218,12 +218,12 @@ def test_each_image_takes_its_own_number_of_places(prompt: Any, gap: bool) -> No
     assert runs == ([1, 3] if gap else [4])
 
 
-class Forgetful(InPlacePrompt):
+class DropsAMark(InPlacePrompt):
     def pieces(self, conversation: Any, end: str) -> list[Piece]:
         return [p._replace(text=p.text.replace("<image>", "", 1)) for p in super().pieces(conversation, end)]
 
 
-def test_a_prompt_that_drops_an_image_mark_is_refused() -> None:
-    careless = Processor(byte_tokenizer(), Forgetful(), (SMALL,), tokens_per_image=2)
+def test_a_prompt_that_drops_an_image_mark_is_rejected() -> None:
+    broken = Processor(byte_tokenizer(), DropsAMark(), (SMALL,), tokens_per_image=2)
     with pytest.raises(DataError, match="the prompt dropped 1 of 1 <image> marks"):
-        careless.encode(talk("<image>a", "b"), [RED])
+        broken.encode(talk("<image>a", "b"), [RED])

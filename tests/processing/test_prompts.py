@@ -1,4 +1,4 @@
-"""How conversations are written, and read as ids."""
+"""Prompt formats and their ids."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def assistant(text: str = "so.") -> dict[str, str]:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_keeps_the_contract(prompt: type[Prompt]) -> None:
+def test_satisfies_the_contract(prompt: type[Prompt]) -> None:
     check_prompt(prompt)
     assert prompt().image_placement == ("in_place" if prompt is VicunaPrompt else "before_all_text")
 
@@ -53,24 +53,24 @@ def test_mamba_answer_and_its_end_are_supervised() -> None:
     assert MambaPrompt().pieces([user(), assistant()], "<end>") == QUESTION + ANSWER
 
 
-def test_mamba_turns_stand_one_line_apart() -> None:
+def test_mamba_turns_are_separated_by_one_line_break() -> None:
     pieces = MambaPrompt().pieces([user(), assistant(), user("why?"), assistant("so.")], "<end>")
     assert pieces == [*QUESTION, *ANSWER, Piece("\nIn: ", template=True), *QUESTION[1:], *ANSWER]
     assert "".join(piece.text for piece in pieces) == "In: why?\nOut: so.<end>\nIn: why?\nOut: so.<end>"
 
 
-def test_plain_is_the_captions_alone() -> None:
+def test_plain_is_only_the_captions() -> None:
     assert PlainPrompt().pieces([user()], "<end>") == []
     assert PlainPrompt().pieces([user(), assistant()], "<end>") == ANSWER
     assert PlainPrompt().pieces([user(), assistant(), user(), assistant(), user()], "<end>") == ANSWER * 2
 
 
-def test_a_caption_is_stripped_as_the_released_code_does() -> None:
+def test_a_caption_is_stripped_as_in_the_released_code() -> None:
     talk = [user(), {"role": "assistant", "content": "\n so. "}]
     assert PlainPrompt().pieces(talk, "<end>") == ANSWER
 
 
-def test_zephyr_turn_after_turn() -> None:
+def test_zephyr_turns() -> None:
     pieces = ZephyrPrompt().pieces([user(), assistant(), user(), assistant()], "<end>")
     middle = Piece("<end>\n<|assistant|>\n", template=True)
     first = [Piece("<|user|>\n", template=True), Piece("why?"), middle]
@@ -81,7 +81,7 @@ def test_zephyr_turn_after_turn() -> None:
 
 
 @pytest.mark.parametrize("prompt", [MambaPrompt, ZephyrPrompt])
-def test_blanks_are_stripped_as_the_released_code_does(prompt: type[Prompt]) -> None:
+def test_whitespace_is_stripped_as_in_the_released_code(prompt: type[Prompt]) -> None:
     talk = [{"role": "user", "content": " why?\n"}, {"role": "assistant", "content": "\nso. "}]
     assert prompt().pieces(talk, "<end>") == prompt().pieces([user(), assistant()], "<end>")
     talk[1] = {"role": "assistant", "content": ""}
@@ -90,7 +90,7 @@ def test_blanks_are_stripped_as_the_released_code_does(prompt: type[Prompt]) -> 
 
 @pytest.fixture(scope="module")
 def neox() -> Tokenizer:
-    """A byte-level BPE with GPT-NeoX's way of cutting text into words, which take the space before them along."""
+    """A byte-level BPE with GPT-NeoX's pre-tokenizer, which attaches a space to the following word."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -106,7 +106,7 @@ def neox() -> Tokenizer:
     [(MambaPrompt, "In: ", "\nOut: "), (ZephyrPrompt, "<|user|>\n", "<end>\n<|assistant|>\n")],
 )
 @given(texts=st.lists(st.text(" \nabWhatuser:'s?!3é猫", max_size=12), min_size=1, max_size=4))
-def test_ids_are_those_of_a_turn_read_at_once(
+def test_ids_equal_those_of_each_turn_tokenized_as_one_text(
     neox: Tokenizer, prompt: type[Prompt], opening: str, middle: str, texts: list[str]
 ) -> None:
     expected = []
@@ -122,7 +122,7 @@ def test_ids_are_those_of_a_turn_read_at_once(
     assert processor.encode(talk)["ids"].tolist() == expected
 
 
-def test_vicuna_turn_after_turn() -> None:
+def test_vicuna_turns() -> None:
     first = [Piece(VICUNA, template=True), Piece("why?"), Piece(" ASSISTANT:", template=True)]
     second = [Piece("USER: ", template=True), *first[1:]]
     assert VicunaPrompt().pieces([user()], "<end>") == first
@@ -137,14 +137,14 @@ def test_vicuna_moves_images_to_the_front() -> None:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_an_empty_conversation_is_refused(prompt: type[Prompt]) -> None:
-    with pytest.raises(DataError, match="an empty conversation"):
+def test_an_empty_conversation_is_rejected(prompt: type[Prompt]) -> None:
+    with pytest.raises(DataError, match="the conversation is empty"):
         prompt().pieces([], "<end>")
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize(
-    ("conversation", "place"),
+    ("conversation", "index"),
     [
         ([assistant()], 0),
         ([{"role": "system", "content": "be kind"}, user()], 0),
@@ -156,13 +156,13 @@ def test_an_empty_conversation_is_refused(prompt: type[Prompt]) -> None:
         ([{"role": "user", "content": ["why?"]}], 0),
     ],
 )
-def test_bad_message_is_named(prompt: type[Prompt], conversation: list[dict[str, Any]], place: int) -> None:
-    with pytest.raises(DataError, match=f"message {place} must be .*'{('user', 'assistant')[place % 2]}'"):
+def test_a_bad_message_is_named(prompt: type[Prompt], conversation: list[dict[str, Any]], index: int) -> None:
+    with pytest.raises(DataError, match=f"message {index} must be .*'{('user', 'assistant')[index % 2]}'"):
         prompt().pieces(conversation, "<end>")
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_special_tokens_of_a_user_are_never_parsed(prompt: type[Prompt]) -> None:
+def test_special_tokens_in_user_text_are_never_parsed(prompt: type[Prompt]) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens(SPECIAL)
     processor = Processor(tokenizer, prompt(), (ImageSpec(8),), tokens_per_image=2, end="</s>")
@@ -174,18 +174,18 @@ def test_special_tokens_of_a_user_are_never_parsed(prompt: type[Prompt]) -> None
         return [id_ for id_ in ids if id_ in special], processor.decode(ids)
 
     parsed, plain = read("@@")
-    assert parsed.count(processor.end_id) in (2, 5), "of answers; in zephyr of questions too"
+    assert parsed.count(processor.end_id) in (2, 5), "one per answer; zephyr has one per question too"
     for token in SPECIAL:
         assert read(token) == (parsed, plain.replace("@@", token))
 
 
-def test_a_saved_model_whose_prompt_no_plugin_offers(tmp_path: Path) -> None:
+def test_a_saved_model_with_an_unregistered_prompt(tmp_path: Path) -> None:
     recipe = ssmvl.load_recipe("quickstart")
     model = ssmvl.build_model(recipe)
     save_folder(tmp_path / "saved", model.state_dict(), recipe, build_processor(recipe, model))
     path = tmp_path / "saved" / "recipe.yaml"
-    written = path.read_text().split("name: mamba\n")
-    assert len(written) == 2
-    path.write_text("name: mambo\n".join(written))
-    with pytest.raises(RecipeError, match=r"model\.prompt: no prompt named 'mambo'\. Did you mean 'mamba'\? Allowed: "):
+    parts = path.read_text().split("name: mamba\n")
+    assert len(parts) == 2
+    path.write_text("name: mambo\n".join(parts))
+    with pytest.raises(RecipeError, match=r"model\.prompt: unknown prompt 'mambo'\. Did you mean 'mamba'\? Allowed: "):
         ssmvl.load(tmp_path / "saved")

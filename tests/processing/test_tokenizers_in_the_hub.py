@@ -1,4 +1,4 @@
-"""Tokenizers of models in the hub: fetched when one is needed, and only then."""
+"""Tokenizers of models on the Hub, downloaded only when needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "owner/small-lm.v1"
 
 @pytest.fixture
 def model(hub: Hub) -> Path:
-    """A model in the hub: bytes, `<|endoftext|>` and `</s>`, its end; and a large file that nobody needs."""
+    """A Hub model with a byte tokenizer, whose end token is `</s>`, and weights that no test needs."""
     folder, tokenizer = hub.model(NAME), byte_tokenizer()
     tokenizer.add_special_tokens(["</s>"])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -30,8 +30,8 @@ def model(hub: Hub) -> Path:
     return folder
 
 
-def fetched(hub: Hub) -> set[str]:
-    """Names of the files that were fetched so far."""
+def downloads(hub: Hub) -> set[str]:
+    """Names of the files that were downloaded so far."""
     return {
         request.rpartition("/")[2] for request in hub.requests if request.startswith("GET") and "resolve" in request
     }
@@ -40,7 +40,7 @@ def fetched(hub: Hub) -> set[str]:
 def test_tokenizer_and_end_of_a_model(hub: Hub, model: Path) -> None:
     tokenizer, end = load_tokenizer(NAME)
     assert (end, tokenizer.get_vocab_size()) == ("</s>", 258)
-    assert fetched(hub) == {"tokenizer.json", "tokenizer_config.json"}
+    assert downloads(hub) == {"tokenizer.json", "tokenizer_config.json"}
 
 
 def test_a_model_without_a_config(hub: Hub, model: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_model_without_a_config(hub: Hub, model: Path) -> None:
     assert load_tokenizer(NAME)[1] == "<|endoftext|>"
 
 
-def test_what_was_fetched_is_there_without_a_connection(hub: Hub, model: Path) -> None:
+def test_downloaded_files_load_without_a_connection(hub: Hub, model: Path) -> None:
     first, _ = load_tokenizer(NAME)
     hub.close()
     again, end = load_tokenizer(NAME)
@@ -56,7 +56,7 @@ def test_what_was_fetched_is_there_without_a_connection(hub: Hub, model: Path) -
     assert again.to_str() == first.to_str()
 
 
-def test_a_folder_of_that_name_comes_first(
+def test_a_directory_of_that_name_takes_precedence(
     hub: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -66,7 +66,7 @@ def test_a_folder_of_that_name_comes_first(
     assert hub.requests == []
 
 
-def test_only_a_processor_needs_it(hub: Hub, model: Path) -> None:
+def test_only_a_processor_needs_the_tokenizer(hub: Hub, model: Path) -> None:
     recipe = ssmvl.load_recipe("quickstart", f"model.tokenizer={NAME}", "model.language.num_tokens=258")
     built = ssmvl.build_model(recipe, device="meta")
     assert hub.requests == []
@@ -77,8 +77,8 @@ def test_only_a_processor_needs_it(hub: Hub, model: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["owner/none", "no--body/..", NAME])
-def test_what_cannot_be_fetched_says_what_was_tried_and_what_to_do(hub: Hub, name: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: no such file .* the hub .* Allowed are `bytes`"):
+def test_a_failed_download_names_the_sources_and_the_allowed_values(hub: Hub, name: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: no such file .* Hub .* Allowed: `bytes`"):
         load_tokenizer(name)
 
 
@@ -89,20 +89,20 @@ def test_no_connection(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, o
         reset_sessions()
     else:
         hub.close()
-    with pytest.raises(CheckpointError, match=r"cannot be fetched from the hub .* a folder"):
+    with pytest.raises(CheckpointError, match=r"cannot be downloaded from the Hub .* a directory"):
         load_tokenizer(NAME)
     assert hub.requests == []
 
 
-def test_a_model_that_has_only_a_sentencepiece_file(hub: Hub, model: Path) -> None:
+def test_a_model_with_only_a_sentencepiece_file(hub: Hub, model: Path) -> None:
     (model / "tokenizer.json").unlink()
     (model / "tokenizer.model").write_bytes(b"sentencepiece")
-    with pytest.raises(CheckpointError, match=rf"no tokenizer '{NAME}': .*AutoTokenizer.*save_pretrained"):
+    with pytest.raises(CheckpointError, match=rf"load the tokenizer '{NAME}': .*AutoTokenizer.*save_pretrained"):
         load_tokenizer(NAME)
 
 
-def test_what_is_pushed_is_what_the_hub_then_gives(hub: Hub, model: Path, tmp_path: Path) -> None:
-    """Of the hub of these tests itself, as other tests push to it."""
+def test_the_fake_hub_returns_pushed_files(hub: Hub, model: Path, tmp_path: Path) -> None:
+    """A test of the fake Hub itself, because other tests push to it."""
     files = {path.name: path.read_bytes() for path in model.iterdir()} | {"README.md": b"---\n{}\n---\n# A model\n"}
     (tmp_path / "saved" / "deep").mkdir(parents=True)
     for file, content in (files | {"deep/empty.txt": b""}).items():

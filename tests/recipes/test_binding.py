@@ -61,13 +61,13 @@ class Outer:
         ("anything", {"x": [1, None]}),
     ],
 )
-def test_a_value_of_its_type_is_passed_on(option: str, value: Any) -> None:
+def test_a_value_of_the_right_type_is_bound(option: str, value: Any) -> None:
     bound, problems = bind({option: value}, scalars, "here")
     assert problems == []
     assert bound.options == {option: value}
 
 
-def test_numbers_and_lists_become_what_the_signature_says() -> None:
+def test_numbers_and_lists_are_converted_to_the_annotated_types() -> None:
     bound, problems = bind({"real": 3, "pair": [0.5, 1]}, scalars, "here")
     assert problems == []
     assert bound.options == {"real": 3.0, "pair": (0.5, 1.0)}
@@ -96,18 +96,18 @@ def test_numbers_and_lists_become_what_the_signature_says() -> None:
         ("flag", "perhaps", "expected bool, received 'perhaps' (str)"),
     ],
 )
-def test_a_value_of_another_type_is_one_problem(option: str, value: Any, expected: str) -> None:
+def test_a_value_of_the_wrong_type_is_one_problem(option: str, value: Any, expected: str) -> None:
     _, (problem,) = bind({option: value}, scalars, "here")
     assert problem.path == f"here.{option}"
     assert expected in problem.message
 
 
-def test_an_unknown_option_is_answered_with_the_nearest() -> None:
+def test_an_unknown_option_is_reported_with_the_nearest_name() -> None:
     _, (problem,) = bind({"count": 1, "tittle": "y"}, rows, "a.b")
     assert problem == ("a.b.tittle", "rows has no option 'tittle'. Did you mean 'title'? Allowed: count, title.")
 
 
-def test_a_missing_option_is_a_problem_at_its_place() -> None:
+def test_a_missing_option_is_reported_with_its_path() -> None:
     assert bind({}, rows, "a")[1] == [("a.count", "rows needs 'count' (int)")]
     assert bind({}, rows, "")[1] == [("count", "rows needs 'count' (int)")]
 
@@ -117,20 +117,20 @@ def test_a_type_is_described_without_pythons_internals() -> None:
 
     def columns(sizes: tuple[int, ...], of: Callable[[int], str]) -> None: ...
 
-    said = ["columns needs 'sizes' (tuple[int, ...])", "columns needs 'of' (collections.abc.Callable[[int], str])"]
-    assert [problem.message for problem in bind({}, columns, "")[1]] == said
+    expected = ["columns needs 'sizes' (tuple[int, ...])", "columns needs 'of' (collections.abc.Callable[[int], str])"]
+    assert [problem.message for problem in bind({}, columns, "")[1]] == expected
     assert bind({}, rows, "")[1] == [("named", "rows needs 'named' (dict[str, int] | None)")]
 
 
-def test_what_the_library_passes_is_neither_needed_nor_allowed() -> None:
+def test_injected_arguments_are_neither_needed_nor_allowed() -> None:
     assert bind({}, crossing, "a", ("width",))[1] == []
     _, (problem,) = bind({"width": 5}, crossing, "a", ("width",))
     assert problem.path == "a.width"
-    assert "is not an option: it is passed by the model" in problem.message
+    assert "is not an option: the library passes it" in problem.message
 
 
 @pytest.mark.parametrize("node", [None, "x", 5, [1]])
-def test_options_are_a_mapping(node: Any) -> None:
+def test_options_must_be_a_mapping(node: Any) -> None:
     _, (problem,) = bind(node, rows, "a")
     assert problem == ("a", f"expected a mapping of options, received {node!r}")
 
@@ -146,9 +146,9 @@ def test_a_part_is_bound_to_its_component(part: Any) -> None:
 @pytest.mark.parametrize(
     ("part", "path", "expected"),
     [
-        ("cms", "a.row", "no scan_order named 'cms'. Did you mean 'csm'?"),
+        ("cms", "a.row", "unknown scan_order 'cms'. Did you mean 'csm'?"),
         ({"name": "csm", "x": 1}, "a.row.x", "scan_order 'csm' (ssmvl) has no option 'x'. Allowed: nothing."),
-        ({"name": "csm", "grid": 1}, "a.row.grid", "is not an option: it is passed by the model"),
+        ({"name": "csm", "grid": 1}, "a.row.grid", "is not an option: the library passes it"),
         ({"x": 1}, "a.row", "expected the name of a scan_order or {name: …, options}"),
         (None, "a.row", "expected the name of a scan_order or {name: …, options}"),
         (5, "a.row", "expected the name of a scan_order or {name: …, options}"),
@@ -156,7 +156,7 @@ def test_a_part_is_bound_to_its_component(part: Any) -> None:
         ({"name": 5}, "a.row", "expected the name of a scan_order or {name: …, options}"),
     ],
 )
-def test_a_wrong_part_is_one_problem_at_its_place(part: Any, path: str, expected: str) -> None:
+def test_an_invalid_part_is_one_problem_with_its_path(part: Any, path: str, expected: str) -> None:
     _, (problem,) = bind({"row": part}, crossing, "a", ("width",))
     assert problem.path == path
     assert expected in problem.message
@@ -189,19 +189,19 @@ def test_dataclasses_and_mappings_of_parts_are_bound() -> None:
     assert [part.factory.__name__ for part in outer.many.values()] == ["csm", "raster"]
 
 
-def test_null_stands_for_an_optional_dataclass() -> None:
+def test_an_optional_dataclass_may_be_null() -> None:
     bound, problems = bind({"inner": {"lr": 1}, "other": None}, Outer, "o")
     assert problems == []
     assert bound().other is None
 
 
-def test_null_stands_for_an_optional_part() -> None:
+def test_an_optional_part_may_be_null() -> None:
     bound, problems = bind({"lr": 1, "order": None}, Inner, "o")
     assert problems == []
     assert bound().order is None
 
 
-def test_problems_of_all_depths_are_reported_with_their_paths() -> None:
+def test_problems_at_all_depths_are_reported_with_their_paths() -> None:
     node = {"inner": {"lr": "fast"}, "other": {"rl": 1, "lr": 2}, "many": {"x": "cms"}, "inners": {}, "extra": 1}
     _, problems = bind(node, Outer, "o")
     assert [problem.path for problem in problems] == ["o.inner.lr", "o.other.rl", "o.many.x", "o.inners", "o.extra"]
@@ -236,7 +236,7 @@ def ssmvl_register(register):
         ("builtin", "cannot be read"),
     ],
 )
-def test_a_component_that_cannot_be_used_is_one_problem(
+def test_an_unusable_component_is_one_problem(
     install_plugin: Install, tmp_path: Path, name: str, expected: str
 ) -> None:
     (tmp_path / "zz_broken.py").write_text("1 / 0\n")
@@ -246,9 +246,9 @@ def test_a_component_that_cannot_be_used_is_one_problem(
     assert expected in problems[0].message
 
 
-def test_a_bound_component_awaits_what_is_injected() -> None:
-    def made(width: int, *, depth: int = 1) -> tuple[int, int]:
+def test_a_bound_component_is_called_with_the_injected_arguments() -> None:
+    def factory(width: int, *, depth: int = 1) -> tuple[int, int]:
         return width, depth
 
-    bound, _ = bind({"depth": 3}, made, "a", ("width",))
+    bound, _ = bind({"depth": 3}, factory, "a", ("width",))
     assert bound(width=2) == (2, 3)

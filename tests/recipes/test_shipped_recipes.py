@@ -1,4 +1,4 @@
-"""The shipped recipes say what the papers say, and nothing that loaded no weights is frozen in any of them."""
+"""The shipped recipes match the papers and freeze no part without pretrained weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SYSTEMS = ["ml_mamba", "cobra", "vl_mamba", "mamba_vlm", "mamba_vlm_7b"]
 EVERY = [*recipe_names(), *[PREFIX + entry.name for entry in shipped_ablations()]]
 TINY = {"name": "mamba2_lm", "width": 64, "num_layers": 1, "num_tokens": 257}
 
-NEW, ALL = ["connector"], ["connector", "language"]  # what is trained
+NEW, ALL = ["connector"], ["connector", "language"]  # trained parts
 ALIGN = ("data/llava_558k", "plain", NEW, 1e-3, 0.0, 256, "1ep")
 FINETUNE: dict[str, tuple[Any, ...]] = {
     "ml_mamba": ("data/llava_lvis_875k", None, ALL, 2e-5, 0.1, 64, "2ep"),
@@ -34,7 +34,7 @@ FINETUNE: dict[str, tuple[Any, ...]] = {
     "mamba_vlm": ("data/llava_lvis_lrv_1231k", None, ["fusion", *ALL], 2e-5, 0.1, 128, "2ep"),
     "mamba_vlm_7b": ("data/llava_665k", None, ["fusion", *ALL], 2e-5, 0.1, 128, "1ep"),
 }
-# Visual tokens; parameters of fusion, connector and language model: published, or added up by hand from the widths.
+# Visual tokens; parameters of fusion, connector and language model, published or computed by hand from the widths.
 SIZES = {
     "ml_mamba": (729, 0, 184_405_440, 2_702_599_680),
     "cobra": (729, 0, 47_789_568, 2_768_345_600),
@@ -45,7 +45,7 @@ SIZES = {
 
 
 def in_small(recipe: Recipe) -> Recipe:
-    """The recipe with tiny encoders and a tiny language model; fusion and connector are its own."""
+    """Replace the encoders and the language model by tiny ones; keep fusion and connector."""
     model = recipe.data["model"]
     encoders = {name: {"name": "digit_vit", "stem": "fine"} for name in model["encoders"]}
     small = {**model, "encoders": encoders, "language": TINY, "tokenizer": "bytes"}
@@ -53,14 +53,14 @@ def in_small(recipe: Recipe) -> Recipe:
 
 
 def weights_of(kind: str, node: dict[str, Any]) -> str:
-    """What the component's option `weights` is, or would be; `none` if it has none."""
+    """Return the component's option `weights`, its default if it is not set, or `none` if there is no such option."""
     parameters = inspect.signature(components().find(kind, node["name"]).load()).parameters
     default = parameters["weights"].default if "weights" in parameters else "none"
     return str(node.get("weights", default))
 
 
 def frozen_without_weights(recipe: Recipe) -> list[str]:
-    """`stage: part` wherever a stage freezes a part for which no weights were loaded or trained before."""
+    """Return `stage: part` wherever a stage freezes a part with neither pretrained nor trained weights."""
     model = recipe.data["model"]
     names = [name for name, _ in build_model(in_small(recipe), device="meta").named_parameters()]
     kinds = {f"encoders.{name}": ("encoder", node) for name, node in model["encoders"].items()}
@@ -68,16 +68,16 @@ def frozen_without_weights(recipe: Recipe) -> list[str]:
     kinds |= {"language": ("language_model", model["language"])}
     parts = [part for part in kinds if any(is_under(name, part) for name in names)]
     known = {part for part in parts if weights_of(*kinds[part]) not in ("none", "None")}
-    found = []
+    frozen = []
     for stage in recipe.data["stages"]:
         train = recipe.data["stages"][stage]["train"]
         known |= {part for part in parts if any(is_under(part, prefix) for prefix in train)}
-        found += [f"{stage}: {part}" for part in parts if part not in known]
-    return found
+        frozen += [f"{stage}: {part}" for part in parts if part not in known]
+    return frozen
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_nothing_is_frozen_that_loaded_no_weights(name: str) -> None:
+def test_no_part_is_frozen_without_weights(name: str) -> None:
     assert frozen_without_weights(load_recipe(name)) == []
 
 
@@ -93,29 +93,29 @@ def test_nothing_is_frozen_that_loaded_no_weights(name: str) -> None:
         ("quickstart", ["stages.align.train=[language]"], ["align: connector"]),
     ],
 )
-def test_a_part_that_is_frozen_without_weights_is_found(name: str, overrides: list[str], expected: list[str]) -> None:
+def test_a_part_frozen_without_weights_is_found(name: str, overrides: list[str], expected: list[str]) -> None:
     assert frozen_without_weights(load_recipe(name, *overrides)) == expected
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_stages_are_the_papers(name: str) -> None:
+def test_stages_match_the_papers(name: str) -> None:
     stages = load_recipe(name).data["stages"]
-    wanted = {"finetune": FINETUNE[name]}
+    published = {"finetune": FINETUNE[name]}
     if name in ("ml_mamba", "vl_mamba"):
-        wanted = {"align": ALIGN, **wanted}
-    assert list(stages) == list(wanted)
-    for stage, expected in wanted.items():
-        found = stages[stage]
-        assert found["data"]["name"] == "shards"
-        assert found["warmup"] == "0.03dur"
-        said = (found["data"]["folder"], (found.get("prompt") or {}).get("name"), found["train"])
-        steps = (found["optimizer"]["lr"], found["optimizer"]["weight_decay"], found["batch"], found["duration"])
-        assert (*said, *steps) == expected
-        assert found["batch"] % (8 * found["microbatch"]) == 0  # on the papers' eight GPUs, none is left over
+        published = {"align": ALIGN, **published}
+    assert list(stages) == list(published)
+    for stage, expected in published.items():
+        node = stages[stage]
+        assert node["data"]["name"] == "shards"
+        assert node["warmup"] == "0.03dur"
+        inputs = (node["data"]["folder"], (node.get("prompt") or {}).get("name"), node["train"])
+        steps = (node["optimizer"]["lr"], node["optimizer"]["weight_decay"], node["batch"], node["duration"])
+        assert (*inputs, *steps) == expected
+        assert node["batch"] % (8 * node["microbatch"]) == 0  # divides evenly over the papers' eight GPUs
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_parts_have_the_published_sizes_and_the_docs_say_so(name: str) -> None:
+def test_parts_have_the_published_and_documented_sizes(name: str) -> None:
     model, data = build_model(name, device="meta"), load_recipe(name).data["model"]
     counts = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
     fusion, connector, language = (counts[part] for part in ("fusion", "connector", "language"))
@@ -124,45 +124,45 @@ def test_parts_have_the_published_sizes_and_the_docs_say_so(name: str) -> None:
     shown = column_of_the_docs(name)
     node = data["language"]
     layers = node.get("num_layers") or node["config"]["num_hidden_layers"]
-    one = len(data["encoders"]) == 1
-    assert shown["fusion"] == ("none" if one else f"`{data['fusion']['name']}`, width {model.fusion.width}")
+    no_fusion = len(data["encoders"]) == 1
+    assert shown["fusion"] == ("none" if no_fusion else f"`{data['fusion']['name']}`, width {model.fusion.width}")
     assert shown["connector"].partition(",")[0] == f"`{data['connector']['name']}`"
     order = data["connector"].get("scan_order")
     paths = order and components().find("scan_order", order).load()(model.grid).shape[0]
     assert shown["scan order"] == (f"`{order}`, {paths} paths" if order else "–")
-    assert shown["visual tokens of an image"] == str(model.tokens_per_image)
-    assert shown["its width, layers"] == f"{model.language.width}, {layers}"
+    assert shown["visual tokens per image"] == str(model.tokens_per_image)
+    assert shown["width, layers"] == f"{model.language.width}, {layers}"
     assert shown["prompt"] == f"`{data['prompt']['name']}`"
     assert shown["parameters: encoders"] == f"{counts['encoders']:,}"
     assert shown["fusion and connector"] == f"{fusion + connector:,}"
     assert shown["language model"] == f"{language:,}"
-    assert shown["all"] == f"{sum(counts.values()):,}"
+    assert shown["total"] == f"{sum(counts.values()):,}"
 
 
 def column_of_the_docs(name: str) -> dict[str, str]:
-    """What the first table of docs/systems.md says of a system, by row; `the same` is what stands to its left."""
+    """Return a system's column in the first table of docs/systems.md; `the same` repeats the cell to the left."""
     text = (Path(__file__).parents[2] / "docs/systems.md").read_text()
     table = text.partition("## Side by side")[2].partition("\n## ")[0]
-    found: dict[str, str] = {}
+    column: dict[str, str] = {}
     for line in re.findall(r"^\| (\w.*) \|$", table, flags=re.MULTILINE):
         label, *cells = line.split(" | ")
-        at = SYSTEMS.index(name)
-        while cells[at] == "the same":
-            at -= 1
-        found[label] = cells[at]
-    assert found["recipe"] == f"[{name}](../recipes/{name}.yaml)"
-    return found
+        index = SYSTEMS.index(name)
+        while cells[index] == "the same":
+            index -= 1
+        column[label] = cells[index]
+    assert column["recipe"] == f"[{name}](../recipes/{name}.yaml)"
+    return column
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_packed_rows_go_where_a_kernel_takes_them(name: str) -> None:
+def test_rows_are_packed_if_the_kernel_supports_it(name: str) -> None:
     recipe = load_recipe(name)
     packed = {stage.get("packed", True) for stage in recipe.data["stages"].values()}
     assert packed == {recipe.data["model"]["language"]["name"] == "mamba2_lm"}
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_overrides_in_the_comments_are_right(name: str) -> None:
+def test_overrides_in_the_comments_are_valid(name: str) -> None:
     comments = "\n".join(re.findall("#.*", recipe_path(name).read_text()))
     overrides = re.findall(r"[\w.]+=\S+", comments)
     recipe = load_recipe(name, *overrides)
@@ -178,8 +178,8 @@ def test_the_released_configuration_of_ml_mamba_is_an_override() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_building_on_meta_takes_little(name: str) -> None:
-    code = (  # not ru_maxrss, which begins at the size of the process that this one was forked from
+def test_building_on_meta_takes_little_memory(name: str) -> None:
+    code = (  # not ru_maxrss, which starts at the size of the parent process
         "import re, ssmvl\n"
         f"ssmvl.build_model({name!r}, device='meta')\n"
         "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024)"

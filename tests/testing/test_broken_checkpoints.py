@@ -1,4 +1,4 @@
-"""What `check_checkpoint` finds."""
+"""Broken layouts that `check_checkpoint` must reject."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def model() -> MambaLM:
 def file() -> dict[str, Tensor]:
     named = model().state_dict()
     tensors = {
-        theirs: part.clone()
-        for own, names in RIGHT.table(named).items()
-        for theirs, part in zip(names, named[own].chunk(len(names)), strict=True)
+        file_name: part.clone()
+        for own, file_names in RIGHT.table(named).items()
+        for file_name, part in zip(file_names, named[own].chunk(len(file_names)), strict=True)
     }
     return {**tensors, "lm.head": tensors["lm.emb.weight"].clone(), "lm.layers.0.table": torch.ones(3)}
 
@@ -47,33 +47,33 @@ def right(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
     return RIGHT
 
 
-def but(**changes: Any) -> Callable[..., Layout | None]:
-    """`right`, whose layout has these fields changed."""
+def changed(**changes: Any) -> Callable[..., Layout | None]:
+    """`right` with these fields of its layout changed."""
 
     def broken(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
-        found = right(names, config)
-        return found and replace(found, **changes)
+        layout = right(names, config)
+        return layout and replace(layout, **changes)
 
     return broken
 
 
-def takes_an_empty_file(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
+def accepts_an_empty_file(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
     return None if "some.other.weight" in names else RIGHT
 
 
-def takes_every_file(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
+def accepts_every_file(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
     return RIGHT if names else None
 
 
-def goes_by_the_config(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
+def reads_only_the_config(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
     return RIGHT if config.get("kind") == "lm" else None
 
 
-def takes_no_file(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
+def accepts_no_file(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
     return None
 
 
-def gives_its_rules(names: Collection[str], config: Mapping[str, Any]) -> Any:
+def returns_its_rules(names: Collection[str], config: Mapping[str, Any]) -> Any:
     return RIGHT.rules if "lm.emb.weight" in names else None
 
 
@@ -93,15 +93,15 @@ class LoadsHalf(Layout):
         module.state_dict()["norm_f.weight"][:4] = before
 
 
-class TakesWhatIsThere(Layout):
+class AcceptsAnIncompleteFile(Layout):
     def check(self, module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
         if all(name in tensors for name in ("lm.emb.weight", "lm.norm_f.weight")):
             return
         super().check(module, tensors, source)
 
 
-def made_as(kind: type[Layout]) -> Callable[..., Layout | None]:
-    """`right`, whose layout is of that class."""
+def with_class(kind: type[Layout]) -> Callable[..., Layout | None]:
+    """`right` with a layout of that class."""
 
     def broken(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
         return right(names, config) and kind(part="language", rules=RIGHT.rules, tied=RIGHT.tied, ignored=RIGHT.ignored)
@@ -110,42 +110,42 @@ def made_as(kind: type[Layout]) -> Callable[..., Layout | None]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "said"),
+    ("layout", "message"),
     [
-        (takes_an_empty_file, r"takes_an_empty_file must give None for the names \[\]"),
-        (takes_every_file, r"must give None for the names \['some\.other\.weight'\]"),
-        (goes_by_the_config, r"must give None for the names \[\]"),
-        (takes_no_file, "must give a Layout for its own file, gave None"),
-        (gives_its_rules, "must give a Layout for its own file, gave {"),
+        (accepts_an_empty_file, r"accepts_an_empty_file must return None for the names \[\]"),
+        (accepts_every_file, r"must return None for the names \['some\.other\.weight'\]"),
+        (reads_only_the_config, r"must return None for the names \[\]"),
+        (accepts_no_file, "must return a Layout for its own file, returned None"),
+        (returns_its_rules, "must return a Layout for its own file, returned {"),
         (fails_for_others, r"fails_for_others failed for the names \[\] \(KeyError: 'kind'\)"),
-        (but(part="model"), "part must be 'language' for a MambaLM, is 'model'"),
+        (changed(part="model"), "part must be 'language' for a MambaLM, is 'model'"),
         (
-            but(rules={**RIGHT.rules, "*": ["model.*"]}),
-            r"must fit .*missing norm_f\.weight \(there model\.norm_f\.weight",
+            changed(rules={**RIGHT.rules, "*": ["model.*"]}),
+            r"must fit .*missing norm_f\.weight \(in the file: model\.norm_f\.weight",
         ),
-        (but(rules={"embedding.*": ["lm.emb.*"], "*": ["lm.*"]}), r"must fit .*missing layers\.0\.mixer\.A_log"),
-        (but(tied={}), r"must fit .*surplus lm\.head"),
-        (but(ignored=[]), r"must fit .*surplus lm\.layers\.0\.table"),
-        (but(expects={"width": 9}), "must fit .*width is 8, the checkpoint needs 9"),
-        (but(ignored=["*"]), "a file that holds some.other.weight too must be refused"),
-        (made_as(LoadsNothing), "must fill all of the module; embedding.weight, .* still hold their old values"),
-        (made_as(LoadsHalf), "must fill all of the module; norm_f.weight still hold their old values"),
-        (made_as(TakesWhatIsThere), r"a file without lm\.layers\.0\.norm\.weight must be refused"),
+        (changed(rules={"embedding.*": ["lm.emb.*"], "*": ["lm.*"]}), r"must fit .*missing layers\.0\.mixer\.A_log"),
+        (changed(tied={}), r"must fit .*unexpected lm\.head"),
+        (changed(ignored=[]), r"must fit .*unexpected lm\.layers\.0\.table"),
+        (changed(expects={"width": 9}), "must fit .*width is 8, the checkpoint needs 9"),
+        (changed(ignored=["*"]), "a file with an extra some.other.weight must be rejected"),
+        (with_class(LoadsNothing), "must fill the whole module, but does not set all of embedding.weight, .*"),
+        (with_class(LoadsHalf), "must fill the whole module, but does not set all of norm_f.weight$"),
+        (with_class(AcceptsAnIncompleteFile), r"a file without lm\.layers\.0\.norm\.weight must be rejected"),
     ],
 )
-def test_a_broken_layout_is_refused(layout: Callable[..., Layout | None], said: str) -> None:
-    with pytest.raises(ContractError, match=f"(?s){said}"):
+def test_a_broken_layout_is_rejected(layout: Callable[..., Layout | None], message: str) -> None:
+    with pytest.raises(ContractError, match=f"(?s){message}"):
         check_checkpoint(layout, file(), model(), CONFIG)
 
 
-def test_the_right_one_is_not() -> None:
+def test_the_unbroken_layout_passes() -> None:
     check_checkpoint(right, file(), model(), CONFIG)
 
 
-def test_a_file_that_holds_nan_is_filled_all_the_same() -> None:
+def test_a_file_that_contains_nan_passes() -> None:
     tensors = file()
     tensors["lm.norm_f.weight"][:4] = torch.nan
     tensors["lm.layers.1.norm.weight"].fill_(torch.nan)
     check_checkpoint(right, tensors, model(), CONFIG)
-    with pytest.raises(ContractError, match=r"must fill all of the module; embedding\.weight, "):
-        check_checkpoint(made_as(LoadsNothing), tensors, model(), CONFIG)
+    with pytest.raises(ContractError, match=r"does not set all of embedding\.weight, "):
+        check_checkpoint(with_class(LoadsNothing), tensors, model(), CONFIG)

@@ -1,4 +1,4 @@
-"""What `check_language_model` finds, in recurrent models and in others."""
+"""Broken language models, recurrent or not, that `check_language_model` must reject."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class ReadsBackwards(Small):
         return super().backbone(embeds.flip(1), segments).flip(1)
 
 
-class ForgetsSegments(Small):
+class IgnoresSegments(Small):
     def backbone(self, embeds: Tensor, segments: Tensor | None = None) -> Tensor:
         return super().backbone(embeds)
 
 
-class GivesNoLogits(Small):
+class ReturnsHiddenStates(Small):
     def head(self, hidden: Tensor) -> Tensor:
         return hidden
 
 
-class NormsOverPositions(Small):
+class NormalizesOverPositions(Small):
     def head(self, hidden: Tensor) -> Tensor:
         return super().head(hidden).softmax(-2)
 
@@ -54,7 +54,7 @@ class ShardsItself(Small):
         return [self]
 
 
-class ShardsAStranger(Small):
+class ShardsAnotherModule(Small):
     def shard_units(self) -> Sequence[nn.Module]:
         return [nn.Linear(1, 1)]
 
@@ -101,7 +101,7 @@ class HoldsLists(HoldsStates):
     state = staticmethod(lambda name, layers: layers)
 
 
-class Remembered:
+class GrowingState:
     """All embeddings of each row: a state that grows and cannot be overwritten."""
 
     def __init__(self, seen: list[Tensor]) -> None:
@@ -111,18 +111,18 @@ class Remembered:
     def nbytes(self) -> int:
         return sum(row.nbytes for row in self.seen)
 
-    def rows(self, index: Sequence[int]) -> Remembered:
-        return Remembered([self.seen[row] for row in index])
+    def rows(self, index: Sequence[int]) -> GrowingState:
+        return GrowingState([self.seen[row] for row in index])
 
-    def clone(self) -> Remembered:
-        return Remembered(list(self.seen))
+    def clone(self) -> GrowingState:
+        return GrowingState(list(self.seen))
 
-    def write(self, index: Sequence[int], other: Remembered) -> None:
+    def write(self, index: Sequence[int], other: GrowingState) -> None:
         raise NotImplementedError
 
 
 class Averages(nn.Module):
-    """The mean of all that came before: a language model that is not recurrent."""
+    """A language model that is not recurrent: the mean of all positions so far."""
 
     width, vocab_rows, num_tokens, recurrent, weights = 8, 16, 16, False, "none"
 
@@ -139,26 +139,26 @@ class Averages(nn.Module):
     def backbone(self, embeds: Tensor, segments: Tensor | None = None) -> Tensor:
         return embeds.cumsum(1) / torch.arange(1, embeds.shape[1] + 1)[:, None]
 
-    def prefill(self, embeds: Tensor, lengths: Tensor, state: Remembered) -> Tensor:
+    def prefill(self, embeds: Tensor, lengths: Tensor, state: GrowingState) -> Tensor:
         hidden = torch.zeros_like(embeds)
         for row, length in enumerate(lengths.tolist()):
             state.seen[row] = torch.cat([state.seen[row], embeds[row, :length]])
-            if length:  # a row that has ended comes with nothing left
+            if length:  # 0 for a row that has ended
                 hidden[row, :length] = self.backbone(state.seen[row][None])[0, -length:]
         return hidden
 
-    def step(self, embeds: Tensor, state: Remembered) -> Tensor:
+    def step(self, embeds: Tensor, state: GrowingState) -> Tensor:
         return self.prefill(embeds[:, None], torch.ones(len(embeds), dtype=torch.long), state)[:, 0]
 
-    def new_state(self, rows: int, device: Any = None, dtype: Any = None) -> Remembered:
-        return Remembered([torch.zeros(0, 8)] * rows)
+    def new_state(self, rows: int, device: Any = None, dtype: Any = None) -> GrowingState:
+        return GrowingState([torch.zeros(0, 8)] * rows)
 
     def shard_units(self) -> Sequence[nn.Module]:
         return []
 
 
-class AveragesAnew(Averages):
-    def prefill(self, embeds: Tensor, lengths: Tensor, state: Remembered) -> Tensor:
+class ResetsItsState(Averages):
+    def prefill(self, embeds: Tensor, lengths: Tensor, state: GrowingState) -> Tensor:
         state.seen = [torch.zeros(0, 8)] * len(embeds)
         return super().prefill(embeds, lengths, state)
 
@@ -172,25 +172,34 @@ class ClaimsToBeRecurrent(Averages):
     [
         (HasTooFewRows, "needs a row of the vocabulary; num_tokens is 33, vocab_rows is 32"),
         (ReadsBackwards, "ReadsBackwards must be causal"),
-        (ForgetsSegments, "ForgetsSegments: segment 1 of row 0 must be as it is alone"),
-        (GivesNoLogits, r"GivesNoLogits.head must give torch.float32 \(3, 12, 32\), gave torch.float32 \(3, 12, 8\)"),
-        (NormsOverPositions, "NormsOverPositions.head must treat each position alone"),
-        (ShardsItself, "ShardsItself.shard_units holds embedding.weight, of the embedding or the head"),
-        (ShardsAStranger, "shard_units names a Linear that is no module of it"),
-        (HoldsStates, "rows and clones must be copies"),
-        (HoldsUnwritableStates, r"state.write\(\[1\], …\) must set row 1 only"),
-        (HoldsSortedStates, r"state.rows\(\[2, 0\]\) must hold these rows"),
-        (HoldsMiscountedStates, "the same fixed size: 1 bytes at first, 1 after a prefill, 1 of 2 rows of 3"),
+        (IgnoresSegments, "IgnoresSegments: segment 1 of row 0 must give the same result alone and packed"),
+        (
+            ReturnsHiddenStates,
+            r"head must return torch.float32 \(3, 12, 32\), returned torch.float32 \(3, 12, 8\)",
+        ),
+        (NormalizesOverPositions, "NormalizesOverPositions.head must process each position independently"),
+        (
+            ShardsItself,
+            "ShardsItself.shard_units must not contain embedding.weight, a parameter of the embedding or the head",
+        ),
+        (ShardsAnotherModule, "shard_units returns a Linear that is not one of its modules"),
+        (HoldsStates, r"rows\(\) and clone\(\) must return copies"),
+        (HoldsUnwritableStates, r"state.write\(\[1\], …\) must set only row 1"),
+        (HoldsSortedStates, r"state.rows\(\[2, 0\]\) must contain these rows in this order"),
+        (
+            HoldsMiscountedStates,
+            "the same fixed size, received 1 bytes at first, 1 after a prefill, 1 for 2 of 3 rows",
+        ),
         (HoldsLists, "the state of HoldsLists lacks clone, nbytes, rows, write; see ssmvl.interfaces.State"),
-        (AveragesAnew, "AveragesAnew.step after prefill|AveragesAnew: a prefill cut at position 1 must be as one"),
+        (ResetsItsState, "ResetsItsState.step after prefill|ResetsItsState: a prefill split at position 1 must equal"),
         (ClaimsToBeRecurrent, "ClaimsToBeRecurrent: segment 1 of row 0"),
     ],
 )
-def test_a_broken_language_model_is_refused(model: Any, message: str) -> None:
+def test_a_broken_language_model_is_rejected(model: Any, message: str) -> None:
     with pytest.raises(ContractError, match=message):
         check_language_model(model)
 
 
 @pytest.mark.parametrize("model", [Small, Averages])
-def test_the_models_that_they_are_made_of_are_not(model: Any) -> None:
+def test_the_unbroken_models_pass(model: Any) -> None:
     check_language_model(model)

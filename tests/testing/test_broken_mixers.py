@@ -1,4 +1,4 @@
-"""What `check_mixer` finds."""
+"""Broken mixers that `check_mixer` must reject."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class MixesRows(Small):
         return super().forward(x, paths, segments) - 0.01 * x.mean(0)
 
 
-class ForgetsSegments(Small):
+class IgnoresSegments(Small):
     def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
         return super().forward(x, paths)
 
@@ -47,7 +47,7 @@ class ReadsOneWay(Small):
         )
 
 
-class KnowsItsPaths(Small):
+class IgnoresItsPaths(Small):
     def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
         return super().forward(x, Paths.of(bsm(Grid(1, 1, x.shape[1]))) if self.folding.count == 2 else paths, segments)
 
@@ -57,7 +57,7 @@ class ShiftsAlongPaths(Small):
         return super().forward(x, None if paths is None else Paths.of(paths.order.roll(1, 1)), segments)
 
 
-class LosesAChannel(Small):
+class DropsAChannel(Small):
     def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
         return super().forward(x, paths, segments)[..., :-1]
 
@@ -67,7 +67,7 @@ class Overflows(Small):
         return super().forward(x, paths, segments) / 0
 
 
-class Halves(Small):
+class ReturnsBf16(Small):
     def forward(self, x: Tensor, paths: Paths | None = None, segments: Tensor | None = None) -> Tensor:
         return super().forward(x, paths, segments).bfloat16()
 
@@ -77,7 +77,7 @@ class ReadsPadding(Small):
         return super().prefill(x, torch.full_like(lengths, x.shape[1]), state)
 
 
-class StartsAnew(Small):
+class ResetsItsState(Small):
     def prefill(self, x: Tensor, lengths: Tensor, state: Any) -> Tensor:
         for tensor in state:
             tensor.zero_()
@@ -115,7 +115,7 @@ class NeverUsesAParameter(Small):
         self.unused = nn.Parameter(torch.zeros(1))
 
 
-class LooksAtItsWeights(Small):
+class ReadsItsWeights(Small):
     def __init__(self, width: int, num_paths: int) -> None:
         super().__init__(width, num_paths)
         self.largest = self.in_proj.weight.max().item()
@@ -138,34 +138,37 @@ def function(width: int, num_paths: int) -> Any:
 @pytest.mark.parametrize(
     ("mixer", "message"),
     [
-        (PeeksAhead, r"PeeksAhead must be causal; a change at position 1 reaches .*; first at \[0, 0, 0\]: received"),
-        (MixesRows, "MixesRows must treat each row alone, row 0 depends on the others"),
-        (ForgetsSegments, "ForgetsSegments: segment 1 of row 0 must be as it is alone"),
-        (ReadsTheFirstRowsSegments, "segment 0 of row 1 must be as it is alone|segment 1 of row 1"),
-        (ReadsOneWay, "must read both ways; a change at position 11 does not reach position 6"),
-        (KnowsItsPaths, "KnowsItsPaths must follow `paths`"),
-        (ShiftsAlongPaths, "along the one path of raster must be as without"),
-        (LosesAChannel, r"must give torch.float32 \(3, 12, 8\), gave torch.float32 \(3, 12, 7\)"),
-        (Overflows, "Overflows gives values that are not finite"),
-        (Halves, "gave torch.bfloat16"),
-        (ReadsPadding, "ReadsPadding.step after prefill: row 1, 4 of 7 positions long"),
-        (StartsAnew, "StartsAnew: a prefill cut at position 1 must be as one"),
+        (
+            PeeksAhead,
+            r"PeeksAhead must be causal, but a change at position 1 .*; first difference at \[0, 0, 0\]: received",
+        ),
+        (MixesRows, "MixesRows must process each row independently, but row 0 depends on the others"),
+        (IgnoresSegments, "IgnoresSegments: segment 1 of row 0 must give the same result alone and packed"),
+        (ReadsTheFirstRowsSegments, "segment 0 of row 1 must give the same result|segment 1 of row 1"),
+        (ReadsOneWay, "must read in both directions; a change at position 11 does not affect position 6"),
+        (IgnoresItsPaths, "IgnoresItsPaths must follow `paths`"),
+        (ShiftsAlongPaths, "over the single path of raster must equal the result without paths"),
+        (DropsAChannel, r"must return torch.float32 \(3, 12, 8\), returned torch.float32 \(3, 12, 7\)"),
+        (Overflows, "Overflows returns values that are not finite"),
+        (ReturnsBf16, "returned torch.bfloat16"),
+        (ReadsPadding, "ReadsPadding.step after prefill: row 1, of length 4 padded to 7"),
+        (ResetsItsState, "ResetsItsState: a prefill split at position 1 must equal an unsplit one"),
         (StepForgets, "StepForgets.step after prefill: row 0"),
-        (StepKeepsAGraph, "must keep no graph"),
-        (StateIsADict, r"new_state: a named tuple of tensors \(3,\) on cpu, rows first; received dict"),
+        (StepKeepsAGraph, "must not build an autograd graph"),
+        (StateIsADict, r"new_state must return a named tuple of tensors \(3,\) on cpu, rows first; received dict"),
         (StateHasRowsLast, r"tensors \(3,\) on cpu, rows first; received \(16,\) on cpu, \(4,\) on cpu"),
         (StateStaysOnTheCpu, r"tensors \(3,\) on meta, rows first; received \(3,\) on cpu"),
         (NeverUsesAParameter, "NeverUsesAParameter: unused receives no finite gradient"),
-        (LooksAtItsWeights, "LooksAtItsWeights cannot be built on `meta`"),
-        (BuildsOnTheCpu, "table lies on cpu after a build on `meta`"),
+        (ReadsItsWeights, "ReadsItsWeights cannot be built on `meta`"),
+        (BuildsOnTheCpu, "table is on cpu after a build on `meta`"),
         (linear, "linear lacks new_state, prefill, step; see ssmvl.interfaces.Mixer"),
         (function, "function is a builtin_function_or_method, not a torch.nn.Module"),
     ],
 )
-def test_a_broken_mixer_is_refused(mixer: Any, message: str) -> None:
+def test_a_broken_mixer_is_rejected(mixer: Any, message: str) -> None:
     with pytest.raises(ContractError, match=message):
         check_mixer(mixer, width=8)
 
 
-def test_the_mixer_that_they_are_made_of_is_not() -> None:
+def test_the_unbroken_mixer_passes() -> None:
     check_mixer(Small, width=8)

@@ -1,4 +1,4 @@
-"""Plugins that break their contract: `check` names the block, its plugin, what it gave and what was expected."""
+"""Plugins that violate their contract: `check` names the block, its plugin, the received and the expected value."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Patches(nn.Module):
         return [self]
 
 def shards(split, records):
-    folder = Path("broken") / split
-    ensure_shards(folder, lambda: records, len(records))
-    return folder
+    directory = Path("broken") / split
+    ensure_shards(directory, lambda: records, len(records))
+    return directory
 """
 TAIL = """
 @ssmvl.hookimpl
@@ -63,14 +63,14 @@ BROKEN: dict[str, tuple[str, str, str, str, str]] = {
         "class broken(Small):\n    def forward(self, x, *rest):\n        return super().forward(x, *rest)[..., 1:]",
         LANGUAGE,
         "model.language.mixer",
-        r"mixer 'broken' \(zz-broken 1\.0 \(zz_broken\)\): forward must give \(2, 17, 128\), gave \(2, 17, 127\)",
+        r"mixer 'broken' \(zz-broken 1\.0 \(zz_broken\)\): forward must return \(2, 17, 128\), returned \(2, 17, 127\)",
     ),
-    "a mixer whose step gives a sequence": (
+    "a mixer whose step returns a sequence": (
         "mixer",
         "class broken(Small):\n    def step(self, x, state):\n        return super().step(x, state)[:, None]",
         LANGUAGE,
         "model.language.mixer",
-        r"step must give \(2, 128\), gave \(2, 1, 128\)",
+        r"step must return \(2, 128\), returned \(2, 1, 128\)",
     ),
     "a mixer whose prefill lacks an argument": (
         "mixer",
@@ -84,36 +84,36 @@ BROKEN: dict[str, tuple[str, str, str, str, str]] = {
         "class broken(MlpConnector):\n    def forward(self, *given):\n        return super().forward(*given)[..., 1:]",
         CONNECTOR,
         "model.connector",
-        r"\(zz-broken .*forward must give \(2, 9, 128\), gave \(2, 9, 127\)",
+        r"\(zz-broken .*forward must return \(2, 9, 128\), returned \(2, 9, 127\)",
     ),
     "a connector with a wrong number of tokens": (
         "connector",
         "class broken(MlpConnector):\n    def num_tokens(self, grid):\n        return grid.length + 1",
         CONNECTOR,
         "model.connector",
-        r"forward must give \(2, 10, 128\), gave \(2, 9, 128\)",
+        r"forward must return \(2, 10, 128\), returned \(2, 9, 128\)",
     ),
-    "an encoder that gives channels first": (
+    "an encoder that returns channels first": (
         "encoder",
         "class broken(Patches):\n    def forward(self, pixels):\n        return self.conv(pixels / 255).flatten(2)",
         ENCODER,
         "model.encoders.fine",
-        r"encoder 'broken' \(zz-broken .*forward must give \(2, 9, 16\), gave \(2, 16, 9\)",
+        r"encoder 'broken' \(zz-broken .*forward must return \(2, 9, 16\), returned \(2, 16, 9\)",
     ),
-    "an encoder that fails on no image": (
+    "an encoder that fails on zero images": (
         "encoder",
         "class broken(Patches):\n    def forward(self, pixels):\n        assert len(pixels), 'no image'\n"
         "        return super().forward(pixels)",
         ENCODER,
         "model.encoders.fine",
-        r"forward of no image fails: AssertionError: no image \(.*zz_broken\.py, line \d+\)",
+        r"forward without images fails: AssertionError: no image \(.*zz_broken\.py, line \d+\)",
     ),
-    "a fusion that loses the grid": (
+    "a fusion that drops a position": (
         "fusion",
         "class broken(ChannelFusion):\n    def forward(self, maps):\n        return super().forward(maps)[:, 1:]",
         FUSION,
         "model.fusion",
-        r"fusion 'broken' .*forward must give \(2, 9, 256\), gave \(2, 8, 256\)",
+        r"fusion 'broken' .*forward must return \(2, 9, 256\), returned \(2, 8, 256\)",
     ),
     "a language model with fewer rows than tokens": (
         "language_model",
@@ -124,40 +124,40 @@ BROKEN: dict[str, tuple[str, str, str, str, str]] = {
         "model.language",
         r"each token needs a row of the vocabulary: num_tokens is 339, vocab_rows is 100",
     ),
-    "a prompt that gives text": (
+    "a prompt that returns strings": (
         "prompt",
         "class broken(MambaPrompt):\n    def pieces(self, conversation, end):\n        return ['text']",
         PROMPT,
         "model.prompt",
-        r"prompt 'broken' \(zz-broken .*pieces must give a list of Piece\(text\), gave one with 'text'",
+        r"prompt 'broken' \(zz-broken .*pieces must return a list of Piece\(text\), returned one with 'text'",
     ),
-    "a prompt that puts images nowhere": (
+    "a prompt with an unknown image placement": (
         "prompt",
         "class broken(MambaPrompt):\n    image_placement = 'somewhere'",
         PROMPT,
         "model.prompt",
-        r"image_placement is 'somewhere'; allowed is 'before_all_text' or 'in_place'",
+        r"image_placement is 'somewhere'\. Allowed: before_all_text, in_place",
     ),
-    "a prompt that teaches nothing": (
+    "a prompt that supervises nothing": (
         "prompt",
         "class broken(MambaPrompt):\n    def pieces(self, conversation, end):\n        return [Piece('a')]",
         PROMPT,
         "model.prompt",
-        r"no piece with the assistant's text is supervised, so nothing is learned",
+        r"no piece with the assistant's text is supervised, so there are no labels",
     ),
-    "an encoder whose grid is no Grid": (
+    "an encoder whose grid is not a Grid": (
         "encoder",
         "class broken(Patches):\n    grid = (1, 3, 3)",
         ENCODER,
         "model.encoders.fine",
-        r"encoder 'broken' .*: grid must be a Grid\(maps, rows, columns\) .*, is \(1, 3, 3\)",
+        r"encoder 'broken' .*: grid must be a Grid\(maps, rows, columns\) .*, but is \(1, 3, 3\)",
     ),
-    "an encoder without a name of weights": (
+    "an encoder whose weights are None": (
         "encoder",
         "class broken(Patches):\n    weights = None",
         ENCODER,
         "model.encoders.fine",
-        r"weights must be text, is None",
+        r"weights must be a string, but is None",
     ),
     "a connector whose number of tokens fails": (
         "connector",
@@ -178,7 +178,7 @@ BROKEN: dict[str, tuple[str, str, str, str, str]] = {
         "class broken(Small):\n    def new_state(self, rows, device=None, dtype=None):\n        return {}",
         LANGUAGE,
         "model.language.mixer",
-        r"mixer 'broken' .*: new_state must give a named tuple of tensors of \d rows, gave \{\}",
+        r"mixer 'broken' .*: new_state must return a named tuple of tensors with \d rows, returned \{\}",
     ),
     "a dataset that exits": (
         "dataset",
@@ -192,7 +192,7 @@ BROKEN: dict[str, tuple[str, str, str, str, str]] = {
         "def broken(split):\n    return shards(split, [dict(id='a', type='', conversation=[], images=[])])",
         DATA,
         "stages.align.data",
-        r"stages\.align\.batch: the data hold 1 samples, fewer than a batch of 64",
+        r"stages\.align\.batch: the data hold 1 samples, fewer than one batch of 64",
     ),
     "a module that cannot be imported": (
         "connector",
@@ -201,12 +201,12 @@ BROKEN: dict[str, tuple[str, str, str, str, str]] = {
         "model.connector",
         r"connector 'broken' \(zz-broken .* cannot be imported: ModuleNotFoundError: No module named 'zz_nowhere'",
     ),
-    "a dataset that gives nothing": (
+    "a dataset that returns None": (
         "dataset",
         "def broken(split):\n    pass",
         DATA,
         "stages.align.data",
-        r"must give a Path, Shards or a list of Stream for the split 'train', gave None",
+        r"must return a Path, Shards or a list of Stream for the split 'train', returned None",
     ),
     "a dataset that fails": (
         "dataset",
@@ -227,7 +227,7 @@ BROKEN: dict[str, tuple[str, str, str, str, str]] = {
 
 @pytest.fixture
 def plugin(install_plugin: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """`plugin(kind, code)`: a plugin that registers what the code calls `broken`."""
+    """`plugin(kind, code)` installs a plugin that registers the code's `broken`."""
     monkeypatch.chdir(tmp_path)
     return lambda kind, code: install_plugin("zz-broken", f"{HEAD}\n{code}\n{TAIL.format(kind=kind)}")
 
@@ -253,7 +253,7 @@ def test_a_broken_plugin_is_named(what: str, plugin: Callable[[str, str], None])
         ("prompt", "broken = MambaPrompt", PROMPT),
     ],
 )
-def test_what_they_are_made_of_is_accepted(
+def test_the_unbroken_parts_are_accepted(
     kind: str, code: str, override: str, plugin: Callable[[str, str], None]
 ) -> None:
     plugin(kind, code)
@@ -270,7 +270,7 @@ def test_a_part_that_reads_values_is_a_note(plugin: Callable[[str, str], None]) 
     assert any(note.startswith("model.language.mixer: not checked, forward of mixer 'broken' (zz-") for note in notes)
 
 
-def test_parts_behind_one_that_reads_values_are_checked(plugin: Callable[[str, str], None]) -> None:
+def test_parts_after_one_that_reads_values_are_checked(plugin: Callable[[str, str], None]) -> None:
     plugin(
         "connector",
         "class Reads(Patches):\n    def forward(self, pixels):\n        float(pixels.sum())\n\n"
@@ -281,12 +281,12 @@ def test_parts_behind_one_that_reads_values_are_checked(plugin: Callable[[str, s
     from ssmvl.registry import Entry
 
     components().add([Entry("encoder", "reads", zz_broken.Reads, "zz-broken")])
-    with pytest.raises(RecipeError, match=r"connector: .*must give \(2, 9, 128\), gave"):
+    with pytest.raises(RecipeError, match=r"connector: .*must return \(2, 9, 128\), returned"):
         check("quickstart", "model.fusion.order=null", CONNECTOR, "model.encoders.fine=reads")
 
 
 @pytest.mark.parametrize("what", [n for n in BROKEN if BROKEN[n][0] == "dataset" and "batch" not in n])
-def test_check_dataset_finds_the_same(what: str, plugin: Callable[[str, str], None]) -> None:
+def test_check_dataset_reports_the_same(what: str, plugin: Callable[[str, str], None]) -> None:
     kind, code, _, _, why = BROKEN[what]
     plugin(kind, code)
     import zz_broken
@@ -302,10 +302,8 @@ def test_check_dataset_finds_the_same(what: str, plugin: Callable[[str, str], No
         ("torch.manual_seed(123)", "torch's seed to 123"),
     ],
 )
-def test_a_plugin_that_changes_what_belongs_to_everyone(
-    line: str, changed: str, install_plugin: Install, tmp_path: Path
-) -> None:
-    """Whether the plugin itself does so, or the module of a block."""
+def test_a_plugin_that_changes_global_state(line: str, changed: str, install_plugin: Install, tmp_path: Path) -> None:
+    """The change is made by the plugin itself or by the module of a block."""
     before, state = torch.get_default_dtype(), torch.initial_seed()
     sys.modules.pop("zz_late", None)
     (tmp_path / "zz_late.py").write_text(textwrap.dedent(f"import torch\n{line}\ndef order(grid): return 0"))
@@ -320,7 +318,7 @@ def test_a_plugin_that_changes_what_belongs_to_everyone(
 
 def test_a_plugin_that_registers_nothing_is_a_failure(install_plugin: Install) -> None:
     install_plugin("zz-empty", "import ssmvl\n@ssmvl.hookimpl\ndef ssmvl_register(register): pass")
-    with pytest.warns(PluginWarning, match="zz-empty .*its function ssmvl_register registers nothing"):
+    with pytest.warns(PluginWarning, match="zz-empty .*the module's function ssmvl_register registers nothing"):
         with pytest.raises(RecipeError, match="registers nothing"):
             check("quickstart", "model.connector=zz")
 
@@ -329,9 +327,9 @@ def test_disabled_plugins_are_listed_and_unknown_names_reported(monkeypatch: pyt
     monkeypatch.setenv("SSMVL_DISABLE_PLUGINS", "vl_mamba, vl_mmba")
     components.cache_clear()
     try:
-        with pytest.warns(PluginWarning, match="no plugin is called 'vl_mmba'. Did you mean 'vl_mamba'"):
+        with pytest.warns(PluginWarning, match="unknown plugin 'vl_mmba'. Did you mean 'vl_mamba'"):
             with pytest.raises(RecipeError, match=r"Plugin ssmvl \S+ \(ssmvl_vl_mamba\) is disabled") as error:
                 check("quickstart", "model.connector=vss_mlp")
-        assert "no plugin is called 'vl_mmba'" in str(error.value)
+        assert "unknown plugin 'vl_mmba'" in str(error.value)
     finally:
         components.cache_clear()

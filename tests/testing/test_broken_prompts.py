@@ -1,4 +1,4 @@
-"""What `check_prompt` finds."""
+"""Broken prompts that `check_prompt` must reject."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ssmvl.processing.tokenizers import END
 from ssmvl.testing import check_prompt
 
 
-class LearnsTheQuestion(MambaPrompt):
+class SupervisesTheQuestion(MambaPrompt):
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
         return [piece._replace(supervised=piece.text != "In: ") for piece in super().pieces(conversation, end)]
 
 
-class LearnsNoEnd(MambaPrompt):
+class OmitsTheEnd(MambaPrompt):
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
         return [piece for piece in super().pieces(conversation, end) if piece.text != end]
 
@@ -29,19 +29,19 @@ class WritesItsOwnEnd(MambaPrompt):
         return super().pieces(conversation, END)
 
 
-class LearnsNothing(MambaPrompt):
+class SupervisesNothing(MambaPrompt):
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
         return [piece._replace(supervised=False) for piece in super().pieces(conversation, end)]
 
 
-class TrustsAnswers(MambaPrompt):
+class MakesAnswersTemplate(MambaPrompt):
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
         return [
             piece._replace(template=piece.template or piece.supervised) for piece in super().pieces(conversation, end)
         ]
 
 
-class TrustsTheUser(MambaPrompt):
+class MakesUserTextTemplate(MambaPrompt):
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
         return [
             piece._replace(template=not piece.supervised or piece.template)
@@ -54,32 +54,32 @@ class RepeatsTheQuestion(MambaPrompt):
         return [*super().pieces(conversation, end), Piece(f"({conversation[0]['content']})", template=True)]
 
 
-class TidiesTheQuestion(MambaPrompt):
+class NormalizesTheQuestion(MambaPrompt):
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
         return [piece._replace(text=piece.text.replace("\n\n", " ")) for piece in super().pieces(conversation, end)]
 
 
-class ForgetsAQuestion(MambaPrompt):
+class DropsAQuestion(MambaPrompt):
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
         return [piece for piece in super().pieces(conversation, end) if "where" not in piece.text]
 
 
-class ReadsQuestionsWithAnswers(PlainPrompt):
+class WritesQuestionsOnlyWithAnswers(PlainPrompt):
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
         return (MambaPrompt if len(conversation) > 1 else PlainPrompt)().pieces(conversation, end)
 
 
-class MarksImages(MambaPrompt):
+class AddsImageMarks(MambaPrompt):
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
         return [Piece("<image>\n", template=True), *super().pieces(conversation, end)]
 
 
-class KnowsThatAnAnswerComes(MambaPrompt):
+class CountsMessages(MambaPrompt):
     def pieces(self, conversation: Sequence[Message], end: str) -> list[Piece]:
         return [Piece(f"{len(conversation)} messages:", template=True), *super().pieces(conversation, end)]
 
 
-class GivesTexts(MambaPrompt):
+class ReturnsStrings(MambaPrompt):
     def pieces(self, conversation: Sequence[Message], end: str) -> Any:
         return [piece.text for piece in super().pieces(conversation, end)]
 
@@ -91,23 +91,26 @@ class PutsImagesLast(MambaPrompt):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (LearnsTheQuestion, r"pieces of 1 messages: each answer and its end are supervised: \[\]; received \[Piece"),
-        (LearnsNoEnd, r"of 2 messages: each answer and its end are supervised"),
-        (WritesItsOwnEnd, r"each answer and its end .*text='<\|end of answer\|>'.*; received .*text='<\|endoftext\|>'"),
-        (LearnsNothing, r"each answer and its end are supervised: .*; received \[\]"),
-        (TrustsAnswers, r"received .*text='A cat.', supervised=True, template=True"),
-        (TrustsTheUser, "a user's text in a template is parsed for special tokens: '<image>"),
-        (RepeatsTheQuestion, "a user's text in a template is parsed for special tokens: '<image>"),
-        (TidiesTheQuestion, r"pieces of 3 messages: 'And\\n\\nwhere\?' must stand there as it is"),
-        (ForgetsAQuestion, r"pieces of 3 messages: 'And\\n\\nwhere\?' must stand there as it is"),
-        (ReadsQuestionsWithAnswers, r"pieces of 1 messages: '<image>.* must stand there as it is, in \[\]"),
-        (MarksImages, "`<image>` marks are the user's; the template has one"),
-        (KnowsThatAnAnswerComes, "pieces up to an answer must be what the whole conversation begins with"),
-        (GivesTexts, "must be a list of Piece, received"),
+        (
+            SupervisesTheQuestion,
+            r"pieces of 1 messages: exactly the answers and their ends .*; expected \[\], received \[Piece",
+        ),
+        (OmitsTheEnd, r"of 2 messages: exactly the answers and their ends must be supervised"),
+        (WritesItsOwnEnd, r"and their ends .*text='<\|end of answer\|>'.*, received .*text='<\|endoftext\|>'"),
+        (SupervisesNothing, r"exactly the answers and their ends must be supervised; .*, received \[\]"),
+        (MakesAnswersTemplate, r"received .*text='A cat.', supervised=True, template=True"),
+        (MakesUserTextTemplate, "in a template piece, which is parsed for special tokens: '<image>"),
+        (RepeatsTheQuestion, "in a template piece, which is parsed for special tokens: '<image>"),
+        (NormalizesTheQuestion, r"pieces of 3 messages: 'And\\n\\nwhere\?' must appear unchanged"),
+        (DropsAQuestion, r"pieces of 3 messages: 'And\\n\\nwhere\?' must appear unchanged"),
+        (WritesQuestionsOnlyWithAnswers, r"pieces of 1 messages: '<image>.* must appear unchanged, received \[\]"),
+        (AddsImageMarks, "template pieces must not contain `<image>` marks"),
+        (CountsMessages, "pieces up to an answer must be a prefix of the full conversation's pieces"),
+        (ReturnsStrings, "must be a list of Piece, received"),
         (PutsImagesLast, r"image_placement must be one of .*, is 'after_all_text'"),
         (object, "object lacks image_placement, pieces; see ssmvl.interfaces.Prompt"),
     ],
 )
-def test_a_broken_prompt_is_refused(prompt: Any, message: str) -> None:
+def test_a_broken_prompt_is_rejected(prompt: Any, message: str) -> None:
     with pytest.raises(ContractError, match=message):
         check_prompt(prompt)

@@ -1,4 +1,4 @@
-"""What `check_dataset` and `check_recipe` find."""
+"""Broken datasets and recipes that `check_dataset` and `check_recipe` must reject."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ buffer = io.BytesIO()
 Image.new("RGB", (4, 4)).save(buffer, "PNG")
 PNG = buffer.getvalue()
 COUNTER: Iterator[int] = count()
-ASKED = {"role": "user", "content": "what?"}
-ANSWERED = {"role": "assistant", "content": "this."}
-GOOD: dict[str, Any] = {"id": "a", "type": "", "conversation": [ASKED, ANSWERED], "images": [PNG]}
+QUESTION = {"role": "user", "content": "what?"}
+ANSWER = {"role": "assistant", "content": "this."}
+GOOD: dict[str, Any] = {"id": "a", "type": "", "conversation": [QUESTION, ANSWER], "images": [PNG]}
 
 
 def records_in(split: str, *, folder: Path, records: Sequence[dict[str, Any]] = (GOOD,)) -> Path:
@@ -32,7 +32,7 @@ def records_in(split: str, *, folder: Path, records: Sequence[dict[str, Any]] = 
     return folder / split
 
 
-def writes_anew(split: str, *, folder: Path) -> Path:
+def rewrites(split: str, *, folder: Path) -> Path:
     shutil.rmtree(folder / split, ignore_errors=True)
     return records_in(split, folder=folder)
 
@@ -49,28 +49,28 @@ def is_empty(split: str, *, folder: Path) -> Path:
     return folder
 
 
-def gives_text(split: str, *, folder: Path) -> Any:
+def returns_a_string(split: str, *, folder: Path) -> Any:
     return str(records_in(split, folder=folder))
 
 
 def has_no_images(split: str, *, folder: Path) -> Path:
     with MDSWriter(out=str(folder / split), columns={"id": "str", "conversation": "json"}) as writer:
-        writer.write({"id": "a", "conversation": [ASKED, ANSWERED]})
+        writer.write({"id": "a", "conversation": [QUESTION, ANSWER]})
     return folder / split
 
 
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (writes_anew, r"writes_anew\('train'\) writes .*/train again when asked again"),
-        (moves, r"moves\('train'\) gives another folder when asked again"),
-        (has_one_split, r"has_one_split\('test'\) gives the folder of 'train'"),
+        (rewrites, r"rewrites\('train'\) rewrites .*/train on the second call"),
+        (moves, r"moves\('train'\) returns another directory on the second call"),
+        (has_one_split, r"has_one_split\('test'\) returns the directory of 'train'"),
         (is_empty, r"which holds no shards \(no index.json\)"),
-        (gives_text, "must give a Path, Shards or a list of Stream for the split 'train', gave '"),
-        (has_no_images, r"a shard in .*/train lacks \['image_sizes', 'images', 'type'\]"),
+        (returns_a_string, "must return a Path, Shards or a list of Stream for the split 'train', returned '"),
+        (has_no_images, r"a shard in .*/train lacks the columns \['image_sizes', 'images', 'type'\]"),
     ],
 )
-def test_a_broken_data_set_is_refused(dataset: Any, message: str, tmp_path: Path) -> None:
+def test_a_broken_dataset_is_rejected(dataset: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ContractError, match=message):
         check_dataset(partial(dataset, folder=tmp_path))
 
@@ -79,20 +79,20 @@ def test_a_broken_data_set_is_refused(dataset: Any, message: str, tmp_path: Path
     ("records", "message"),
     [
         ([GOOD, GOOD], r"records_in\('train'\): two records have the id 'a'"),
-        ([GOOD | {"conversation": [ANSWERED, ASKED]}], "record 'a': message 0 must be {'role': 'user'"),
-        ([GOOD | {"conversation": [ASKED]}], "record 'a': nothing to learn in this sample"),
-        ([GOOD | {"conversation": []}], "record 'a': an empty conversation"),
+        ([GOOD | {"conversation": [ANSWER, QUESTION]}], "record 'a': message 0 must be {'role': 'user'"),
+        ([GOOD | {"conversation": [QUESTION]}], "record 'a': no supervised token in this sample"),
+        ([GOOD | {"conversation": []}], "record 'a': the conversation is empty"),
         ([GOOD | {"images": [PNG[:40]]}], "record 'a': image bytes: cannot be decoded"),
         ([GOOD | {"images": []}, GOOD | {"id": "b", "images": [b"no image"]}], "record 'b': .* cannot be decoded"),
-        ([], "the shards in .*/train hold no records"),
+        ([], "the shards in .*/train have no records"),
     ],
 )
-def test_a_broken_record_is_refused(records: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+def test_a_broken_record_is_rejected(records: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
     with pytest.raises(ContractError, match=message):
         check_dataset(partial(records_in, folder=tmp_path, records=records))
 
 
-def test_the_data_set_that_they_are_made_of_is_not(tmp_path: Path) -> None:
+def test_the_unbroken_dataset_passes(tmp_path: Path) -> None:
     check_dataset(partial(records_in, folder=tmp_path))
     check_dataset(partial(has_one_split, folder=tmp_path), splits=["train"])
 
@@ -123,11 +123,11 @@ def test_a_recipe_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"connector": "msc_basis"}, "model.connector: no connector named 'msc_basis'. Did you mean 'msc_basic'"),
+        ({"connector": "msc_basis"}, "model.connector: unknown connector 'msc_basis'. Did you mean 'msc_basic'"),
         ({"head_dim": "48"}, "model.connector: head_dim 48 must divide"),
         ({"trained": "conector"}, r"stages.only.train: no parameter of the model is under 'conector'"),
     ],
 )
-def test_a_broken_recipe_is_refused(changed: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_a_broken_recipe_is_rejected(changed: dict[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         check_recipe(recipe(tmp_path, **changed))

@@ -1,4 +1,4 @@
-"""What `check_scan_order` finds."""
+"""Broken scan orders that `check_scan_order` must reject."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ssmvl.scans import bsm, raster
 from ssmvl.testing import check_scan_order
 
 
-def leaves_one_out(grid: Grid) -> Tensor:
+def skips_one(grid: Grid) -> Tensor:
     return raster(grid).clamp(max=max(0, grid.length - 2))
 
 
@@ -31,12 +31,12 @@ def more_for_more_rows(grid: Grid) -> Tensor:
 @pytest.mark.parametrize(
     ("order", "message"),
     [
-        (leaves_one_out, r"'leaves_one_out' over grid \(1, 1, 7\): path 0 .* position 6 holds index 5 again"),
-        (square_only, r"must give paths \(K, 7\), gave \(1, 49\)"),
-        (random, r"gives other paths for grid \(1, 1, 7\) when asked again"),
-        (more_for_more_rows, r"K must be one number, .* depending on the grid: 1 over \(1, 1, 1\), 2 over \(1, 7, 1\)"),
+        (skips_one, r"'skips_one' over grid \(1, 1, 7\): path 0 .* position 6 holds index 5 again"),
+        (square_only, r"must return paths \(K, 7\), returned \(1, 49\)"),
+        (random, r"returns other paths for grid \(1, 1, 7\) on the second call"),
+        (more_for_more_rows, r"K must not depend on the grid, received 1 over \(1, 1, 1\), 2 over \(1, 7, 1\)"),
     ],
 )
-def test_a_broken_scan_order_is_refused(order: ScanOrder, message: str) -> None:
+def test_a_broken_scan_order_is_rejected(order: ScanOrder, message: str) -> None:
     with pytest.raises(ContractError, match=message):
         check_scan_order(order)

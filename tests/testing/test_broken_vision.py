@@ -1,4 +1,4 @@
-"""What `check_encoder`, `check_fusion` and `check_connector` find."""
+"""Broken components that `check_encoder`, `check_fusion` and `check_connector` must reject."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Patches(nn.Module):
         return [self]
 
 
-class LosesAPatch(Patches):
+class DropsAPatch(Patches):
     def forward(self, pixels: Tensor) -> Tensor:
         return super().forward(pixels)[:, 1:]
 
@@ -49,13 +49,13 @@ class NeedsAnImage(Patches):
         return super().forward(pixels) if len(pixels) else torch.zeros(0)
 
 
-class ComparesImages(Patches):
+class MixesImages(Patches):
     def forward(self, pixels: Tensor) -> Tensor:
         features = super().forward(pixels)
         return features - 0.1 * features.mean(0)
 
 
-class SeesNothing(Patches):
+class IgnoresPixels(Patches):
     def forward(self, pixels: Tensor) -> Tensor:
         return super().forward(0 * pixels)
 
@@ -72,7 +72,7 @@ class HasNoSpec(Patches):
     image_spec = 8
 
 
-class ShardsAStranger(Patches):
+class ShardsAnotherModule(Patches):
     def shard_units(self) -> Sequence[nn.Module]:
         return [Patches()]
 
@@ -80,38 +80,38 @@ class ShardsAStranger(Patches):
 @pytest.mark.parametrize(
     ("encoder", "message"),
     [
-        (LosesAPatch, r"must give torch.float32 \(3, 4, 5\), gave torch.float32 \(3, 3, 5\)"),
-        (NeedsAnImage, r"NeedsAnImage of no image must give torch.float32 \(0, 4, 5\), gave torch.float32 \(0,\)"),
-        (ComparesImages, "ComparesImages must treat each row alone"),
-        (SeesNothing, "SeesNothing gives the same features for two different images"),
+        (DropsAPatch, r"must return torch.float32 \(3, 4, 5\), returned torch.float32 \(3, 3, 5\)"),
+        (NeedsAnImage, r"of zero images must return torch.float32 \(0, 4, 5\), returned torch.float32 \(0,\)"),
+        (MixesImages, "MixesImages must process each row independently"),
+        (IgnoresPixels, "IgnoresPixels returns the same features for two different images"),
         (HasNoGrid, r"HasNoGrid.grid must be a Grid\(maps, rows, columns\), is \(1, 2, 2\)"),
-        (HasNoWidth, "HasNoWidth.width must be a count, is '5'"),
+        (HasNoWidth, "HasNoWidth.width must be a positive integer, is '5'"),
         (HasNoSpec, "HasNoSpec.image_spec must be an ImageSpec, is 8"),
-        (ShardsAStranger, "ShardsAStranger.shard_units names a Patches that is no module of it"),
+        (ShardsAnotherModule, "ShardsAnotherModule.shard_units returns a Patches that is not one of its modules"),
         (partial(nn.Linear, 3, 4), "Linear lacks grid, image_spec, shard_units, weights, width"),
     ],
 )
-def test_a_broken_encoder_is_refused(encoder: Any, message: str) -> None:
+def test_a_broken_encoder_is_rejected(encoder: Any, message: str) -> None:
     with pytest.raises(ContractError, match=message):
         check_encoder(encoder)
 
 
-class GoesByPosition(ChannelFusion):
+class FusesByPosition(ChannelFusion):
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         return torch.cat(list(features.values()), dim=-1)
 
 
-class LosesAWidth(ChannelFusion):
+class DropsAnEncoder(ChannelFusion):
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         return features[self.order[0]]
 
 
-class FreezesOne(ChannelFusion):
+class DetachesOne(ChannelFusion):
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         return super().forward({**features, self.order[1]: features[self.order[1]].detach()})
 
 
-class ComparesImagesToo(ChannelFusion):
+class MixesFusedImages(ChannelFusion):
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         fused = super().forward(features)
         return fused - 0.1 * fused.mean(0)
@@ -120,13 +120,16 @@ class ComparesImagesToo(ChannelFusion):
 @pytest.mark.parametrize(
     ("fusion", "message"),
     [
-        (GoesByPosition, "GoesByPosition must go by the encoders' names"),
-        (LosesAWidth, r"LosesAWidth must give torch.float32 \(3, 16, 16\), gave torch.float32 \(3, 16, 6\)"),
-        (FreezesOne, "FreezesOne: second receives no finite gradient"),
-        (ComparesImagesToo, "ComparesImagesToo must treat each row alone"),
+        (FusesByPosition, "FusesByPosition must select features by the encoders' names"),
+        (
+            DropsAnEncoder,
+            r"DropsAnEncoder must return torch.float32 \(3, 16, 16\), returned torch.float32 \(3, 16, 6\)",
+        ),
+        (DetachesOne, "DetachesOne: second receives no finite gradient"),
+        (MixesFusedImages, "MixesFusedImages must process each row independently"),
     ],
 )
-def test_a_broken_fusion_is_refused(fusion: Any, message: str) -> None:
+def test_a_broken_fusion_is_rejected(fusion: Any, message: str) -> None:
     with pytest.raises(ContractError, match=message):
         check_fusion(fusion)
 
@@ -137,18 +140,18 @@ class HasATable(MlpConnector):
         self.register_buffer("table", torch.zeros(grid.length))
 
 
-class MakesATable(MlpConnector):
+class RegistersATable(MlpConnector):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         self.register_buffer("made", torch.zeros(grid.length))
         return super().forward(x, grid)
 
 
-class CountsHalf(MlpConnector):
+class HalvesItsTokenCount(MlpConnector):
     def num_tokens(self, grid: Grid) -> int:
         return grid.length // 2
 
 
-class KnowsOneGrid(MlpConnector):
+class RemembersOneGrid(MlpConnector):
     def __init__(self, in_width: int, out_width: int, grid: Grid) -> None:
         super().__init__(in_width, out_width, grid)
         self.tokens = grid.length
@@ -157,7 +160,7 @@ class KnowsOneGrid(MlpConnector):
         return self.tokens
 
 
-class ComparesTokens(MlpConnector):
+class MixesTokens(MlpConnector):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         tokens = super().forward(x, grid)
         return tokens - 0.1 * tokens.mean(0)
@@ -174,13 +177,13 @@ class NeverUsesAParameter(MlpConnector):
         self.unused = nn.Parameter(torch.zeros(1))
 
 
-class LooksAtItsWeights(MlpConnector):
+class ReadsItsWeights(MlpConnector):
     def __init__(self, in_width: int, out_width: int, grid: Grid) -> None:
         super().__init__(in_width, out_width, grid)
         self.positive = bool(self.projector[0].bias.sum() > 0)
 
 
-class NamesAStranger(MlpConnector):
+class ShardsALinear(MlpConnector):
     def shard_units(self) -> Sequence[nn.Module]:
         return [nn.Linear(1, 1)]
 
@@ -189,22 +192,25 @@ class NamesAStranger(MlpConnector):
     ("connector", "message"),
     [
         (HasATable, r"may depend on the grid; table is \(24,\) for \(1, 4, 6\), \(16,\) for \(1, 4, 4\)"),
-        (MakesATable, r"may depend on the grid; made is \(16,\) for \(1, 4, 6\), None for \(1, 4, 4\)"),
-        (CountsHalf, r"over grid \(1, 4, 6\) must give torch.float32 \(3, 12, 64\), gave torch.float32 \(3, 24, 64\)"),
-        (KnowsOneGrid, r"over grid \(1, 4, 4\) must give torch.float32 \(3, 24, 64\)"),
-        (ComparesTokens, "must treat each row alone, row 0 depends on the others"),
+        (RegistersATable, r"may depend on the grid; made is \(16,\) for \(1, 4, 6\), None for \(1, 4, 4\)"),
+        (
+            HalvesItsTokenCount,
+            r"over grid \(1, 4, 6\) must return torch.float32 \(3, 12, 64\), returned torch.float32 \(3, 24, 64\)",
+        ),
+        (RemembersOneGrid, r"over grid \(1, 4, 4\) must return torch.float32 \(3, 24, 64\)"),
+        (MixesTokens, "must process each row independently, but row 0 depends on the others"),
         (StopsGradients, "its input receives no finite gradient"),
         (NeverUsesAParameter, "unused receives no finite gradient"),
-        (LooksAtItsWeights, "LooksAtItsWeights cannot be built on `meta`"),
-        (NamesAStranger, "shard_units names a Linear that is no module of it"),
+        (ReadsItsWeights, "ReadsItsWeights cannot be built on `meta`"),
+        (ShardsALinear, "shard_units returns a Linear that is not one of its modules"),
     ],
 )
-def test_a_broken_connector_is_refused(connector: Any, message: str) -> None:
+def test_a_broken_connector_is_rejected(connector: Any, message: str) -> None:
     with pytest.raises(ContractError, match=message):
         check_connector(connector)
 
 
-def test_what_they_are_made_of_is_not_refused() -> None:
+def test_the_unbroken_components_pass() -> None:
     check_encoder(Patches)
     check_fusion(partial(ChannelFusion, order=["b", "name"]), widths={"name": 3, "b": 4})
     check_connector(MlpConnector, in_width=3, out_width=5, grids=(Grid(1, 1, 2), Grid(2, 3, 1)))

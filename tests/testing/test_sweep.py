@@ -1,4 +1,4 @@
-"""Every registered component, and every recipe that is shipped, keeps the contract of its kind."""
+"""Contract checks of every registered component and every shipped recipe."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ OPTIONS: dict[tuple[str, str], list[dict[str, Any]]] = {
 }
 SMALL = [f"model.language.{key}={value}" for key, value in {"width": 32, "num_layers": 2, "num_tokens": 339}.items()]
 MAMBA2 = "mixer={name: mamba2, d_state: 8, head_dim: 16, num_groups: 1}"
-EYES = [f"model.encoders.{name}={{name: digit_vit, stem: fine}}" for name in ("dinov2", "siglip")]
-# Of each layout: names that tell it, the config beside such a file, and the recipe and overrides of a model it fits.
-# The rest of the names is the layout's own word; tests/checkpoints and tests/language have them written by hand.
+ENCODERS = [f"model.encoders.{name}={{name: digit_vit, stem: fine}}" for name in ("dinov2", "siglip")]
+# For each layout: tensor names that identify it, the config of such a file, and the recipe and overrides of a model
+# that it fits. The layout yields the other names; tests/checkpoints and tests/language write them out by hand.
 FILES: dict[str, tuple[list[str], dict[str, Any], list[str]]] = {
     "ssmvl": (["encoders.a", "connector.a", "language.a"], {}, ["quickstart"]),
     "state_spaces": (
@@ -63,9 +63,9 @@ FILES: dict[str, tuple[list[str], dict[str, Any], list[str]]] = {
     "ml_mamba_release": (
         ["model.bidirectional_mamba.norm_f.weight"],
         {},
-        ["ml_mamba", *EYES, *SMALL, f"model.language.{MAMBA2}", f"model.connector.{MAMBA2}"],
+        ["ml_mamba", *ENCODERS, *SMALL, f"model.language.{MAMBA2}", f"model.connector.{MAMBA2}"],
     ),
-    "cobra_release": (["model.projector.projector.0.weight"], {}, ["cobra", *EYES, *SMALL]),
+    "cobra_release": (["model.projector.projector.0.weight"], {}, ["cobra", *ENCODERS, *SMALL]),
     "transformers": (
         ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"],
         LLAMA,
@@ -86,7 +86,7 @@ SWEPT = [
 ]
 
 
-def test_every_kind_has_a_check_and_is_swept() -> None:
+def test_every_kind_has_a_check_and_is_checked() -> None:
     assert sorted(testing.__all__) == sorted(f"check_{kind}" for kind in INJECTED)
     assert {entry.kind for entry, _ in (param.values for param in SWEPT)} | {"recipe", "checkpoint"} == set(INJECTED)
     assert set(FILES) == set(components().names("checkpoint"))
@@ -97,28 +97,28 @@ def test_every_kind_has_a_check_and_is_swept() -> None:
 def test_component_keeps_its_contract(
     entry: Entry, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # where data sets are written
+    monkeypatch.chdir(tmp_path)  # datasets are written here
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    for place in ("shards/train", "shards/test", "others/train", "others/test") if entry.kind == "dataset" else ():
-        record = {"id": place, "type": "", "conversation": talk, "images": []}
-        ensure_shards(Path(place), lambda record=record: [record], 1)
+    for folder in ("shards/train", "shards/test", "others/train", "others/test") if entry.kind == "dataset" else ():
+        record = {"id": folder, "type": "", "conversation": talk, "images": []}
+        ensure_shards(Path(folder), lambda record=record: [record], 1)
     check = getattr(testing, f"check_{entry.kind}")
     check(partial(entry.load(), **options))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_layout_keeps_its_contract(name: str) -> None:
-    layout, (marks, config, recipe) = components().find("checkpoint", name).load(), FILES[name]
+    factory, (identifying_names, config, recipe) = components().find("checkpoint", name).load(), FILES[name]
     model = ssmvl.build_model(*recipe)
-    found = layout(names=marks, config=config)
-    module = model if found.part == "model" else model.language
-    named = module.state_dict()
+    layout = factory(names=identifying_names, config=config)
+    module = model if layout.part == "model" else model.language
+    state = module.state_dict()
     tensors = {
-        theirs: part.clone()
-        for own, names in found.table(named).items()
-        for theirs, part in zip(names, named[own].chunk(len(names)), strict=True)
+        file_name: part.clone()
+        for own, file_names in layout.table(state).items()
+        for file_name, part in zip(file_names, state[own].chunk(len(file_names)), strict=True)
     }
-    testing.check_checkpoint(layout, tensors, module, config)
+    testing.check_checkpoint(factory, tensors, module, config)
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -126,13 +126,13 @@ def test_recipe_keeps_its_contract(name: str) -> None:
     testing.check_recipe(name)
 
 
-def test_the_checks_import_nothing_heavy_before_they_need_it() -> None:
+def test_importing_the_checks_imports_no_heavy_package() -> None:
     heavy = {"streaming", "composer", "timm", "transformers", "matplotlib"}
     code = f"import sys; from ssmvl.testing import check_scan_order; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_a_check_is_the_same_each_time_and_leaves_random_numbers_alone() -> None:
+def test_a_check_restores_the_random_state() -> None:
     before = torch.get_rng_state()
     testing.check_mixer(components().find("mixer", "mamba1").load())
     assert torch.equal(torch.get_rng_state(), before)

@@ -13,7 +13,7 @@ from tiny_recipe import TINY
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe of a few steps, in a folder of its own that is the working folder."""
+    """Path of a recipe of a few steps, in a new directory that becomes the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(TINY)
     return tmp_path / "tiny.yaml"
@@ -21,7 +21,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def composer() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """`composer(*arguments)` starts the stock launcher; its output is merged and piped. None outlives the test."""
+    """`composer(*arguments)` starts Composer's launcher with merged, piped output. It is killed when the test ends."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:

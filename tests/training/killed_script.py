@@ -1,4 +1,4 @@
-"""Ranks that write down what they train and die where they are told to; forked, or started by the launcher."""
+"""Ranks that record what they train and die at a given moment; forked, or started by the launcher."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from composer.utils import dist
 from ssmvl.training.run import main
 from ssmvl.training.session import Session
 
-EVENTS = ("open", "os.rename", "os.remove", "os.symlink")  # of Python's audit, of which a saved file causes several
+EVENTS = ("open", "os.rename", "os.remove", "os.symlink")  # Python audit events; saving a file causes several
 
 
 class Record(Callback):
@@ -57,27 +57,29 @@ class Record(Callback):
 
 
 def record(folder: Path, death: Mapping[str, Any]) -> None:
-    """From now on every trainer of this process records, and this process group dies at `death`.
+    """Record every trainer of this process from now on, and kill this process group at `death`.
 
     Args:
-        folder: of the records.
-        death: `stage`, `step` and `moment` (start, backward, end) of it, and `who` gets what: the group SIGKILL if it
-            says nothing, a rank of this number SIGKILL, the launcher the signal of this name. Or `path`, a pattern, and
-            `number`: the group, at the how manieth event about such a path. Or nothing.
+        folder: directory of the records.
+        death: empty for none; or one of
+            `stage`, `step`, `moment` (start, backward, end) and optionally `who`: a rank, which gets SIGKILL, or the
+            name of a signal for the launcher; without `who`, the whole group gets SIGKILL.
+            `path`, a pattern, and `number`: the whole group gets SIGKILL at that many events on a matching path.
     """
     trainer = Session.trainer
 
-    def recording(session: Session, name: str, *given: Any) -> Trainer:
-        found = trainer(session, name, *given)
-        found.state.callbacks.append(Record(name, folder, death))
-        return found
+    def recording(session: Session, name: str, *arguments: Any) -> Trainer:
+        stage_trainer = trainer(session, name, *arguments)
+        stage_trainer.state.callbacks.append(Record(name, folder, death))
+        return stage_trainer
 
     Session.trainer = recording
     left = death.get("number", 0)
 
-    def audit(event: str, given: tuple[Any, ...]) -> None:
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
-        if event in EVENTS and any(re.search(death["path"], os.fsdecode(one)) for one in given[:2] if _named(one)):
+        paths = filter(_is_path, arguments[:2]) if event in EVENTS else ()
+        if any(re.search(death["path"], os.fsdecode(path)) for path in paths):
             left -= 1
             if left == 0:
                 os.killpg(0, signal.SIGKILL)
@@ -86,15 +88,15 @@ def record(folder: Path, death: Mapping[str, Any]) -> None:
         sys.addaudithook(audit)
 
 
-def _named(given: object) -> bool:
-    return isinstance(given, (str, bytes, os.PathLike))
+def _is_path(argument: object) -> bool:
+    return isinstance(argument, (str, bytes, os.PathLike))
 
 
 def ranks(number: int, work: Callable[[], object], folder: Path) -> int:
-    """Fork this many ranks in a process group of their own; what each says goes to `rank<rank>.txt`.
+    """Fork this many ranks in their own process group; the output of each goes to `rank<rank>.txt`.
 
     Returns:
-        The exit code of the first; -9 where all were killed.
+        The largest exit code of the ranks; -9 if all were killed.
     """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -109,13 +111,13 @@ def ranks(number: int, work: Callable[[], object], folder: Path) -> int:
 
 
 def _rank(rank: int, number: int, port: int, work: Callable[[], object], folder: Path) -> int:
-    torch.set_num_threads(1)  # those of the first process are not in this one
-    place = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
-    place |= {"MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)  # the threads of the parent do not exist in a fork
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+    variables |= {"MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    os.environ.update({key: str(value) for key, value in variables.items()}, MASTER_ADDR="127.0.0.1")
     code = 1
     try:
-        with (folder / f"rank{rank}.txt").open("w", buffering=1) as said, redirect_stdout(said), redirect_stderr(said):
+        with (folder / f"rank{rank}.txt").open("w", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
             try:
                 code = int(work() or 0)
             except BaseException:

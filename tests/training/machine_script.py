@@ -1,4 +1,4 @@
-"""Run by one of two machines: trains a recipe, and the first rank says in a pipe that it has come to a step."""
+"""Run by each of two machines: trains a recipe; the first rank reports through a pipe that it has reached a step."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from composer import Callback, Logger, State, Trainer
 from ssmvl.training import run, session
 
 STEP, PIPE = 7, Path("step")
-make = session.Session.trainer
+make_trainer = session.Session.trainer
 
 
-class Say(Callback):
+class Report(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         if state.run_name.endswith("-finetune") and state.timestamp.batch.value == STEP:
-            PIPE.write_text("here")
+            PIPE.write_text("reached")
 
 
 def trainer(self: session.Session, *options: Any) -> Trainer:
-    made = make(self, *options)
+    stage_trainer = make_trainer(self, *options)
     if self.rank == 0:
-        made.state.callbacks.append(Say())
-    return made
+        stage_trainer.state.callbacks.append(Report())
+    return stage_trainer
 
 
-session.WAIT = 40.0  # seconds, where a run waits longer
+session.WAIT = 40.0  # seconds; a run waits longer
 session.Session.trainer = trainer
 if __name__ == "__main__":
     sys.exit(run.main(sys.argv[1:]))

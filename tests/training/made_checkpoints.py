@@ -1,4 +1,4 @@
-"""Checkpoints as a run leaves them, made without training: one file, or shards with their index."""
+"""Checkpoints like those of a run, made without training: one file, or shards with their index."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILE, SHARDS = CHECKPOINTS / "ep0-ba4-rank0.pt", CHECKPOINTS / "ep0-ba4"
 
 
 def state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a trainer saves, in small: plain data, and some that is not."""
+    """A small version of what a trainer saves: plain data, and some objects that are not."""
     optimizer = {f"model.{name}": {"exp_avg": torch.zeros_like(tensor)} for name, tensor in tensors.items()}
     clock = {"batch": 4, "total_wct": datetime.timedelta(seconds=2)}
     return {
@@ -39,12 +39,12 @@ def state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def run_of(recipe: str, *overrides: str) -> tuple[Recipe, dict[str, Tensor]]:
-    """A run folder `runs/<run>` with nothing but its recipe; its recipe, and tensors that its model could have."""
-    found = load_recipe(recipe, *overrides)
-    folder = Path("runs", found.data["run"])
+    """Make a run folder `runs/<run>` that holds only its recipe; return the recipe, and tensors for its model."""
+    loaded = load_recipe(recipe, *overrides)
+    folder = Path("runs", loaded.data["run"])
     folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(found.to_yaml())
-    return found, ssmvl.build_model(found).state_dict()
+    (folder / "recipe.yaml").write_text(loaded.to_yaml())
+    return loaded, ssmvl.build_model(loaded).state_dict()
 
 
 def write_file(path: Path, content: Any) -> Path:
@@ -54,7 +54,7 @@ def write_file(path: Path, content: Any) -> Path:
 
 
 def write_shards(path: Path, content: dict[str, Any], change: Callable[[Metadata], object] | None = None) -> Path:
-    """A folder of shards; `change` is made in its index."""
+    """Write a directory of shards; `change` edits its index."""
     checkpoint.save(content, checkpoint_id=path, no_dist=True)
     if change is not None:
         metadata = pickle.loads((path / ".metadata").read_bytes())
@@ -73,5 +73,5 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return ssmvl.load(folder).model.state_dict()
 
 
-def equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in second)

@@ -1,4 +1,4 @@
-"""Run by two ranks: shards a model as a run does, and reports which parameters are no DTensor."""
+"""Run by two ranks: shards a model as a run does, and reports the parameters that are not DTensors."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ plain = [name for name, parameter in model.named_parameters() if not isinstance(
 full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 if dist.get_global_rank() == 0:
     torch.manual_seed(plan.seed)
-    alone = build_model(recipe, weights="recipe").state_dict()
-    equal = full.keys() == alone.keys() and all(torch.equal(full[name], alone[name]) for name in alone)
+    single = build_model(recipe, weights="recipe").state_dict()
+    equal = full.keys() == single.keys() and all(torch.equal(full[name], single[name]) for name in single)
     count = len(list(model.parameters()))
     report = {"sharded": count - len(plain), "not_sharded": plain, "equal_to_one_rank": equal}
-# One rank with an image, one with text only: neither may wait for the other.
+# One rank has an image, the other text only: neither may wait for the other.
 processor = trainer.state.train_dataloader.dataset.processor
 images = [Image.new("RGB", (48, 48), "white")] if dist.get_global_rank() == 0 else []
-talk = [{"role": "user", "content": "Which row?"}, {"role": "assistant", "content": "2"}]
-batch = collate([processor.encode(talk, images)])
+conversation = [{"role": "user", "content": "Which row?"}, {"role": "assistant", "content": "2"}]
+batch = collate([processor.encode(conversation, images)])
 trainer.state.model.loss(trainer.state.model(batch), batch).backward()
 norm = sum(p.grad.full_tensor().norm() for p in model.connector.parameters() if p.grad is not None)
 if dist.get_global_rank() == 0:

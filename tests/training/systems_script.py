@@ -1,4 +1,4 @@
-"""Run by two ranks: trains recipes, and reports what is no DTensor and how many images each micro-batch had.
+"""Run by two ranks: trains recipes; reports parameters that are not DTensors, and the images of each micro-batch.
 
 composer -n 2 systems_script.py RECIPE … REPORT
 """

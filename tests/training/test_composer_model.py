@@ -7,7 +7,7 @@ import ssmvl
 from ssmvl.model.build import build_processor
 from ssmvl.processing.batch import collate
 from ssmvl.training.composer_model import ComposerVLM
-from ssmvl.training.optimizer import Optimizer, adamw
+from ssmvl.training.optimizer import Optimizer, make_optimizer
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer warns at import
 
@@ -17,7 +17,7 @@ def vlm() -> ComposerVLM:
     return ComposerVLM(ssmvl.build_model("quickstart"), ["connector"])
 
 
-def test_what_is_not_trained_is_frozen_and_in_evaluation_mode(vlm: ComposerVLM) -> None:
+def test_untrained_parts_are_frozen_and_in_evaluation_mode(vlm: ComposerVLM) -> None:
     vlm.train()
     trained = {name.split(".")[1] for name, p in vlm.named_parameters() if p.requires_grad}
     assert trained == {"connector"}
@@ -41,14 +41,14 @@ def test_a_batch_without_supervised_tokens_contributes_zero(vlm: ComposerVLM) ->
     "overrides",
     [[], ["model.language.name=mamba1_lm", "model.language.width=128", "model.language.num_layers=2"]],
 )
-def test_vectors_have_no_weight_decay_and_prefixes_their_own_rate(overrides: list[str]) -> None:
-    """A_log neither, which is a matrix in Mamba-1."""
+def test_vectors_have_no_weight_decay_and_prefixes_have_their_own_rate(overrides: list[str]) -> None:
+    """A_log has no weight decay either, although it is a matrix in Mamba-1."""
     overrides += ["model.language.num_tokens=257"] if overrides else []
     vlm = ComposerVLM(ssmvl.build_model("quickstart", *overrides), ["connector", "language"])
     options = Optimizer(lr=1.0, lr_of={"language": 2.0}, weight_decay=0.1)
     names = {parameter: name for name, parameter in vlm.named_parameters()}
     seen = set()
-    for group in adamw(vlm, options).param_groups:
+    for group in make_optimizer(vlm, options).param_groups:
         for parameter in group["params"]:
             name = names[parameter]
             seen.add(name)

@@ -1,7 +1,7 @@
 """Run folders of earlier versions still load, answer, export and resume at the exact step.
 
 `scripts/make_earlier_runs.py` made each archive in `earlier_runs/` with the code of its version. An archive holds a
-finished run and one killed mid-stage, on one rank and on two, with the answers and losses that its own code found.
+finished run and one killed mid-stage, on one rank and on two, with the answers and losses of that version's code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ssmvl.cli import main
 from ssmvl.training import run
 
 ARCHIVES = sorted(Path(__file__).with_name("earlier_runs").glob("*.tar.xz"))
-pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed warn on their own
+pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed emit warnings
 on_any_ranks = pytest.mark.parametrize("number", [1, 2])
 
 
@@ -36,7 +36,7 @@ def archive(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def expected(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the version itself found; a copy of its run folders is in the working folder."""
+    """Results of the earlier version; the working directory holds a copy of its run folders."""
     shutil.copytree(archive, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return json.loads(Path("expected.json").read_text())
@@ -49,7 +49,7 @@ def assert_answers(folder: str, wanted: list[list[str]]) -> None:
 
 
 @on_any_ranks
-def test_a_finished_run_answers_as_it_did(expected: dict[str, Any], number: int, capsys: Any) -> None:
+def test_a_finished_run_gives_the_same_answers(expected: dict[str, Any], number: int, capsys: Any) -> None:
     folder = f"runs/finished{number}"
     wanted = expected["answers"][f"finished{number}"]
     assert_answers(folder, wanted)
@@ -58,13 +58,13 @@ def test_a_finished_run_answers_as_it_did(expected: dict[str, Any], number: int,
     assert capsys.readouterr().out == f"{answer}\n"
     before = Path(folder, "model", "model.safetensors").stat()
     assert run.main([f"{folder}/recipe.yaml"]) == 0
-    assert "stage finetune: finished before" in capsys.readouterr().out
+    assert "stage finetune: already finished" in capsys.readouterr().out
     after = Path(folder, "model", "model.safetensors").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 @on_any_ranks
-def test_a_model_takes_its_weights(expected: dict[str, Any], number: int) -> None:
+def test_a_model_loads_its_weights(expected: dict[str, Any], number: int) -> None:
     folder = f"runs/finished{number}/model"
     model = ssmvl.build_model(folder, weights=folder)
     tensors, _ = read_tensors(f"{folder}/model.safetensors")
@@ -81,22 +81,24 @@ def test_a_checkpoint_is_exported(expected: dict[str, Any], number: int) -> None
 
 @on_any_ranks
 def test_a_killed_run_resumes_at_the_exact_step(expected: dict[str, Any], number: int) -> None:
-    name, said = f"killed{number}", Path("said")
-    said.mkdir()
+    name, folder = f"killed{number}", Path("output")
+    folder.mkdir()
 
     def work() -> int:
-        record(said, {})
+        record(folder, {})
         return run.main([f"runs/{name}/recipe.yaml"])
 
-    assert ranks(number, work, said) == 0, (said / "rank0.txt").read_text()
-    text = (said / "rank0.txt").read_text()
-    assert "stage align: finished before" in text
+    assert ranks(number, work, folder) == 0, (folder / "rank0.txt").read_text()
+    text = (folder / "rank0.txt").read_text()
+    assert "stage align: already finished" in text
     assert "stage finetune: resumed at step 80" in text
-    parts = [[json.loads(line) for line in path.read_text().splitlines()] for path in sorted(said.glob("rank*.jsonl"))]
+    parts = [
+        [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.glob("rank*.jsonl"))
+    ]
     steps = [[rows[0][1], [row[2] for row in rows], float.fromhex(rows[0][3])] for rows in zip(*parts, strict=True)]
     wanted = expected["resumed"][name]
     assert [step[:2] for step in steps] == [step[:2] for step in wanted]
-    # Equal on the CPU that made them; another's rounding changes them by 2e-7, a lost optimizer state by 3e-2.
+    # Equal on the CPU that made them. Another CPU's rounding changes them by 2e-7, a lost optimizer state by 3e-2.
     assert [step[2] for step in steps] == pytest.approx([step[2] for step in wanted], rel=1e-5)
     resumed, _ = read_tensors(f"runs/{name}/model/model.safetensors")
     finished, _ = read_tensors(f"runs/finished{number}/model/model.safetensors")

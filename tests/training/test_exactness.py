@@ -1,4 +1,4 @@
-"""However a batch is cut, shared or kept in memory, twenty steps leave the same weights."""
+"""Twenty steps give the same weights however a batch is split, sharded, packed or checkpointed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ssmvl
 from ssmvl.checkpoints import read_tensors
 
-pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed warn on their own
+pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed emit warnings
 ONE_STAGE = (
     "stages.align=null",
     "stages.order=null",
@@ -24,7 +24,7 @@ ONE_STAGE = (
 )
 CHECKPOINTING = "stages.finetune.activation_checkpointing=true"
 ONE_RANK = {
-    "whole": (),
+    "baseline": (),
     "micro": ("stages.finetune.microbatch=1",),
     "packed": ("stages.finetune.packed=true",),
     "checkpointing": (CHECKPOINTING, "stages.finetune.microbatch=3"),
@@ -36,28 +36,29 @@ TWO_RANKS = {
 
 
 def logged(run: str) -> dict[str, list[float]]:
-    events = EventAccumulator(f"runs/{run}/tensorboard/{run}-finetune")
-    events.Reload()
-    names = [name for name in events.Tags()["scalars"] if name.startswith(("loss/train/total", "norm/"))]
-    by_step = {name: sorted(events.Scalars(name), key=lambda event: event.step) for name in names}  # of several files
-    return {name: [event.value for event in found] for name, found in by_step.items()}
+    accumulator = EventAccumulator(f"runs/{run}/tensorboard/{run}-finetune")
+    accumulator.Reload()
+    names = [name for name in accumulator.Tags()["scalars"] if name.startswith(("loss/train/total", "norm/"))]
+    # Events of several files, so not in order of steps.
+    by_step = {name: sorted(accumulator.Scalars(name), key=lambda event: event.step) for name in names}
+    return {name: [event.value for event in events] for name, events in by_step.items()}
 
 
 @pytest.mark.long
-def test_twenty_steps_leave_the_same_weights(tiny: Path) -> None:
+def test_twenty_steps_give_the_same_weights(tiny: Path) -> None:
     def train(runs: dict[str, tuple[str, ...]]) -> None:
         for run, options in runs.items():
             ssmvl.train(tiny, f"run={run}", *ONE_STAGE, *options)
 
     two_ranks(lambda: train(TWO_RANKS), tiny.parent)
     train(ONE_RANK)
-    wanted, weights = logged("whole"), read_tensors(Path("runs/whole/model/model.safetensors"))[0]
-    assert len(wanted["loss/train/total"]) == 20
+    expected, weights = logged("baseline"), read_tensors(Path("runs/baseline/model/model.safetensors"))[0]
+    assert len(expected["loss/train/total"]) == 20
     for run in [*ONE_RANK, *TWO_RANKS]:
-        found = logged(run)
-        assert found.keys() == wanted.keys()
-        for name, values in found.items():
-            assert values == pytest.approx(wanted[name], rel=1e-5 if "loss" in name else 1e-4), (run, name)
+        actual = logged(run)
+        assert actual.keys() == expected.keys()
+        for name, values in actual.items():
+            assert values == pytest.approx(expected[name], rel=1e-5 if "loss" in name else 1e-4), (run, name)
         tensors = read_tensors(Path(f"runs/{run}/model/model.safetensors"))[0]
         for name, tensor in tensors.items():
             torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=1e-5, msg=f"{run}: {name}")

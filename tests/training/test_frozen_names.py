@@ -1,4 +1,4 @@
-"""Class names that Composer restores state by; a renamed one would lose its state with no more than a warning."""
+"""Class names by which Composer restores state: a renamed class would lose its state with only a warning."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ COMPOSERS = {
 
 def test_our_classes_keep_their_names() -> None:
     modules = [
-        importlib.import_module(found.name) for found in pkgutil.walk_packages(training.__path__, "ssmvl.training.")
+        importlib.import_module(module.name) for module in pkgutil.walk_packages(training.__path__, "ssmvl.training.")
     ]
-    found = {
+    names = {
         name
         for module in modules
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, (Callback, Algorithm)) and value.__module__ == module.__name__
     }
-    assert found == OURS
+    assert names == OURS
 
 
 def test_a_checkpoint_has_state_under_these_names(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

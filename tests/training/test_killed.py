@@ -1,4 +1,4 @@
-"""A run that is killed anywhere goes on at the exact sample, with the losses and weights of one that never was."""
+"""A run killed anywhere resumes at the exact sample, with the losses and weights of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ from ssmvl.data.shards import ensure_shards
 from ssmvl.data.streams import read_records
 from ssmvl.training import run
 
-pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed warn on their own
+pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed emit warnings
 SCRIPT = Path(__file__).with_name("killed_script.py")
 SIZES = {"a": 23, "b": 14}
 STREAM = "{name: shards, folder: %s}"
-EPOCH = 29  # samples of stream a in an epoch
-STEPS, EVERY = {"align": 9, "finetune": 14}, {"align": 3, "finetune": 4}  # and steps between checkpoints
-Steps = dict[tuple[str, int], list[tuple[list[str], str]]]  # by stage and step, each rank's sample ids and the loss
+EPOCH = 29  # samples of stream a in one epoch
+STEPS = {"align": 9, "finetune": 14}
+EVERY = {"align": 3, "finetune": 4}  # steps between checkpoints
+Steps = dict[tuple[str, int], list[tuple[list[str], str]]]  # (stage, step) -> sample ids and loss of each rank
 
 
 def options(choose: int, *more: str) -> list[str]:
-    """Two small stages on a mix of two streams, of which an epoch brings 29 and `choose` samples."""
+    """Overrides for two small stages on a mix of two streams, with 29 and `choose` samples per epoch."""
     a, b = (STREAM % name for name in "ab")
     mix = f"{{name: mix, streams: {{a: {{data: {a}, repeat: 1.3}}, b: {{data: {b}, choose: {choose}}}}}}}"
-    found = ["evaluation=null", "model.language.num_layers=1", "model.connector.num_layers=1"]
+    overrides = ["evaluation=null", "model.language.num_layers=1", "model.connector.num_layers=1"]
     for stage in STEPS:
         values = {"data": mix, "duration": f"{STEPS[stage]}ba", "checkpoint": f"{EVERY[stage]}ba"}
-        found += [f"stages.{stage}.{key}={value}" for key, value in values.items()]
-    return [*found, "stages.finetune.loader.workers=1", *more]
+        overrides += [f"stages.{stage}.{key}={value}" for key, value in values.items()]
+    return [*overrides, "stages.finetune.loader.workers=1", *more]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the two streams, in several shards each, and the recipe."""
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory with the recipe and the two streams, each in several shards."""
     folder = tmp_path_factory.mktemp("killed")
     (folder / "tiny.yaml").write_text(TINY)
     with pytest.MonkeyPatch.context() as patch:
@@ -58,36 +59,37 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(place)
-    return place
+def in_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
 
 
-def launch(name: str, number: int, given: list[str], death: Mapping[str, Any] | None = None) -> tuple[int, Steps, str]:
-    """One start of run `name`: exit code, what was trained, and what the first rank said."""
-    folder = Path(f"said-{name}")
+def launch(
+    name: str, number: int, overrides: list[str], death: Mapping[str, Any] | None = None
+) -> tuple[int, Steps, str]:
+    """Launch run `name`; return the exit code, the steps trained, and the first rank's output."""
+    folder = Path(f"output-{name}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
 
     def work() -> int:
         record(folder, death or {})
-        return run.main(["tiny.yaml", f"run={name}", *given])
+        return run.main(["tiny.yaml", f"run={name}", *overrides])
 
     code = ranks(number, work, folder)
     return code, trained(folder), (folder / "rank0.txt").read_text()
 
 
 def trained(folder: Path) -> Steps:
-    found: Steps = {}
+    steps: Steps = {}
     for path in sorted(folder.glob("rank*.jsonl")):
         for line in path.read_text().splitlines():
             stage, step, ids, loss = json.loads(line)
-            found.setdefault((stage, step), []).append((ids, loss))
-    return found
+            steps.setdefault((stage, step), []).append((ids, loss))
+    return steps
 
 
 def after(steps: Steps, stage: str, step: int) -> Steps:
-    """What follows a step."""
+    """Return the steps after this one."""
     order = list(STEPS)
     return {key: value for key, value in steps.items() if (order.index(key[0]), key[1]) > (order.index(stage), step)}
 
@@ -97,12 +99,12 @@ def weights(name: str) -> bytes:
 
 
 @pytest.fixture
-def whole(here: Path) -> Steps:
-    """Trained by two sharded ranks that nothing happens to."""
-    if not Path("said-whole").exists():
-        code, _, said = launch("whole", 2, options(choose=9))
-        assert code == 0, said
-    steps = trained(Path("said-whole"))
+def uninterrupted(in_root: None) -> Steps:
+    """Steps of an uninterrupted run on two sharded ranks."""
+    if not Path("output-uninterrupted").exists():
+        code, _, output = launch("uninterrupted", 2, options(choose=9))
+        assert code == 0, output
+    steps = trained(Path("output-uninterrupted"))
     assert len(steps) == sum(STEPS.values())
     assert {sum(len(ids) for ids, _ in parts) for parts in steps.values()} == {8, EPOCH + 9 - 4 * 8}
     assert {name[0] for parts in steps.values() for ids, _ in parts for name in ids} == {"a", "b"}
@@ -110,17 +112,17 @@ def whole(here: Path) -> Steps:
 
 
 def begin(name: str, stage: str) -> None:
-    """A run folder as it is when `stage` begins."""
+    """Make a run folder as it is when `stage` begins."""
     shutil.rmtree(f"runs/{name}", ignore_errors=True)
     if stage == "finetune":
-        left_out = shutil.ignore_patterns("finetune", "whole-finetune", ".lock")
-        shutil.copytree("runs/whole", f"runs/{name}", symlinks=True, ignore=left_out)
+        ignore = shutil.ignore_patterns("finetune", "uninterrupted-finetune", ".lock")
+        shutil.copytree("runs/uninterrupted", f"runs/{name}", symlinks=True, ignore=ignore)
         shutil.rmtree(f"runs/{name}/model")
 
 
-def points(number: int, seed: int) -> list[tuple[str, str, dict[str, Any]]]:
-    """Stage, what happens, and the death: each after a checkpoint and two steps before the end at the latest."""
-    rng, found = random.Random(seed), []
+def random_kills(number: int, seed: int) -> list[tuple[str, str, dict[str, Any]]]:
+    """Choose stage, description and `death` of kills: each after a checkpoint, at least two steps before the end."""
+    rng, kills = random.Random(seed), []
     for at in range(number):
         stage = list(STEPS)[(at + 1) % 2]
         every, last = EVERY[stage], STEPS[stage] - 2
@@ -131,52 +133,52 @@ def points(number: int, seed: int) -> list[tuple[str, str, dict[str, Any]]]:
             step = rng.choice(range(2 * every, last + 1, every))
             death = {"path": rf"{stage}/checkpoints/ep\d+-ba{step}\b", "number": rng.randint(1, 3)}
         what = {"write": f"file {death.get('number')} of the checkpoint of"}.get(moment, f"the {moment} of")
-        found.append((stage, f"{what} step {step}", {**death, "at": step}))
-    return found
+        kills.append((stage, f"{what} step {step}", {**death, "at": step}))
+    return kills
 
 
-def assert_goes_on_equal(stage: str, what: str, death: dict[str, Any], whole: Steps) -> None:
-    """Kill a run there, start it again, and compare all it trains with one that was not killed."""
+def assert_resumes_exactly(stage: str, what: str, death: dict[str, Any], uninterrupted: Steps) -> None:
+    """Kill a run at `death`, launch it again, and compare all steps with those of the uninterrupted run."""
     step = death.pop("at")
     begin("killed", stage)
-    code, before, said = launch("killed", 2, options(choose=9), death)
-    assert code == -9, said
+    code, before, output = launch("killed", 2, options(choose=9), death)
+    assert code == -9, output
     assert not Path("runs/killed/model").exists()
-    assert all(all(one in whole[key] for one in parts) for key, parts in before.items())
-    code, rest, said = launch("killed", 2, options(choose=9))
-    assert code == 0, said
-    last = (step - 1) // EVERY[stage] * EVERY[stage]  # the newest checkpoint, unless it died when that was whole
-    resumed = next(at for at in (last, step) if f"stage {stage}: resumed at step {at}," in said)
+    assert all(all(part in uninterrupted[key] for part in parts) for key, parts in before.items())
+    code, rest, output = launch("killed", 2, options(choose=9))
+    assert code == 0, output
+    last = (step - 1) // EVERY[stage] * EVERY[stage]  # the latest checkpoint, unless the one at `step` was complete
+    resumed = next(at for at in (last, step) if f"stage {stage}: resumed at step {at}," in output)
     assert resumed == last or "path" in death
-    assert rest == after(whole, stage, resumed)
-    assert weights("killed") == weights("whole")
+    assert rest == after(uninterrupted, stage, resumed)
+    assert weights("killed") == weights("uninterrupted")
     print(f"killed at {what} of {stage}, resumed at step {resumed}: {len(rest)} steps equal", flush=True)
 
 
-def test_two_killed_runs_go_on_as_if_they_had_not_been(whole: Steps) -> None:
-    for stage, what, death in points(2, seed=1):
-        assert_goes_on_equal(stage, what, death, whole)
+def test_two_killed_runs_resume_exactly(uninterrupted: Steps) -> None:
+    for stage, what, death in random_kills(2, seed=1):
+        assert_resumes_exactly(stage, what, death, uninterrupted)
 
 
 @pytest.mark.slow
-def test_ten_killed_runs_go_on_as_if_they_had_not_been(whole: Steps) -> None:
-    for stage, what, death in points(10, seed=0):
-        assert_goes_on_equal(stage, what, death, whole)
+def test_ten_killed_runs_resume_exactly(uninterrupted: Steps) -> None:
+    for stage, what, death in random_kills(10, seed=0):
+        assert_resumes_exactly(stage, what, death, uninterrupted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 3, 5, 7])
-def test_killed_while_a_model_is_written(whole: Steps, number: int) -> None:
-    """The stage is over, and trained no more; the next one begins from the whole folder."""
+def test_a_run_killed_while_a_model_is_written(uninterrupted: Steps, number: int) -> None:
+    """The finished stage is not trained again, and the next one starts from its complete model."""
     begin("killed", "align")
-    code, _, said = launch("killed", 2, options(choose=9), {"path": r"align/\.model\.", "number": number})
-    assert code == -9, said
+    code, _, output = launch("killed", 2, options(choose=9), {"path": r"align/\.model\.", "number": number})
+    assert code == -9, output
     assert not Path("runs/killed/align/model").exists()
-    code, rest, said = launch("killed", 2, options(choose=9))
-    assert code == 0, said
-    assert f"stage align: resumed at step {STEPS['align']}," in said
-    assert rest == after(whole, "align", STEPS["align"])
-    assert weights("killed") == weights("whole")
+    code, rest, output = launch("killed", 2, options(choose=9))
+    assert code == 0, output
+    assert f"stage align: resumed at step {STEPS['align']}," in output
+    assert rest == after(uninterrupted, "align", STEPS["align"])
+    assert weights("killed") == weights("uninterrupted")
 
 
 RANKS = {"one": (1, "fsdp2"), "two": (2, "fsdp2"), "four": (4, "fsdp2"), "ddp": (2, "ddp")}
@@ -195,36 +197,38 @@ CHANGES = [
 @pytest.mark.parametrize(
     ("first", "then"), [pytest.param(*change, marks=pytest.mark.slow) for change in CHANGES[1:]] + CHANGES[:1]
 )
-def test_another_number_of_ranks_goes_on_in_the_same_order(here: Path, first: str, then: str) -> None:
-    """An epoch of 40 samples, which all of them can share evenly. Sums are rounded elsewhere, so losses differ."""
-    found = {}
+def test_another_number_of_ranks_resumes_in_the_same_order(in_root: None, first: str, then: str) -> None:
+    """An epoch has 40 samples, which all numbers of ranks split evenly. Losses differ by the rounding of sums."""
     for name in (first, then):
         number, sharding = RANKS[name]
         one_stage = ("stages.align=null", "stages.order=null", "stages.finetune.keep=9")
-        given = options(11, *one_stage, f"stages.finetune.sharding={sharding}")
+        overrides = options(11, *one_stage, f"stages.finetune.sharding={sharding}")
         if name == first:
-            code, whole, said = launch(f"from-{first}", number, given)
-            assert code == 0, said
+            code, before, output = launch(f"from-{first}", number, overrides)
+            assert code == 0, output
             for path in (Path(f"runs/from-{first}/model"), *Path(f"runs/from-{first}").glob("*/*/ep2-ba1*")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         else:
-            code, found, said = launch(f"from-{first}", number, given)
-            assert code == 0, said
-            assert "stage finetune: resumed at step 8," in said
-    assert list(found) == [("finetune", step) for step in range(9, 15)]
-    for key, parts in found.items():
-        ids, wanted = (sorted(name for some, _ in each for name in some) for each in (parts, whole[key]))
-        assert ids == wanted, key
-        assert float.fromhex(parts[0][1]) == pytest.approx(float.fromhex(whole[key][0][1]), rel=1e-4), key
-    newest = next(Path(f"runs/from-{first}/finetune/checkpoints").glob("ep*-ba14*"))
-    assert newest.is_dir() is (then in ("two", "four") or first == "two")  # else one file
+            code, resumed, output = launch(f"from-{first}", number, overrides)
+            assert code == 0, output
+            assert "stage finetune: resumed at step 8," in output
+    assert list(resumed) == [("finetune", step) for step in range(9, 15)]
+    for key, parts in resumed.items():
+        ids, expected = (sorted(name for names, _ in rows for name in names) for rows in (parts, before[key]))
+        assert ids == expected, key
+        assert float.fromhex(parts[0][1]) == pytest.approx(float.fromhex(before[key][0][1]), rel=1e-4), key
+    latest = next(Path(f"runs/from-{first}/finetune/checkpoints").glob("ep*-ba14*"))
+    assert latest.is_dir() is (then in ("two", "four") or first == "two")  # otherwise it is one file
     shutil.rmtree(f"runs/from-{first}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["SIGTERM", "SIGKILL", 0, 1])
-def test_a_launcher_or_a_rank_that_is_lost_ends_all(
-    whole: Steps, composer: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch, who: str | int
+def test_the_loss_of_a_launcher_or_rank_ends_all_ranks(
+    uninterrupted: Steps,
+    composer: Callable[..., subprocess.Popen[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    who: str | int,
 ) -> None:
     begin("lost", "finetune")
     for path in Path().glob("rank*.jsonl"):
@@ -236,21 +240,21 @@ def test_a_launcher_or_a_rank_that_is_lost_ends_all(
     _, alive = psutil.wait_procs(in_session(process.pid), timeout=60)
     assert not alive
     assert 7 <= len(trained(Path())) < STEPS["finetune"]
-    code, rest, said = launch("lost", 2, options(choose=9))
-    assert code == 0, said
-    # A launcher tells its ranks a moment later, in which they may have come to the next checkpoint.
-    resumed = next(step for step in (4, 8, 12) if f"stage finetune: resumed at step {step}," in said)
-    assert rest == after(whole, "finetune", resumed)
-    assert weights("lost") == weights("whole")
+    code, rest, output = launch("lost", 2, options(choose=9))
+    assert code == 0, output
+    # Ranks get the launcher's signal a moment later, and may have reached the next checkpoint by then.
+    resumed = next(step for step in (4, 8, 12) if f"stage finetune: resumed at step {step}," in output)
+    assert rest == after(uninterrupted, "finetune", resumed)
+    assert weights("lost") == weights("uninterrupted")
 
 
 def in_session(session: int) -> list[psutil.Process]:
-    """Processes that the launcher started and that still run."""
-    found = []
+    """Return the processes of this session that are still running."""
+    running = []
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                running.append(process)
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
-    return found
+    return running

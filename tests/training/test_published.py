@@ -1,4 +1,4 @@
-"""From the published files to a training run: converted into a bucket, verified, inspected, trained on from there."""
+"""From published files to a training run: converted into a bucket, verified, inspected, and trained on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data.published import LAYOUTS, make
 
 from ssmvl.cli import main
 
-pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
+pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming emit warnings
 
 TINY_ML_MAMBA = [
     "quickstart",
@@ -31,7 +31,7 @@ TINY_ML_MAMBA = [
 
 @pytest.fixture
 def ssmvl(tmp_path: Path) -> Callable[..., str]:
-    """`ssmvl(*arguments)` runs the installed command in `tmp_path` and gives its output; it must succeed."""
+    """`ssmvl(*arguments)` runs the installed command in `tmp_path` and returns its output; the command must succeed."""
 
     def run(*arguments: str) -> str:
         command = [str(Path(sys.executable).with_name("ssmvl")), *arguments]
@@ -44,16 +44,16 @@ def ssmvl(tmp_path: Path) -> Callable[..., str]:
     return run
 
 
-def journey(layout: str, samples: int, bucket: str, folder: Path, ssmvl: Callable[..., str]) -> None:
+def run_all_steps(layout: str, samples: int, bucket: str, folder: Path, ssmvl: Callable[..., str]) -> None:
     arguments = make(layout, folder / "published", samples=samples)
-    place = f"{bucket}/{layout}"
-    ssmvl("data", "convert", *arguments, "--out", place)
-    found = ssmvl("data", "verify", place)
-    assert f"{samples:,} samples" in found, found
-    seen = ssmvl("data", "inspect", place, "--recipe", "quickstart", "--stage", "finetune", "--png", "sheet.png")
-    assert "learned: " in seen
+    url = f"{bucket}/{layout}"
+    ssmvl("data", "convert", *arguments, "--out", url)
+    verified = ssmvl("data", "verify", url)
+    assert f"{samples:,} samples" in verified, verified
+    inspected = ssmvl("data", "inspect", url, "--recipe", "quickstart", "--stage", "finetune", "--png", "sheet.png")
+    assert "supervised: " in inspected
     assert (folder / "sheet.png").read_bytes().startswith(b"\x89PNG")
-    data = f"stages.finetune.data={{name: shards, folder: {place}, cache: {folder / 'cache'}}}"
+    data = f"stages.finetune.data={{name: shards, folder: {url}, cache: {folder / 'cache'}}}"
     ssmvl("train", *TINY_ML_MAMBA, f"run={layout}", data)
     about = json.loads((folder / "runs" / layout / "model" / "ssmvl.json").read_text())
     assert about
@@ -65,17 +65,17 @@ def journey(layout: str, samples: int, bucket: str, folder: Path, ssmvl: Callabl
 def test_from_published_files_to_training(
     layout: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def here(*arguments: str) -> str:
+    def in_process(*arguments: str) -> str:
         assert main(arguments) == 0
         return capfd.readouterr().out
 
     monkeypatch.chdir(tmp_path)
-    journey(layout, 60, bucket, tmp_path, here)
+    run_all_steps(layout, 60, bucket, tmp_path, in_process)
     assert (tmp_path / "runs" / layout / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_thousand_samples(layout: str, bucket: str, tmp_path: Path, ssmvl: Callable[..., str]) -> None:
-    journey(layout, 2_000, bucket, tmp_path, ssmvl)
+    run_all_steps(layout, 2_000, bucket, tmp_path, ssmvl)
     assert (tmp_path / "runs" / layout / "model" / "model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""The README's promises at full length. Run by scripts/campaign."""
+"""The README's claims about the quickstart, checked on full runs. Run by scripts/campaign."""
 
 from __future__ import annotations
 
@@ -23,66 +23,66 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("quickstart")
 
 
 @pytest.fixture(autouse=True)
-def in_the_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(workplace)
+def in_the_workdir(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workdir)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """Let a run end; print its seconds and the peak memory of its process tree, looked at every five seconds."""
+    """Wait for a run to end; print its seconds and the peak memory of its process tree, sampled every five seconds."""
     assert process.stdout is not None
-    start, looked, peak, said = time.monotonic(), 0.0, 0, []
+    start, sampled, peak, lines = time.monotonic(), 0.0, 0, []
     with process:
         for line in process.stdout:
-            said.append(line)
-            if time.monotonic() - looked > 5:  # looking takes the run's cores for a moment
-                looked, peak = time.monotonic(), max(peak, tree_bytes(process.pid))
-    assert process.returncode == 0, "".join(said[-40:])
+            lines.append(line)
+            if time.monotonic() - sampled > 5:  # sampling uses the run's cores for a moment
+                sampled, peak = time.monotonic(), max(peak, tree_bytes(process.pid))
+    assert process.returncode == 0, "".join(lines[-40:])
     print(f"{time.monotonic() - start:.0f} s, {peak / 2**30:.2f} GiB at the peak")
     assert peak < 3e9
-    return "".join(said)
+    return "".join(lines)
 
 
 def tree_bytes(pid: int) -> int:
-    """What a process and its descendants occupy, shared pages counted once."""
+    """Return the memory of a process and its descendants, with shared pages counted once."""
     try:
         root = psutil.Process(pid)
         return sum(process.memory_full_info().pss for process in (root, *root.children(recursive=True)))
-    except psutil.Error:  # ended meanwhile
+    except psutil.Error:  # it has ended
         return 0
 
 
 def results(folder: Path) -> Results:
-    found = json.loads((folder / "results.json").read_text())
-    print(json.dumps(found))
-    return found
+    loaded = json.loads((folder / "results.json").read_text())
+    print(json.dumps(loaded))
+    return loaded
 
 
-def assert_promised(found: Results) -> None:
-    assert found.keys() == FLOORS.keys()
+def assert_as_claimed(measured: Results) -> None:
+    assert measured.keys() == FLOORS.keys()
     for kind, floor in FLOORS.items():
-        assert found[kind]["accuracy"] >= floor
-        assert max(found[kind]["blind"], found[kind]["swapped"]) <= found[kind]["commonest"] + 0.05
-        assert found[kind]["n"] >= 1000
+        assert measured[kind]["accuracy"] >= floor
+        assert max(measured[kind]["blind"], measured[kind]["swapped"]) <= measured[kind]["commonest"] + 0.05
+        assert measured[kind]["n"] >= 1000
 
 
-def assert_within(points: float, one: Results, other: Results) -> None:
-    assert all(abs(one[kind]["accuracy"] - other[kind]["accuracy"]) <= points / 100 for kind in one)
+def assert_within(points: float, first: Results, second: Results) -> None:
+    assert all(abs(first[kind]["accuracy"] - second[kind]["accuracy"]) <= points / 100 for kind in first)
 
 
 def test_one_rank(composer: Composer) -> None:
     finish(composer(RECIPE))
-    assert_promised(results(Path("runs/quickstart")))
+    assert_as_claimed(results(Path("runs/quickstart")))
 
 
 def test_two_ranks_end_with_the_same_accuracy(composer: Composer) -> None:
     finish(composer("-n", "2", RECIPE, "run=two"))
     one, two = results(Path("runs/quickstart")), results(Path("runs/two"))
-    assert_promised(two)
+    assert_as_claimed(two)
     assert_within(3, one, two)
 
 
@@ -95,7 +95,7 @@ def test_a_scan_order_from_another_package(composer: Composer, tmp_path: Path, m
     assert_within(3, one, hilbert)
 
 
-def test_killed_and_started_again_finishes(composer: Composer) -> None:
+def test_a_killed_run_resumes_and_finishes(composer: Composer) -> None:
     process = composer(RECIPE, "run=three")
     assert process.stdout is not None
     for line in process.stdout:
@@ -106,7 +106,7 @@ def test_killed_and_started_again_finishes(composer: Composer) -> None:
     assert process.returncode == -signal.SIGKILL
     assert not Path("runs/three/model").exists()
     output = finish(composer(RECIPE, "run=three"))
-    said = next(line for line in output.splitlines() if "stage finetune: resumed at step" in line)
-    print(said)
-    assert "resumed at step 200," in said
-    assert_promised(results(Path("runs/three")))
+    resumed = next(line for line in output.splitlines() if "stage finetune: resumed at step" in line)
+    print(resumed)
+    assert "resumed at step 200," in resumed
+    assert_as_claimed(results(Path("runs/three")))

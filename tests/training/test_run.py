@@ -19,12 +19,10 @@ from ssmvl.vision.digit_vit import SHIPPED
 
 Composer = Callable[..., subprocess.Popen[str]]
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.filterwarnings(
-    "default"
-)  # Composer, streaming and torch.distributed warn on their own account
+pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed emit warnings
 
 
-def test_a_run_leaves_what_it_promises_and_goes_on_where_it_was(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_writes_its_files_and_resumes_where_it_was(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = ssmvl.train(tiny)
     assert folder == Path("runs/tiny")
     results = json.loads((folder / "results.json").read_text())
@@ -40,21 +38,21 @@ def test_a_run_leaves_what_it_promises_and_goes_on_where_it_was(tiny: Path, capf
 
     capfd.readouterr()
     assert ssmvl.train(tiny) == folder
-    said = capfd.readouterr().out
-    assert "stage align: finished before" in said
-    assert "stage finetune: finished before" in said
-    shutil.rmtree(folder / "model")  # as if killed after the last checkpoint, before the model was left
+    output = capfd.readouterr().out
+    assert "stage align: already finished" in output
+    assert "stage finetune: already finished" in output
+    shutil.rmtree(folder / "model")  # as if killed after the last checkpoint, before the model was saved
     assert ssmvl.train(tiny) == folder
     assert "stage finetune: resumed at step 4," in capfd.readouterr().out
     assert ssmvl.load(folder).generate(["hi"], max_new_tokens=3) == assistant.generate(["hi"], max_new_tokens=3)
-    with pytest.raises(RunError, match=r"(?s)run=NAME.*model\.connector\.scan_order: 'bsm' there, 'csm' here"):
+    with pytest.raises(RunError, match=r"(?s)run=NAME.*model\.connector\.scan_order: was 'bsm', is now 'csm'"):
         ssmvl.train(tiny, "model.connector.scan_order=csm")
 
 
-def test_each_stage_starts_from_the_files_of_the_one_before_and_trains_its_parts_only(tiny: Path) -> None:
+def test_each_stage_starts_from_the_previous_model_and_trains_its_parts_only(tiny: Path) -> None:
     prompts = ("stages.align.prompt=plain", "stages.finetune.prompt=vicuna")
     folder = ssmvl.train(tiny, "stages.finetune.optimizer.lr=0.0", "stages.finetune.train=[language]", *prompts)
-    assert type(ssmvl.load(folder).processor.prompt) is VicunaPrompt  # each with the prompt it was trained with
+    assert type(ssmvl.load(folder).processor.prompt) is VicunaPrompt  # each has the prompt it was trained with
     assert type(ssmvl.load(folder / "align").processor.prompt) is PlainPrompt
     export(folder / "align/checkpoints", "exported")
     assert type(ssmvl.load("exported").processor.prompt) is PlainPrompt
@@ -68,10 +66,10 @@ def test_each_stage_starts_from_the_files_of_the_one_before_and_trains_its_parts
         if name.startswith("encoders.fine.vit."):
             shipped, _ = read_tensors(SHIPPED / "digit_vit_fine.safetensors")
             assert torch.equal(tensor, shipped[name.removeprefix("encoders.fine.vit.")])
-    moved = {
+    changed = {
         name for name, tensor in align.items() if name.startswith("connector") and not torch.equal(tensor, fresh[name])
     }
-    assert moved == {name for name in align if name.startswith("connector")}
+    assert changed == {name for name in align if name.startswith("connector")}
 
 
 @pytest.mark.slow
@@ -86,7 +84,7 @@ def test_every_parameter_is_sharded(tiny: Path, composer: Composer) -> None:
     assert report["gradient_of_the_rank_with_images"] > 0
 
 
-def test_a_file_in_the_way_of_the_folder_is_named(tiny: Path) -> None:
+def test_a_file_in_the_way_of_the_run_folder_is_named(tiny: Path) -> None:
     Path("runs").mkdir()
     Path("runs/tiny").write_text("a file in the way")
     with pytest.raises(RunError, match="runs/tiny"):
@@ -94,11 +92,11 @@ def test_a_file_in_the_way_of_the_folder_is_named(tiny: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_yaml_file_that_is_no_recipe_ends_the_launcher(tiny: Path, composer: Composer) -> None:
+def test_a_yaml_file_that_is_not_a_recipe_ends_the_launcher(tiny: Path, composer: Composer) -> None:
     Path("other.yaml").write_text("[1, 2]")
     output, _ = (process := composer("other.yaml")).communicate(timeout=300)
     assert process.returncode == 2
-    assert "this is no recipe" in output
+    assert "a recipe must be a mapping with `model:` and `stages:`" in output
     assert "Traceback" not in output
 
 
@@ -106,7 +104,7 @@ def test_a_yaml_file_that_is_no_recipe_ends_the_launcher(tiny: Path, composer: C
     ("text", "message"),
     [
         ("a: [", "cannot be read"),
-        ("[1, 2]", "this is no recipe"),
+        ("[1, 2]", "a recipe must be a mapping with `model:` and `stages:`"),
         ("model: {}\nstages: {}", "encoders: ModelParts needs"),
     ],
 )
@@ -118,28 +116,26 @@ def test_a_recipe_with_mistakes_gets_one_message(
     assert message in capsys.readouterr().err
 
 
-def test_module_form_is_the_same_door(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_module_reports_mistakes_like_the_launcher(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main([str(tiny), "stages.align.btch=3"]) == 2
     assert "stages.align.btch: Stage has no option 'btch'. Did you mean 'batch'?" in capsys.readouterr().err
     assert run.main([]) == 2
 
 
 @pytest.mark.parametrize("module", ["composer", "streaming"])
-def test_what_is_not_installed_is_named_with_its_extra(
-    tiny: Path, module: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_named_with_its_extra(tiny: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "find_spec", lambda name: None if name == module else object())
     with pytest.raises(MissingDependencyError, match=rf"training needs {module}: pip install 'ssmvl\[train\]'"):
         ssmvl.train(tiny)
 
 
-def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
+def test_loading_a_directory_without_a_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no saved model"):
         ssmvl.load(tmp_path)
 
 
-def test_fewer_samples_than_a_batch_are_refused(tiny: Path) -> None:
-    with pytest.raises(DataError, match="the data hold 7 samples, fewer than a batch of 8"):
+def test_fewer_samples_than_a_batch_are_rejected(tiny: Path) -> None:
+    with pytest.raises(DataError, match="the data hold 7 samples, fewer than one batch of 8"):
         ssmvl.train(tiny, "stages.align.data.train_size=7")
 
 

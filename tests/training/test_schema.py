@@ -47,7 +47,7 @@ def problems(*overrides: str) -> dict[str, str]:
     return dict(caught.value.problems)
 
 
-def test_a_right_recipe_becomes_a_plan_in_its_order() -> None:
+def test_a_valid_recipe_becomes_a_plan_with_its_order_of_stages() -> None:
     checked = check(load_recipe("quickstart", "stages.align.batch=7"))
     plan, notes = checked.plan, checked.notes
     assert list(plan.stages) == ["align", "finetune"]
@@ -67,19 +67,19 @@ def test_prompts_that_differ_from_the_models_are_noted_and_saved() -> None:
         "stages.finetune.data.streams.a.prompt: 'zephyr', but the stage's model is saved with 'mamba'",
     ]
     assert recipe_after(recipe, "align").data["model"]["prompt"] == {"name": "plain"}
-    one = "{a: {data: {name: digit_scenes}, prompt: zephyr}, b: {data: {name: digit_scenes}, prompt: zephyr}}"
-    mixed = load_recipe("quickstart", f"stages.finetune.data={{name: mix, streams: {one}}}")
+    same = "{a: {data: {name: digit_scenes}, prompt: zephyr}, b: {data: {name: digit_scenes}, prompt: zephyr}}"
+    mixed = load_recipe("quickstart", f"stages.finetune.data={{name: mix, streams: {same}}}")
     assert recipe_after(mixed, "finetune").data["model"]["prompt"] == {"name": "zephyr"}
     assert recipe_after(recipe, "finetune") is recipe
     assert recipe.data["model"]["prompt"] == {"name": "mamba"}
 
 
-def test_order_overrules_the_order_of_the_mapping() -> None:
+def test_order_overrides_the_order_of_the_mapping() -> None:
     plan = check(load_recipe("quickstart", "stages.order=[finetune, align]")).plan
     assert list(plan.stages) == ["finetune", "align"]
 
 
-def test_a_recipe_may_leave_its_evaluation_out() -> None:
+def test_a_recipe_may_have_no_evaluation() -> None:
     plan = check(load_recipe("quickstart", "evaluation=null")).plan
     assert plan.evaluation is None
 
@@ -95,18 +95,18 @@ def test_checking_allocates_no_weight() -> None:
             return out
 
     with Largest():
-        check(load_recipe("quickstart"), weights=False)  # whose files are read, to be compared
+        check(load_recipe("quickstart"), weights=False)  # weight files would be read into memory
     assert sizes
     assert max(sizes) < 100
 
 
-def test_mistakes_in_three_places_are_all_reported() -> None:
+def test_several_mistakes_are_all_reported() -> None:
     found = problems("model.connector.mixer.d_stat=1", "stages.align.batch=many", "evaluation.data.nosuch=1")
     assert set(found) == {"model.connector.mixer.d_stat", "stages.align.batch", "evaluation.data.nosuch"}
     assert "Did you mean 'd_state'?" in found["model.connector.mixer.d_stat"]
 
 
-def test_mistakes_only_composer_knows_are_reported_with_the_others() -> None:
+def test_mistakes_in_composer_options_are_reported_with_the_others() -> None:
     found = problems(
         "model.language.name=mamba2_ml",
         "stages.align.callbacks={LRMonito: {}}",
@@ -155,7 +155,7 @@ def test_mistakes_only_composer_knows_are_reported_with_the_others() -> None:
         ("seed=null", "seed"),
     ],
 )
-def test_one_mistake_gives_one_problem_at_its_place(override: str, path: str) -> None:
+def test_one_mistake_gives_one_problem_at_its_path(override: str, path: str) -> None:
     overrides = ["model.encoders=null", override] if override == "model.encoders={}" else [override]
     assert list(problems(*overrides)) == [path]
 
@@ -168,7 +168,7 @@ def test_a_recipe_without_stages_cannot_be_trained() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["conector", "connecto", "connector.", "connector.layers.9", ""])
-def test_a_prefix_that_matches_nothing_is_reported_where_it_stands(prefix: str) -> None:
+def test_a_prefix_that_matches_nothing_is_reported_at_its_path(prefix: str) -> None:
     found = problems(f"stages.align.train=['{prefix}']", f"stages.finetune.optimizer.lr_of={{'{prefix}': 1e-3}}")
     assert set(found) == {"stages.align.train", "stages.finetune.optimizer.lr_of"}
     assert all(f"no parameter of the model is under {prefix!r}" in message for message in found.values())
@@ -188,7 +188,7 @@ def test_the_nearest_prefix_is_suggested() -> None:
         ("a", "a.b", False),
     ],
 )
-def test_a_prefix_is_made_of_whole_parts(name: str, prefix: str, under: bool) -> None:
+def test_a_prefix_matches_whole_parts_only(name: str, prefix: str, under: bool) -> None:
     assert is_under(name, prefix) is under
 
 
@@ -200,7 +200,7 @@ def test_a_prefix_is_made_of_whole_parts(name: str, prefix: str, under: bool) ->
         "{ThresholdStopper: {monitor: evaluation/accuracy/all, dataloader_label: evaluation, threshold: 0.9}}",
     ],
 )
-def test_callbacks_of_composer_are_accepted(callbacks: str) -> None:
+def test_composer_callbacks_are_accepted(callbacks: str) -> None:
     evaluation = "stages.align.evaluation={data: digit_scenes}"
     check(load_recipe("quickstart", f"stages.align.callbacks={callbacks}", evaluation))
 
@@ -214,35 +214,35 @@ def test_callbacks_of_composer_are_accepted(callbacks: str) -> None:
         ("[LRMonitor]", "stages.align.callbacks"),
     ],
 )
-def test_options_of_callbacks_are_checked(callbacks: str, path: str) -> None:
+def test_callback_options_are_checked(callbacks: str, path: str) -> None:
     assert list(problems(f"stages.align.callbacks={callbacks}")) == [path]
 
 
-def test_without_composer_the_check_says_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_composer_the_check_notes_what_it_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssmvl.training.composer_classes.find_spec", lambda name: None)
     notes = check(load_recipe("quickstart", "stages.align.callbacks={NoSuch: {}}")).notes
     assert any(note.startswith("stages.align.callbacks: not checked") for note in notes)
 
 
-def test_a_tokenizer_with_other_ids_is_found_with_the_other_problems() -> None:
+def test_a_tokenizer_with_other_ids_is_reported_with_the_other_problems() -> None:
     found = problems("model.tokenizer=bytes", "stages.align.train=[conector]")
     assert set(found) == {"model.tokenizer", "stages.align.train"}
     assert "but tokenizer 'bytes' has 257 ids" in found["model.tokenizer"]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "none.json", "a/b/c", "x--y/z"])
-def test_a_tokenizer_that_is_nowhere_is_a_problem(hub: Hub, name: str) -> None:
-    assert f"no tokenizer: {name}: " in problems(f"model.tokenizer={name}")["model.tokenizer"]
+def test_a_missing_tokenizer_is_a_problem(hub: Hub, name: str) -> None:
+    assert f"cannot load the tokenizer: {name}: " in problems(f"model.tokenizer={name}")["model.tokenizer"]
     assert hub.requests == []
 
 
-def test_a_tokenizer_of_the_hub_is_read_where_it_was_fetched_before(hub: Hub) -> None:
+def test_a_tokenizer_on_the_hub_is_checked_once_it_is_downloaded(hub: Hub) -> None:
     folder, recipe = hub.model("owner/lm"), load_recipe("quickstart", "model.tokenizer=owner/lm")
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text("{}")
     note = "model.tokenizer: not checked, owner/lm is not in the hub's cache; it is downloaded when training starts"
     assert check(recipe).notes == [note]
-    hf_hub_download("owner/lm", "tokenizer.json")  # without its config its end is not known
+    hf_hub_download("owner/lm", "tokenizer.json")  # without its config, its end token is unknown
     assert check(recipe).notes == [note]
     hf_hub_download("owner/lm", "tokenizer_config.json")
     hub.close()
@@ -250,23 +250,23 @@ def test_a_tokenizer_of_the_hub_is_read_where_it_was_fetched_before(hub: Hub) ->
     assert check(load_recipe(recipe, "model.language.num_tokens=257")).notes == []
 
 
-def test_grids_that_do_not_match_are_found_at_the_fusion() -> None:
+def test_grids_that_do_not_match_are_reported_at_the_fusion() -> None:
     found = problems("model.encoders.coarse={name: timm, model: test_vit, image_size: 160}")
     assert list(found) == ["model.fusion"]
     assert "fine has (1, 3, 3)" in found["model.fusion"]
     assert "coarse has (1, 10, 10)" in found["model.fusion"]
 
 
-def test_an_encoder_with_the_same_grid_takes_the_place_of_another() -> None:
+def test_an_encoder_can_be_replaced_by_one_with_the_same_grid() -> None:
     check(load_recipe("quickstart", "model.encoders.coarse={name: timm, model: test_vit, image_size: 48}"))
 
 
 @pytest.mark.parametrize(
     ("order", "why"),
     [
-        ("twice", r"path 0 is no permutation: position 4 holds index 2 again"),
-        ("short", r"must give paths \(K, 9\), gave \(1, 8\)"),
-        ("floats", r"must give int64 indices, gave torch.float32"),
+        ("twice", r"path 0 is not a permutation: position 4 holds index 2 again"),
+        ("short", r"must return paths \(K, 9\), returned \(1, 8\)"),
+        ("floats", r"must return int64 indices, returned torch.float32"),
     ],
 )
 def test_a_scan_order_that_breaks_its_contract_is_named(install_plugin: Install, order: str, why: str) -> None:
@@ -287,18 +287,18 @@ def test_a_scan_order_that_breaks_its_contract_is_named(install_plugin: Install,
         (["model.fusion.order=[fine]"], "model.fusion"),
     ],
 )
-def test_what_only_building_finds_is_a_problem_at_its_place(overrides: list[str], path: str) -> None:
+def test_mistakes_found_by_building_are_reported_at_their_path(overrides: list[str], path: str) -> None:
     assert list(problems(*overrides)) == [path]
 
 
 @pytest.mark.parametrize("name", ["'a.b'", "1", "''"])
-def test_an_encoder_is_named_as_a_module_can_be(name: str) -> None:
+def test_the_name_of_an_encoder_must_be_a_valid_module_name(name: str) -> None:
     encoders = f"model.encoders={{{name}: {{name: digit_vit, stem: fine}}}}"
     (path,) = problems("model.fusion.order=null", "model.encoders=null", encoders)
     assert path.startswith("model.encoders")
 
 
-def test_a_component_that_raises_while_it_is_built_is_one_problem(install_plugin: Install) -> None:
+def test_a_component_that_raises_in_its_constructor_is_one_problem(install_plugin: Install) -> None:
     code = "import ssmvl\ndef bad(in_width, out_width, grid):\n    raise RuntimeError('no such thing')\n"
     code += "@ssmvl.hookimpl\ndef ssmvl_register(register):\n    register('connector', 'bad', bad)\n"
     install_plugin("zz-bad", code)

@@ -1,4 +1,4 @@
-"""The job file for Slurm, run by bash as Slurm would, with stand-ins for `srun` and `scontrol`."""
+"""The Slurm job file, run by bash as Slurm would, with stubs for `srun` and `scontrol`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 JOB = Path(__file__).parents[2] / "docs" / "slurm.sh"
 BIN = Path(sys.executable).parent
-# Starts the command once for each node, as srun does with one task on each, and fails if one of them does.
+# Starts the command once per node, like srun with one task per node, and fails if one of them fails.
 SRUN = """
 while [[ "$1" == --* ]]; do echo "$1" >> srun.txt; shift; done
 for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do
@@ -34,7 +34,7 @@ Sbatch = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sbatch:
-    """`sbatch(stubs, *arguments, HOSTS=...)` runs the job file on two nodes of two processes each."""
+    """`sbatch(stubs, *arguments, HOSTS=...)` runs the job file on two nodes with two processes each."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bin").mkdir(exist_ok=True)
 
@@ -74,39 +74,39 @@ def test_a_node_that_fails_fails_the_job(sbatch: Sbatch) -> None:
     assert sbatch({"srun": srun(), "composer": composer}, "recipe.yaml").returncode == 2
 
 
-def test_what_is_missing_fails_the_job_before_a_node_is_asked(sbatch: Sbatch) -> None:
-    stubs = {"srun": "touch asked", "composer": "true"}
+def test_a_missing_recipe_or_node_list_fails_the_job_before_srun(sbatch: Sbatch) -> None:
+    stubs = {"srun": "touch started", "composer": "true"}
     done = sbatch(stubs)
     assert done.returncode == 2
-    assert "error: which recipe?" in done.stderr
+    assert "error: no recipe given" in done.stderr
     assert sbatch({**stubs, "scontrol": "exit 1"}, "recipe.yaml").returncode == 1
-    assert not Path("asked").exists()
+    assert not Path("started").exists()
 
 
 def test_near_its_end_the_job_is_requeued(sbatch: Sbatch) -> None:
-    """The step goes on until scontrol ends it."""
+    """The step runs until scontrol ends it."""
     step = 'echo $$ > srun.pid\nkill -USR1 "$PPID"\nexec tail --pid "$PPID" -f /dev/null > tail.txt 2>&1'
     done = sbatch({"srun": step}, "recipe.yaml")
     assert "job 123456 is requeued" in done.stdout
     assert done.returncode == 0
     assert Path("requeued").exists()
     Path("requeued").unlink()
-    refused = SCONTROL.replace("touch requeued", "exit 3")
-    assert sbatch({"srun": step, "scontrol": refused}, "recipe.yaml").returncode == 3
+    failing = SCONTROL.replace("touch requeued", "exit 3")
+    assert sbatch({"srun": step, "scontrol": failing}, "recipe.yaml").returncode == 3
     assert not Path("requeued").exists()
 
 
 @pytest.mark.netns
-@pytest.mark.filterwarnings("default")  # Composer warns on its own account
+@pytest.mark.filterwarnings("default")  # Composer emits warnings
 def test_two_nodes_train_a_recipe_to_its_end(tiny: Path, sbatch: Sbatch) -> None:
-    apart = "unshare --user --map-root-user --mount"  # nodes do not share memory
-    if subprocess.run([*apart.split(), "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this user may not make namespaces")
-    on_node = f"{apart} sh -c 'mount -t tmpfs tmpfs /dev/shm && TMPDIR=/dev/shm exec \"$@\"' node"
+    isolate = "unshare --user --map-root-user --mount"  # nodes do not share memory
+    if subprocess.run([*isolate.split(), "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user cannot create namespaces")
+    on_node = f"{isolate} sh -c 'mount -t tmpfs tmpfs /dev/shm && TMPDIR=/dev/shm exec \"$@\"' node"
     variables = {"HOSTS": "127.0.0.1 127.0.0.1", "SLURM_GPUS_ON_NODE": "1", "OMP_NUM_THREADS": "1"}
     done = sbatch({"srun": srun(on_node)}, "tiny.yaml", **variables)
-    said = Path("node0.txt").read_text()
-    assert done.returncode == 0, (said, done)
-    assert "stage finetune: started" in said
+    output = Path("node0.txt").read_text()
+    assert done.returncode == 0, (output, done)
+    assert "stage finetune: started" in output
     assert json.loads(Path("runs/tiny/results.json").read_text())["reading"]["n"] == 2
     assert {path.name for path in Path("runs/tiny/finetune/checkpoints/ep0-ba4").glob("*.distcp")} == SHARDS

@@ -1,4 +1,4 @@
-"""What a run looks for before it builds anything."""
+"""Inputs that a run checks before it builds anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ssmvl.training.distributed import first_rank
 from ssmvl.training.session import Session
 
 BIG = "model.language.weights=owner/big"
-pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
+pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming emit warnings
 
 
 def no_data(part: str) -> str:
@@ -25,22 +25,22 @@ def no_data(part: str) -> str:
 
 
 @pytest.mark.parametrize("part", ["stages.align", "stages.finetune", "evaluation"])
-def test_data_that_is_nowhere_is_missed_before_weights_are_fetched(tiny: Path, hub: Hub, part: str) -> None:
-    for seed in (0, 1):  # the run that failed keeps its name from nobody
+def test_missing_data_is_reported_before_weights_are_downloaded(tiny: Path, hub: Hub, part: str) -> None:
+    for seed in (0, 1):  # a run that failed leaves its name free
         with pytest.raises(DataError, match=rf"no_{part.rpartition('.')[2]}/\w+/index\.json does not exist"):
             ssmvl.train(tiny, BIG, no_data(part), f"seed={seed}")
     assert hub.requests == []
 
 
-def test_data_of_a_finished_stage_is_not_looked_for(tiny: Path) -> None:
-    left = Path("runs/tiny/align/model")
-    left.mkdir(parents=True)
-    (left / "ssmvl.json").touch()
+def test_data_of_a_finished_stage_is_not_opened(tiny: Path) -> None:
+    model = Path("runs/tiny/align/model")
+    model.mkdir(parents=True)
+    (model / "ssmvl.json").touch()
     with pytest.raises(DataError, match="no_finetune"):
         ssmvl.train(tiny, no_data("stages.align"), no_data("stages.finetune"))
 
 
-def test_a_tokenizer_of_the_hub_is_fetched_and_compared_before_weights_are(tiny: Path, hub: Hub) -> None:
+def test_a_tokenizer_on_the_hub_is_downloaded_and_compared_before_weights_are(tiny: Path, hub: Hub) -> None:
     folder = hub.model("owner/lm")
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     with pytest.raises(ContractError, match="tokenizer 'owner/lm' has 257 ids"):
@@ -48,15 +48,15 @@ def test_a_tokenizer_of_the_hub_is_fetched_and_compared_before_weights_are(tiny:
     assert not [request for request in hub.requests if "owner/big" in request]
 
 
-def test_what_the_first_rank_misses_ends_both(tiny: Path) -> None:
-    found = load_recipe(tiny, no_data("stages.align"))
+def test_data_missing_on_the_first_rank_ends_both(tiny: Path) -> None:
+    recipe = load_recipe(tiny, no_data("stages.align"))
 
     def prepare() -> None:
         with pytest.raises(SsmvlError) as caught:
-            first_rank(Session(check(found)).prepare)
+            first_rank(Session(check(recipe)).prepare)
         print(f"{caught.type.__name__}: {caught.value}", flush=True)
 
     missing = "no_align/train/index.json does not exist"
-    said = two_ranks(prepare, tiny.parent)
-    assert f"DataError: {missing}" in said[0]
-    assert f"RunError: {missing}" in said[1]
+    outputs = two_ranks(prepare, tiny.parent)
+    assert f"DataError: {missing}" in outputs[0]
+    assert f"RunError: {missing}" in outputs[1]

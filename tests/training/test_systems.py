@@ -1,4 +1,4 @@
-"""Small versions of the papers' systems: two steps a stage, saved, loaded, asked; and trained by two ranks."""
+"""Small versions of the papers' systems: trained for two steps per stage, saved, loaded, asked; also on two ranks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from ssmvl.data.streams import read_records
 from ssmvl.drawing.training_curves import read_scalars
 from ssmvl.recipes.merge import Recipe
 
-pytestmark = pytest.mark.filterwarnings(
-    "default"
-)  # Composer, streaming and torch.distributed warn on their own account
+pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed emit warnings
 TOKENS = 257
 MAMBA1 = ["model.language.width=32", "model.language.num_layers=2", "model.language.mixer={name: mamba1, d_state: 4}"]
 MAMBA2 = [
@@ -50,7 +48,7 @@ SYSTEMS = {
 
 
 def small(name: str, folder: Path, language: str) -> Recipe:
-    """The recipe with the quickstart's encoders, a small language model, two steps a stage and a few digit scenes."""
+    """The recipe with the quickstart's encoders, a small language model, two steps per stage and a few digit scenes."""
     data = ssmvl.load_recipe(name).data
     stems = zip(data["model"]["encoders"], ("fine", "coarse"), strict=False)
     encoders = [f"model.encoders.{key}={{name: digit_vit, stem: {stem}}}" for key, stem in stems]
@@ -65,7 +63,7 @@ def small(name: str, folder: Path, language: str) -> Recipe:
 
 
 def language_file(name: str, folder: Path) -> str:
-    """Weights and config of a small language model, as those that the recipe names come; where they lie."""
+    """Write weights and config of a small language model in the format of the recipe's weights; return their path."""
     torch.manual_seed(7)
     recipe = small(name, folder, "none")
     tensors = ssmvl.build_model(recipe).language.state_dict()
@@ -95,45 +93,45 @@ def test_a_small_version_trains_and_answers(name: str, tmp_path: Path, monkeypat
     final, _ = read_tensors(folder / "model" / "model.safetensors")
     assert final.keys() == start.keys()
     trained = recipe.data["stages"]["finetune"]["train"]
-    still = {key for key in final if torch.equal(final[key], start[key])}
+    unchanged = {key for key in final if torch.equal(final[key], start[key])}
     for key in final:
         part = key.split(".")[0]
-        assert (key in still) == (part not in trained), key
+        assert (key in unchanged) == (part not in trained), key
     if "align" in recipe.data["stages"]:
         aligned, _ = read_tensors(folder / "align" / "model" / "model.safetensors")
-        moved = {key.split(".")[0] for key in aligned if not torch.equal(aligned[key], start[key])}
-        assert moved == {"connector"}
+        changed = {key.split(".")[0] for key in aligned if not torch.equal(aligned[key], start[key])}
+        assert changed == {"connector"}
 
     assistant = ssmvl.load(folder)
     questions, images = ["What is it?", "Hello there"], [Image.new("RGB", (60, 40), "red"), None]
-    together = assistant.generate(questions, images, max_new_tokens=4)
-    alone = [assistant.generate([q], [i], max_new_tokens=4)[0] for q, i in zip(questions, images, strict=True)]
-    assert together == alone
+    batched = assistant.generate(questions, images, max_new_tokens=4)
+    single = [assistant.generate([q], [i], max_new_tokens=4)[0] for q, i in zip(questions, images, strict=True)]
+    assert batched == single
 
 
 @pytest.mark.slow
-def test_two_ranks_train_what_one_does_and_wait_for_no_image(
+def test_two_ranks_train_like_one_and_wait_for_no_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, composer: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    """Half of the samples are text only and a micro-batch is one sample, so at times only one rank has an image."""
+    """Half of the samples are text only and a micro-batch is one sample, so sometimes only one rank has an image."""
     monkeypatch.chdir(tmp_path)
     records = read_records(digit_scenes("train", train_size=16, folder="scenes"))
     mixed = [record if at % 2 else {**record, "images": []} for at, record in enumerate(records)]
     changes = {"duration": "4ba", "microbatch": "1", "optimizer.lr": "1e-2"}
-    alone: dict[str, dict[int, float]] = {}
+    one_rank: dict[str, dict[int, float]] = {}
     for name in ("mamba_vlm", "mamba_vlm_7b"):
         folder = tmp_path / name
         ensure_shards(folder / "data" / "train", lambda: mixed, len(mixed))
         recipe = small(name, folder, language_file(name, folder))
         recipe = ssmvl.load_recipe(recipe, *(f"stages.finetune.{key}={value}" for key, value in changes.items()))
-        alone[name] = losses(ssmvl.train(recipe, f"run={name}-alone"))
+        one_rank[name] = losses(ssmvl.train(recipe, f"run={name}-one-rank"))
         Path(f"{name}.yaml").write_text(recipe.to_yaml())
     script = Path(__file__).with_name("systems_script.py")
-    process = composer("-n", "2", str(script), *(f"{name}.yaml" for name in alone), "report.json")
+    process = composer("-n", "2", str(script), *(f"{name}.yaml" for name in one_rank), "report.json")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     reports = json.loads(Path("report.json").read_text())
-    for name, expected in alone.items():
+    for name, expected in one_rank.items():
         assert len(expected) == 4
         assert losses(Path("runs") / name) == pytest.approx(expected, rel=1e-4)
         assert reports[name]["not_sharded"] == []
@@ -141,5 +139,5 @@ def test_two_ranks_train_what_one_does_and_wait_for_no_image(
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """What a run logged in its stage `finetune`, by step."""
+    """Return the loss that a run logged in its stage `finetune`, by step."""
     return read_scalars(folder / "tensorboard" / f"{folder.name}-finetune")["loss/train/total"]

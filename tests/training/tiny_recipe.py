@@ -1,4 +1,4 @@
-"""The recipe that tests of training share: a few steps of the quickstart."""
+"""The recipe shared by the tests of training: a few steps of the quickstart."""
 
 TINY = """
 base: quickstart

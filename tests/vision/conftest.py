@@ -1,5 +1,5 @@
 from __future__ import annotations
 
-from encoder_fixtures import assert_refused as assert_refused
+from encoder_fixtures import assert_rejected as assert_rejected
 from encoder_fixtures import moved as moved
 from encoder_fixtures import small_models as small_models

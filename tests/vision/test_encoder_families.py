@@ -1,4 +1,4 @@
-"""Which of timm's ViTs are encoders, and that the others say why not; what they give in lower precision."""
+"""timm's model families: features, error messages for unsupported models, and lower precision."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize("model", FAMILIES)
-def test_features_are_timms_map_of_the_second_to_last_block(model: str, moved: Moved) -> None:
+def test_features_equal_timms_map_of_the_second_to_last_block(model: str, moved: Moved) -> None:
     encoder = timm_encoder(model, image_size=96).eval()
     vit = moved(encoder.vit)
     pixels = torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8)
@@ -51,7 +51,7 @@ def test_features_are_timms_map_of_the_second_to_last_block(model: str, moved: M
     "model",
     ["beit_base_patch16_224", "flexivit_base", "deepseek_vit_412m_enc", "qwen3_vit_88m_enc", "vitamin_base_224"],
 )
-def test_other_families_give_a_square_grid(model: str) -> None:
+def test_other_families_have_a_square_grid(model: str) -> None:
     with torch.device("meta"):
         encoder = timm_encoder(model)
         pixels = torch.zeros(2, 3, encoder.image_spec.size, encoder.image_spec.size, dtype=torch.uint8)
@@ -65,30 +65,30 @@ def test_other_families_give_a_square_grid(model: str) -> None:
         (
             "vit_base_patch16_sapiens2",
             None,
-            r"of 768 x 768 px gives \(1, 2304, 768\), its grid is 64 x 48 of width 768;",
+            r"of 768 x 768 px outputs \(1, 2304, 768\), but its grid is 64 x 48 with width 768;",
         ),
-        ("test_vit", 101, r"101 x 101 px fails \(.*divisible by patch size \(16\)\.\); give another image_size"),
+        ("test_vit", 101, r"101 x 101 px fails \(.*divisible by patch size \(16\)\.\); use another image_size"),
         ("vit_tiny_r_s16_p8_224", 101, r"for images of 101 px \(AssertionError"),
         ("davit_tiny", 96, "unexpected keyword argument 'img_size'"),
-        ("davit_tiny", None, "DaVit is no ViT"),
-        ("levit_128s", None, "LevitDistilled is no ViT"),
-        ("mvitv2_tiny", None, "MultiScaleVit is no ViT"),
-        ("hiera_tiny_224", None, "Hiera is no ViT"),
-        ("naflexvit_base_patch16_gap", None, "NaFlexVit is no ViT"),
+        ("davit_tiny", None, "DaVit is not a ViT"),
+        ("levit_128s", None, "LevitDistilled is not a ViT"),
+        ("mvitv2_tiny", None, "MultiScaleVit is not a ViT"),
+        ("hiera_tiny_224", None, "Hiera is not a ViT"),
+        ("naflexvit_base_patch16_gap", None, "NaFlexVit is not a ViT"),
     ],
 )
-def test_what_cannot_be_run_is_refused_when_built(model: str, size: int | None, match: str) -> None:
+def test_a_model_that_cannot_run_is_rejected_when_built(model: str, size: int | None, match: str) -> None:
     with torch.device("meta"), pytest.raises(ContractError, match=match):
         timm_encoder(model, image_size=size)
 
 
-def test_an_encoder_that_was_tried_stays_as_it_was() -> None:
+def test_the_check_on_meta_does_not_modify_the_encoder() -> None:
     with torch.device("meta"):
-        encoder = timm_encoder("convit_tiny", image_size=64)  # its blocks keep tables from call to call
+        encoder = timm_encoder("convit_tiny", image_size=64)  # its blocks cache tables
     assert {tuple(table.shape) for table in encoder.buffers()} == {(1, 1, 1, 3)}
 
 
-def test_a_model_built_for_real_has_tried_its_encoders() -> None:
+def test_building_a_model_checks_its_encoders() -> None:
     with pytest.raises(RecipeError, match=r"model\.encoders\.fine: .* 101 x 101 px fails"):
         build_model("quickstart", "model.encoders.fine={name: timm, model: test_vit, image_size: 101}")
 
@@ -111,8 +111,8 @@ def test_bf16_and_autocast_are_close_to_fp32_in_the_dtype_of_the_weights(build: 
     exact = encoder(pixels)
     cast = {}
     with torch.autocast("cpu", torch.bfloat16):
-        cast["autocast"], none = encoder(pixels), encoder(pixels[:0])
-    assert cast["autocast"].dtype == none.dtype == torch.float32
+        cast["autocast"], empty = encoder(pixels), encoder(pixels[:0])
+    assert cast["autocast"].dtype == empty.dtype == torch.float32
     assert not torch.equal(cast["autocast"], exact)
     encoder.to(torch.bfloat16)
     cast["bf16"] = encoder(pixels)

@@ -1,4 +1,4 @@
-"""What `weights` and the tag of timm's ViTs may say, and which go together."""
+"""Valid values and combinations of `weights` and tags of timm's ViTs."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from ssmvl.vision.encoders import timm_encoder
 @pytest.mark.parametrize(
     ("weights", "match"),
     [
-        ("vit.pt", "reading a pickle can run any code"),
-        ("r160_in1", "nor a tag of 'test_vit'. Did you mean 'r160_in1k'"),
-        ("local-dir:", "nor a tag"),
+        ("vit.pt", "a pickle can run arbitrary code"),
+        ("r160_in1", "or a tag of 'test_vit', received 'r160_in1'. Did you mean 'r160_in1k'"),
+        ("local-dir:", "or a tag of 'test_vit', received 'local-dir:'"),
     ],
 )
-def test_weights_that_are_nothing_of_the_kind_are_refused(weights: str, match: str) -> None:
+def test_invalid_weights_are_rejected(weights: str, match: str) -> None:
     with pytest.raises(ContractError, match=match):
         timm_encoder("test_vit", weights=weights)
 
 
-def test_unknown_and_double_tags_are_refused() -> None:
+def test_unknown_and_conflicting_tags_are_rejected() -> None:
     with pytest.raises(ContractError, match=r"Invalid pretrained tag \(x\).*its tags: r160_in1k"):
         timm_encoder("test_vit.x")
-    with pytest.raises(ContractError, match="name two tags"):
+    with pytest.raises(ContractError, match="name different tags"):
         timm_encoder("vit_base_patch32_clip_224.laion2b", weights="datacompxl")
 
 
-def test_a_tag_that_is_a_pickle_only_is_refused() -> None:
-    with torch.device("meta"), pytest.raises(ContractError, match=r"as a pickle only.*\.pth\.tar"):
+def test_a_tag_with_only_a_pickle_is_rejected() -> None:
+    with torch.device("meta"), pytest.raises(ContractError, match=r"only as a pickle.*\.pth\.tar"):
         timm_encoder("vit_huge_patch14_gap_224", weights="in1k_ijepa")
 
 
@@ -53,20 +53,20 @@ def test_weights_that_need_quickgelu_name_the_model_that_has_it(model: str, weig
         timm_encoder(model, weights=weights)
 
 
-def test_a_folder_of_quickgelu_weights_goes_with_the_model_that_has_it(tmp_path: Path) -> None:
+def test_a_directory_of_quickgelu_weights_fits_only_the_quickgelu_model(tmp_path: Path) -> None:
     config = {"architecture": "vit_base_patch32_clip_224", "pretrained_cfg": {"tag": "openai"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     write_tensors(tmp_path / "model.safetensors", {"other": torch.zeros(1)})
     names = ("vit_base_patch32_clip_224", "vit_base_patch32_clip_quickgelu_224")
     with torch.device("meta"):
         plain, quick = (timm_encoder(name, weights=f"local-dir:{tmp_path}") for name in names)
-    with pytest.raises(CheckpointError, match=f"its weights are those of '{names[1]}', the encoder is '{names[0]}'"):
+    with pytest.raises(CheckpointError, match=f"contains weights of '{names[1]}', but the encoder is '{names[0]}'"):
         load_weights(plain)
     with pytest.raises(CheckpointError, match=r"missing vit\.blocks"):
         load_weights(quick)
     config["pretrained_cfg"] = {"tag": "laion2b"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=f"its weights are those of '{names[0]}', the encoder is '{names[1]}'"):
+    with pytest.raises(CheckpointError, match=f"contains weights of '{names[0]}', but the encoder is '{names[1]}'"):
         load_weights(quick)
 
 
@@ -77,8 +77,8 @@ def test_a_folder_of_quickgelu_weights_goes_with_the_model_that_has_it(tmp_path:
         ("vit_large_patch14_clip_336", r"vit_large_patch14_clip_336\.TAG with one of .*openai"),  # QuickGELU too
     ],
 )
-def test_a_file_needs_the_tag_where_tags_differ(name: str, tags: str) -> None:
-    match = rf"the tags of '{name}' differ in mean, std or QuickGELU, and a\.safetensors does not say .* model: {tags}"
+def test_a_file_needs_the_tag_if_tags_differ(name: str, tags: str) -> None:
+    match = rf"tags of '{name}' differ in mean, std or QuickGELU, and a\.safetensors does not state .* model: {tags}"
     with torch.device("meta"):
         with pytest.raises(ContractError, match=match):
             timm_encoder(name, weights="a.safetensors")
@@ -87,7 +87,7 @@ def test_a_file_needs_the_tag_where_tags_differ(name: str, tags: str) -> None:
         assert timm_encoder(f"{name}.{tag}", weights="a.safetensors").mean
 
 
-def test_a_file_needs_no_tag_where_all_are_alike() -> None:
+def test_a_file_needs_no_tag_if_all_tags_agree() -> None:
     with torch.device("meta"):
         encoder = timm_encoder("vit_large_patch14_clip_quickgelu_336", weights="a.safetensors")
     assert encoder.mean[0] == pytest.approx(0.48145466)

@@ -1,4 +1,4 @@
-"""timm's ViTs as encoders."""
+"""timm ViTs as encoders."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parameters(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("model", [*SMALL, "vit_tiny_patch16_224"])
-def test_features_are_timms_second_to_last_block_without_prefix_tokens(model: str, moved: Moved) -> None:
+def test_features_equal_timms_second_to_last_block_without_prefix_tokens(model: str, moved: Moved) -> None:
     encoder = timm_encoder(model, image_size=160).eval()
     moved(encoder.vit)
     grid = encoder.grid
@@ -45,7 +45,7 @@ def test_features_are_timms_second_to_last_block_without_prefix_tokens(model: st
 
 
 @pytest.mark.parametrize("model", SMALL)
-def test_features_are_those_of_the_blocks_called_one_by_one(model: str, moved: Moved) -> None:
+def test_features_equal_those_of_the_blocks_called_one_by_one(model: str, moved: Moved) -> None:
     encoder = timm_encoder(model, image_size=160).eval()
     vit = moved(encoder.vit)
     x = vit.norm_pre(vit._pos_embed(vit.patch_embed(encoder.normalise(PIXELS))))
@@ -54,7 +54,7 @@ def test_features_are_those_of_the_blocks_called_one_by_one(model: str, moved: M
     torch.testing.assert_close(encoder(PIXELS), x[:, -100:])
 
 
-def test_keeps_the_contract_of_encoders() -> None:
+def test_satisfies_the_contract_of_encoders() -> None:
     check_encoder(lambda: timm_encoder("test_vit"))
 
 
@@ -62,12 +62,12 @@ def test_keeps_the_contract_of_encoders() -> None:
     ("model", "size", "count", "width"),
     [(DINO, 384, 303_715_328, 1024), ("vit_so400m_patch14_siglip_384.webli", None, 428_225_600, 1152)],
 )
-def test_published_sizes_have_the_published_counts(model: str, size: int | None, count: int, width: int) -> None:
+def test_published_models_have_the_published_sizes(model: str, size: int | None, count: int, width: int) -> None:
     with torch.device("meta"):
         encoder = timm_encoder(model, image_size=size)
     assert parameters(encoder) == count
     assert (encoder.width, encoder.grid, encoder.image_spec) == (width, Grid(1, 27, 27), ImageSpec(384))
-    assert not list(encoder.buffers())  # a build on meta would leave them empty
+    assert not list(encoder.buffers())  # they would have no values after a build on meta
 
 
 def test_clip_at_336_px_has_576_patches() -> None:
@@ -77,48 +77,48 @@ def test_clip_at_336_px_has_576_patches() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_normalises_in_full_precision_whatever_the_weights_are(dtype: torch.dtype) -> None:
+def test_normalizes_in_full_precision_for_every_weight_dtype(dtype: torch.dtype) -> None:
     encoder = timm_encoder("test_vit", image_size=160).to(dtype)
     encoder.mean, encoder.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     exact = torch.promote_types(dtype, torch.float32)
     mean, std = (torch.tensor(v, dtype=exact).view(3, 1, 1) for v in (encoder.mean, encoder.std))
-    found = encoder.normalise(PIXELS)
-    assert found.dtype == dtype
-    assert torch.equal(found, ((PIXELS.to(exact) / 255 - mean) / std).to(dtype))
+    actual = encoder.normalise(PIXELS)
+    assert actual.dtype == dtype
+    assert torch.equal(actual, ((PIXELS.to(exact) / 255 - mean) / std).to(dtype))
     assert not list(encoder.buffers())
 
 
-def test_the_tag_decides_mean_and_std() -> None:
+def test_the_tag_determines_mean_and_std() -> None:
     with torch.device("meta"):
         encoders = [timm_encoder(f"vit_large_patch14_clip_224.{tag}") for tag in ("laion2b", "dfn2b_s39b")]
     assert encoders[0].mean == encoders[0].std == (0.5, 0.5, 0.5)
     assert encoders[1].mean == (0.48145466, 0.4578275, 0.40821073)
 
 
-def test_a_letterbox_has_the_encoders_mean_colour() -> None:
+def test_a_letterbox_has_the_encoders_mean_color() -> None:
     with torch.device("meta"):
         encoder = timm_encoder(DINO, image_size=28, resize="letterbox")
     assert encoder.image_spec == ImageSpec(28, "letterbox", (123, 116, 103))
     assert timm_encoder("test_vit", resize="resize-crop").image_spec == ImageSpec(160, "resize-crop")
 
 
-def test_encoders_of_one_spec_share_one_image() -> None:
+def test_encoders_with_equal_specs_share_one_image() -> None:
     encoders = {"dino": timm_encoder("test_vit"), "siglip": timm_encoder("test_vit3")}
     encoders["siglip"].mean = (0.1, 0.2, 0.3)
-    nothing = nn.Identity()
-    specs = VisionLanguageModel(encoders, nothing, nothing, nothing).image_specs
+    identity = nn.Identity()
+    specs = VisionLanguageModel(encoders, identity, identity, identity).image_specs
     assert specs == (ImageSpec(160),)
     shared = {spec: to_pixels(Image.new("RGB", (40, 30)), spec)[None] for spec in specs}
     assert all(encoder(shared[encoder.image_spec]).shape[:2] == (1, 100) for encoder in encoders.values())
 
 
-def test_no_image_gives_no_features() -> None:
+def test_zero_images_give_zero_features() -> None:
     features = timm_encoder("test_vit", image_size=160).to(torch.bfloat16)(PIXELS[:0])
     assert features.shape == (0, 100, 64)
     assert features.dtype == torch.bfloat16
 
 
-def test_frozen_encoder_keeps_no_graph_and_a_trained_one_does() -> None:
+def test_only_a_trained_encoder_builds_a_graph() -> None:
     encoder = timm_encoder("test_vit", image_size=160)
     assert encoder(PIXELS).requires_grad
     encoder.requires_grad_(False)
@@ -126,12 +126,12 @@ def test_frozen_encoder_keeps_no_graph_and_a_trained_one_does() -> None:
 
 
 @pytest.mark.parametrize("model", ["test_vitt", "resnet18", "test_efficientnet", "hf-hub:timm/test_vit"])
-def test_what_timm_lacks_or_is_no_vit_is_refused(model: str) -> None:
-    no_vit = {"resnet18": "ResNet is no ViT", "test_efficientnet": "EfficientNet is no ViT"}
-    with pytest.raises(ContractError, match=no_vit.get(model, f"no model {model!r}; similar names there: ")):
+def test_unknown_models_and_models_other_than_vits_are_rejected(model: str) -> None:
+    not_a_vit = {"resnet18": "ResNet is not a ViT", "test_efficientnet": "EfficientNet is not a ViT"}
+    with pytest.raises(ContractError, match=not_a_vit.get(model, rf"unknown timm model {model!r}\. Similar names: ")):
         timm_encoder(model)
 
 
-def test_images_smaller_than_a_patch_are_refused() -> None:
+def test_images_smaller_than_a_patch_are_rejected() -> None:
     with pytest.raises(ContractError, match="images of 15 px are smaller than one patch"):
         timm_encoder("test_vit", image_size=15)

@@ -8,5 +8,5 @@ from ssmvl.registry import Register
 
 @hookimpl
 def ssmvl_register(register: Register) -> None:
-    """Register the scan order; its module, and torch with it, is imported when it is first used."""
+    """Register the scan order; its module and torch are imported on first use."""
     register("scan_order", "hilbert", "ssmvl_hilbert.order:hilbert")

@@ -29,31 +29,31 @@ def forward(rows: int, columns: int) -> Tensor:
 
 
 def assert_walks_every_cell(path: Tensor, rows: int, columns: int) -> None:
-    """From the top left, each cell once, each step to one of the four neighbours."""
+    """Check that the path starts top left, visits each cell once and moves to one of the four neighbors."""
     grid = f"{rows} x {columns}"
     assert path.dtype == torch.int64, grid
     assert path[0] == 0, grid
     assert torch.bincount(path, minlength=rows * columns).tolist() == [1] * (rows * columns), grid
     steps = (path // columns).diff().abs() + (path % columns).diff().abs()
-    assert bool((steps == 1).all()), f"{grid}: steps {(steps != 1).nonzero().flatten().tolist()} to no neighbour"
+    assert bool((steps == 1).all()), f"{grid}: steps {(steps != 1).nonzero().flatten().tolist()} not to a neighbor"
 
 
-def rewritten(order: int) -> list[int]:
-    """The Hilbert curve over 2^order rows and columns, as the rewriting system A -> -BF+AFA+FB-, B -> +AF-BFB-FA+."""
+def l_system_curve(order: int) -> list[int]:
+    """The Hilbert curve over 2^order rows and columns by the L-system A -> -BF+AFA+FB-, B -> +AF-BFB-FA+."""
     word = "A"
     for _ in range(order):
         word = "".join({"A": "-BF+AFA+FB-", "B": "+AF-BFB-FA+"}.get(letter, letter) for letter in word)
-    side, place, heading = 2**order, 0 + 0j, 1 + 0j  # columns + rows * 1j
-    visited = [place]
+    side, cell, heading = 2**order, 0 + 0j, 1 + 0j  # columns + rows * 1j
+    visited = [cell]
     for letter in word:
         if letter == "F":
-            place += heading
-            visited.append(place)
-        heading *= {"+": -1j, "-": 1j}.get(letter, 1)  # rows grow downward: - turns right
-    return [int(place.real) + int(place.imag) * side for place in visited]
+            cell += heading
+            visited.append(cell)
+        heading *= {"+": -1j, "-": 1j}.get(letter, 1)  # rows grow downward, so - turns right
+    return [int(cell.real) + int(cell.imag) * side for cell in visited]
 
 
-def test_conforms_to_the_contract_of_a_scan_order() -> None:
+def test_satisfies_the_contract_of_a_scan_order() -> None:
     check_scan_order(hilbert)
     check_scan_order(hilbert, [Grid(3, 1, 1), Grid(2, 3, 4), Grid(5, 7, 2)])
 
@@ -78,7 +78,7 @@ def test_a_single_row_or_column_is_walked_straight() -> None:
     assert forward(1, 7).tolist() == forward(7, 1).tolist() == list(range(7))
 
 
-def test_every_grid_up_to_24x24_is_walked_from_neighbour_to_neighbour() -> None:
+def test_every_grid_up_to_24x24_is_walked_from_neighbor_to_neighbor() -> None:
     for rows in SIDES:
         for columns in SIDES:
             assert_walks_every_cell(forward(rows, columns), rows, columns)
@@ -86,20 +86,20 @@ def test_every_grid_up_to_24x24_is_walked_from_neighbour_to_neighbour() -> None:
 
 @given(st.integers(1, 300), st.integers(1, 300))
 @settings(max_examples=60, deadline=None)
-def test_larger_grids_are_walked_from_neighbour_to_neighbour(rows: int, columns: int) -> None:
+def test_larger_grids_are_walked_from_neighbor_to_neighbor(rows: int, columns: int) -> None:
     path = forward(rows, columns)
     assert path.shape == (rows * columns,)
     assert_walks_every_cell(path, rows, columns)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1000, 1000), (1, 100_000), (100_001, 2), (3, 50_000), (1000, 999)])
-def test_no_size_is_too_deep(rows: int, columns: int) -> None:
+def test_large_and_narrow_grids_do_not_exceed_the_recursion_limit(rows: int, columns: int) -> None:
     path = forward(rows, columns)
     assert path.shape == (rows * columns,)
     assert_walks_every_cell(path, rows, columns)
 
 
-def test_a_tall_grid_is_walked_as_the_wide_one_with_rows_and_columns_exchanged() -> None:
+def test_a_tall_grid_is_walked_like_the_transposed_wide_one() -> None:
     for rows in SIDES:
         for columns in range(1, rows):
             wide, tall = forward(columns, rows), forward(rows, columns)
@@ -108,34 +108,34 @@ def test_a_tall_grid_is_walked_as_the_wide_one_with_rows_and_columns_exchanged()
 
 @pytest.mark.parametrize("order", range(8))
 def test_on_squares_of_a_power_of_two_it_is_the_hilbert_curve(order: int) -> None:
-    assert forward(2**order, 2**order).tolist() == rewritten(order)
+    assert forward(2**order, 2**order).tolist() == l_system_curve(order)
 
 
 @pytest.mark.parametrize("order", range(1, 7))
-def test_aligned_squares_are_visited_in_one_stretch(order: int) -> None:
+def test_aligned_squares_are_visited_contiguously(order: int) -> None:
     side = 2**order
     path = forward(side, side)
     for block in (2**k for k in range(order + 1)):
-        square = path // side // block * side + path % side // block  # that each cell lies in
-        stretches = torch.unique_consecutive(square)
-        assert len(stretches) == len(stretches.unique()) == (side // block) ** 2, f"{block} x {block} of {side}"
+        square = path // side // block * side + path % side // block  # index of each cell's square
+        runs = torch.unique_consecutive(square)
+        assert len(runs) == len(runs.unique()) == (side // block) ** 2, f"{block} x {block} of {side}"
 
 
-def test_cells_near_on_the_path_are_near_unless_the_grid_is_narrow() -> None:
+def test_cells_close_on_the_path_are_close_in_grids_that_are_not_narrow() -> None:
     for rows in SIDES:
         for columns in range(rows, min(2 * rows, 24) + 1):
             path = forward(rows, columns)
-            row, column, place = path // columns, path % columns, torch.arange(len(path))
-            apart = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2
-            steps = (place[:, None] - place).abs()
-            assert bool((2 * apart <= 13 * steps).all()), f"{rows} x {columns}"
+            row, column, step = path // columns, path % columns, torch.arange(len(path))
+            squared_distance = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2
+            steps = (step[:, None] - step).abs()
+            assert bool((2 * squared_distance <= 13 * steps).all()), f"{rows} x {columns}"
 
 
 def test_a_narrow_grid_is_walked_from_one_end_to_the_other() -> None:
     for rows in range(1, 9):
         for columns in range(2 * rows + 1, 60):
             path = forward(rows, columns)
-            ahead = torch.arange(len(path)) - path % columns * rows  # of a walk column by column
+            ahead = torch.arange(len(path)) - path % columns * rows  # relative to a column-by-column walk
             assert bool((ahead.abs() <= 1.5 * rows**2).all()), f"{rows} x {columns}"
 
 
@@ -163,7 +163,7 @@ def test_the_hook_registers_the_order() -> None:
 
 
 def test_ssmvl_finds_the_order_through_the_entry_point(tmp_path: Path) -> None:
-    """A process of its own, with the entry points of pyproject.toml as an installer would write them."""
+    """Run in a separate process, with the entry points of pyproject.toml as an installer would write them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     info = tmp_path / "ssmvl_hilbert-0.1.0.dist-info"
     info.mkdir()
@@ -176,7 +176,7 @@ def test_ssmvl_finds_the_order_through_the_entry_point(tmp_path: Path) -> None:
         "print(entry.source, 'torch' in sys.modules, entry.load().__name__, sep='|')"
     )
     paths = [str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         cwd=tmp_path,
@@ -184,5 +184,5 @@ def test_ssmvl_finds_the_order_through_the_entry_point(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.strip() == "ssmvl-hilbert 0.1.0 (ssmvl_hilbert)|False|hilbert"
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "ssmvl-hilbert 0.1.0 (ssmvl_hilbert)|False|hilbert"

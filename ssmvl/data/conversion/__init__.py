@@ -1,1 +1,1 @@
-"""Conversion of published data sets (JSON, parquet, tars) to shards."""
+"""Conversion of published datasets (JSON, parquet, tars) to shards."""

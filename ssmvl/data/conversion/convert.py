@@ -1,4 +1,4 @@
-"""Published data sets -> shards, in parts that several processes write; a rerun continues what a kill cut off."""
+"""Conversion of published datasets to shards, in parts written by several processes; a rerun resumes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -16,16 +17,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from urllib.parse import urlparse
 
-from ssmvl.data.conversion.manifest import OURS, check, confirm, conversion_settings
+from ssmvl.data.conversion.manifest import OWN_NAMES, check_settings, confirm_settings, conversion_settings
 from ssmvl.data.conversion.parts import (
     INDEX,
     REPORT,
     SETTINGS,
     Summary,
-    counted,
     get,
-    present,
+    list_names,
     put,
+    read_summary,
     write_part,
 )
 from ssmvl.data.conversion.progress import Progress
@@ -33,10 +34,10 @@ from ssmvl.data.conversion.records import Chunk
 from ssmvl.data.conversion.sources import open_sources
 from ssmvl.data.remote import is_remote
 from ssmvl.data.shards import require_streaming
-from ssmvl.data.workers import cores, processes
+from ssmvl.data.workers import at_most_cores, processes
 from ssmvl.errors import DataError
 
-LISTED = ("s3", "gs", "oci")  # schemes whose buckets streaming can list, so that a rerun finds what is there
+LISTABLE = ("s3", "gs", "oci")  # schemes whose buckets streaming can list, which a rerun needs to find finished parts
 
 
 def convert(
@@ -49,87 +50,89 @@ def convert(
     workers: int | None = None,
     part_size: int = 1024,
 ) -> Summary:
-    """Write the samples of published files as shards to `out/split`, or finish what an earlier run began there.
+    """Write the samples of published files as shards to `out/split`, or finish an interrupted conversion there.
 
-    The same sources and settings give the same bytes, with any number of workers and after any number of kills.
-    A folder is locked: a second conversion to it is refused. A URL is not; one that finds other settings there than
-    its own, when it begins and before it publishes the index, stops.
+    The same sources and settings give the same bytes, with any number of workers and after any number of
+    interruptions. A directory is locked, and a second conversion to it is rejected. A URL is not locked: a conversion
+    compares the settings stored there with its own when it starts and before it publishes the index, and stops if they
+    differ.
 
     Args:
-        sources: JSON, JSON lines, parquet, tars, or folders of these; read in this order.
-        out: a folder or a URL such as `s3://bucket/folder`.
-        images: `[PREFIX=]PATH` of folders or zips in which the images lie that the sources name.
-        split: name of the subfolder.
-        max_side: images that are larger are re-encoded with this longer side, in pixels.
-        workers: processes that read and write; None: one for each core.
-        part_size: most samples of one part; what a kill can cost is the parts that are being written.
+        sources: JSON, JSON Lines, parquet, tars, or directories of the last two; read in this order.
+        out: a directory or a URL such as `s3://bucket/dir`.
+        images: `[PREFIX=]PATH` of directories or zips with the images that the sources name.
+        split: name of the subdirectory.
+        max_side: larger images are re-encoded with this longer side, in pixels.
+        workers: number of processes that read and write; by default, and at most, one per core.
+        part_size: maximum number of samples in a part. An interruption loses only the parts that are being written.
 
     Raises:
-        DataError: a source, image folder or `out` cannot be used, or `out` holds other data; what was finished stays.
+        DataError: a source, image directory or `out` cannot be used, or `out` holds other data. Finished parts remain.
     """
     require_streaming()
-    workers = workers or cores()
-    place = _place(out, split)
-    origin = conversion_settings(sources, images, max_side, part_size)
-    with _quiet(), _temporary() as temporary, _alone(place):
-        there = present(place, temporary)
-        noted = check(place, there, origin, sources, temporary)
-        if INDEX in there:
+    workers = at_most_cores(workers)
+    target = _target(out, split)
+    settings = conversion_settings(sources, images, max_side, part_size)
+    with _quiet(), _temporary() as temporary, _locked(target):
+        existing = list_names(target, temporary)
+        has_settings = check_settings(target, existing, settings, sources, temporary)
+        if INDEX in existing:
             for name in (INDEX, REPORT):
-                get(place, name, temporary / name)
-            found = counted(temporary)
-            anew = f"; after mending the images or sources, delete {place} and run again" if found.skipped else ""
-            print(f"{place} is finished; nothing was changed{anew}", flush=True)
-            return found
+                get(target, name, temporary / name)
+            summary = read_summary(temporary)
+            advice = f"; after fixing the images or sources, delete {target} and run again" if summary.skipped else ""
+            print(f"{target} is finished; nothing was changed{advice}", flush=True)
+            return summary
+        print(f"{target}: opening sources and images", file=sys.stderr, flush=True)
         with processes(workers) as pool:
             chunks = open_sources(sources, images, part_size)
-            chunks = itertools.chain([next(chunks)], chunks)  # a wrong image folder is found before anything is written
-            if not noted:
-                (temporary / SETTINGS).write_text(json.dumps(origin, indent=2) + "\n")
-                put(temporary, place, [SETTINGS])
-                confirm(place, origin, temporary)
-            names, found = _write_parts(pool, workers + 2, chunks, place, there, temporary, max_side)
-        confirm(place, origin, temporary)
-        _publish(names, found, place, temporary)
-        return found
+            chunks = itertools.chain([next(chunks)], chunks)  # reports a wrong --images before anything is written
+            if not has_settings:
+                (temporary / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+                put(temporary, target, [SETTINGS])
+                confirm_settings(target, settings, temporary)
+            names, summary = _write_parts(pool, workers + 2, chunks, target, existing, temporary, max_side)
+        confirm_settings(target, settings, temporary)
+        _publish(names, summary, target, temporary)
+        return summary
 
 
 def _write_parts(
     pool: ProcessPoolExecutor,
     limit: int,
     chunks: Iterator[Chunk],
-    place: str,
-    there: set[str],
+    target: str,
+    existing: set[str],
     temporary: Path,
     max_side: int | None,
 ) -> tuple[list[str], Summary]:
-    """The names of all parts, in order, and what they hold; at most `limit` chunks are in memory."""
+    """Write the missing parts -> names of all parts, in order, and their summary. At most `limit` chunks in memory."""
     names: list[str] = []
     running: dict[Future[Summary], float] = {}
-    broken: DataError | None = None
-    with Progress(place) as progress:
+    source_error: DataError | None = None
+    with Progress(target) as progress:
         while True:
             try:
                 chunk = next(chunks, None)
-            except DataError as error:  # what was read before is finished first
-                broken, chunk = error, None
+            except DataError as error:  # raised once all chunks before it are written
+                source_error, chunk = error, None
             if chunk is None:
                 break
             name = f"part-{len(names):05}"
             names.append(name)
-            if name in there:
+            if name in existing:
                 for file in (INDEX, REPORT):
-                    get(place, f"{name}/{file}", temporary / name / file)
-                progress.skip(counted(temporary / name), chunk.done)
+                    get(target, f"{name}/{file}", temporary / name / file)
+                progress.skip(read_summary(temporary / name), chunk.done)
                 continue
             while len(running) >= limit:
                 _finish_some(running, progress)
-            running[pool.submit(write_part, chunk, place, name, temporary, max_side)] = chunk.done
+            running[pool.submit(write_part, chunk, target, name, temporary, max_side)] = chunk.done
         while running:
             _finish_some(running, progress)
-    if broken:
-        raise broken
-    return names, progress.found
+    if source_error:
+        raise source_error
+    return names, progress.summary
 
 
 def _finish_some(running: dict[Future[Summary], float], progress: Progress) -> None:
@@ -138,121 +141,122 @@ def _finish_some(running: dict[Future[Summary], float], progress: Progress) -> N
     progress.show()
 
 
-def _publish(names: Sequence[str], found: Summary, place: str, temporary: Path) -> None:
-    """Put the report and, last, the index of all parts in place."""
+def _publish(names: Sequence[str], summary: Summary, target: str, temporary: Path) -> None:
+    """Write the report and, last, the merged index of all parts to the target."""
     from streaming.base.util import merge_index
 
     for name in names:
         if not (temporary / name).exists():
             for file in (INDEX, REPORT):
-                get(place, f"{name}/{file}", temporary / name / file)
+                get(target, f"{name}/{file}", temporary / name / file)
     with (temporary / REPORT).open("wb") as report:
         for name in names:
             report.write((temporary / name / REPORT).read_bytes())
-    if not found.samples:
-        raise _useless(names, found, place, temporary)
+    if not summary.samples:
+        raise _no_sample_error(names, summary, target, temporary)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # merge_index leaves the files open
-        # of copies: it takes a path with a # or ? in it for a URL
+        # on local copies, because it treats a path that contains # or ? as a URL
         merge_index([str(temporary / name / INDEX) for name in names], str(temporary))
-    put(temporary, place, [REPORT, INDEX])
+    put(temporary, target, [REPORT, INDEX])
 
 
-def _useless(names: Sequence[str], found: Summary, place: str, temporary: Path) -> DataError:
-    """What to do where every sample was left out; of a folder, what was written is taken away."""
+def _no_sample_error(names: Sequence[str], summary: Summary, target: str, temporary: Path) -> DataError:
+    """Return the error for a conversion whose samples were all skipped. The files in a local target are removed."""
     with (temporary / REPORT).open() as lines:
         first = json.loads(next(lines))
-    anew = f"after mending the images or sources, delete {place} and run again"
-    if not is_remote(place):
-        anew = "nothing is kept; after mending the images or sources, run again"
+    advice = f"after fixing the images or sources, delete {target} and run again"
+    if not is_remote(target):
+        advice = "nothing is kept; after fixing the images or sources, run again"
         for name in names:
-            (Path(place) / name).rename(Path(place) / f".{name}.partial")  # swept away at the end
-        (Path(place) / SETTINGS).unlink()
-    why = f"{first['reason']} in record {first['record']} of {first['source']}: {first['detail']}"
-    return DataError(f"none of the samples can be used: {found.left_out()}, e.g. {why}; {anew}")
+            (Path(target) / name).rename(Path(target) / f".{name}.partial")  # removed by _locked
+        (Path(target) / SETTINGS).unlink()
+    example = f"{first['reason']} in record {first['record']} of {first['source']}: {first['detail']}"
+    return DataError(f"none of the samples can be used: {summary.describe_skipped()}, e.g. {example}; {advice}")
 
 
 @contextmanager
 def _temporary() -> Iterator[Path]:
-    """A folder for this process; those of processes that were killed are removed."""
+    """Create a temporary directory for this process. Removes those of killed processes."""
     for path in Path(gettempdir()).glob("ssmvl-convert-*"):
         pid = re.match(r"ssmvl-convert-(\d+)-", path.name)
-        with suppress(FileNotFoundError):  # another conversion was faster
-            if pid and path.stat().st_uid == os.getuid() and not _runs(int(pid[1])):
+        with suppress(FileNotFoundError):  # removed by another conversion
+            if pid and path.stat().st_uid == os.getuid() and not _is_running(int(pid[1])):
                 shutil.rmtree(path, ignore_errors=True)
     with TemporaryDirectory(prefix=f"ssmvl-convert-{os.getpid()}-") as folder:
         yield Path(folder)
 
 
-def _runs(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # it belongs to another user
         return True
     return True
 
 
-def _place(out: str, split: str) -> str:
-    """The folder or URL of a split.
+def _target(out: str, split: str) -> str:
+    """Return the directory or URL of a split.
 
     Raises:
-        DataError: `out` cannot be written to, or `split` is not the name of a folder in it.
+        DataError: `out` cannot be written to, or `split` is not the name of a subdirectory.
     """
     scheme, host = urlparse(out)[:2]
     if not re.fullmatch(r"\w[\w.-]*", split):
-        raise DataError(f"--split {split!r} must name a folder in --out: a letter, digit or _ first, then also - and .")
-    if not out or (scheme in LISTED and not host):
-        raise DataError(f"--out {out!r} is no place; write a folder, or a URL with a bucket such as s3://bucket/folder")
+        allowed = "a letter, digit or _, followed by letters, digits, _, - and ."
+        raise DataError(f"--split must name a subdirectory of --out ({allowed}), received {split!r}")
+    if not out or (scheme in LISTABLE and not host):
+        raise DataError(f"--out must be a directory, or a URL with a bucket such as s3://bucket/dir, received {out!r}")
     if not is_remote(out):
         return str(Path(out).expanduser() / split)
-    if scheme not in LISTED:
-        allowed = ", ".join(f"{scheme}://" for scheme in LISTED)
-        what = f"shards can be converted to a folder, or to {allowed}; convert to a folder and copy it"
-        raise DataError(f"--out {out}: {what}")
+    if scheme not in LISTABLE:
+        allowed = ", ".join(f"{scheme}://" for scheme in LISTABLE)
+        message = f"shards can be written to a directory, or to {allowed}; convert to a directory and copy it"
+        raise DataError(f"--out {out}: {message}")
     return f"{out.rstrip('/')}/{split}"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without streaming's warnings of folders that it makes or finds."""
-    before = logging.root.manager.disable
+    """Silence streaming's warnings about directories that it creates or that exist."""
+    previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.disable(previous)
 
 
 @contextmanager
-def _alone(place: str) -> Iterator[None]:
-    """No other process converts to the same folder, and nothing half written is or stays there; a URL is not locked."""
-    if is_remote(place):
+def _locked(target: str) -> Iterator[None]:
+    """Lock a local target, and remove partial files from it before and after. A URL is not locked."""
+    if is_remote(target):
         yield
         return
     from filelock import FileLock, Timeout
 
-    folder = Path(place)
+    folder = Path(target)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise DataError(f"another conversion is writing {place}; wait for it or choose another --out") from error
+        raise DataError(f"another conversion is writing {target}; wait for it or choose another --out") from error
     except OSError as error:
-        raise DataError(f"{place} cannot be written ({error})") from error
+        raise DataError(f"{target} cannot be written ({error})") from error
     try:
-        _sweep(place)
+        _remove_partial(target)
         yield
     finally:
-        _sweep(place)
+        _remove_partial(target)
         lock.release()
 
 
-def _sweep(place: str) -> None:
-    for path in Path(place).glob(".*.partial"):
-        if not OURS.fullmatch(path.name):
+def _remove_partial(target: str) -> None:
+    for path in Path(target).glob(".*.partial"):
+        if not OWN_NAMES.fullmatch(path.name):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

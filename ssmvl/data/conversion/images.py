@@ -1,4 +1,4 @@
-"""Image bytes in files, zips and tars: lookup by name, reading, and a check that they are complete."""
+"""Image bytes in files, zips and tars: lookup by name, reading, and a check for damage."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 from ssmvl.errors import DataError
-from ssmvl.processing.image_decoding import PNG, read_image
+from ssmvl.processing.image_decoding import MAX_PIXELS, PNG, opened, read_image
 
-LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's entry: signature, lengths of its name and of its extra field
-ENTRY = struct.Struct("<QQBI")  # what is kept of a zip's entry: offset, size, method, crc
-MAX_INFLATED = 1 << 29  # bytes; an entry that grows beyond them is no image
-TAIL = 4096  # bytes at the end in which a marker is looked for: some cameras write on after it
-GREY_16, GREY_16_AT = b"\x10\0", 24  # bit depth and colour type in a PNG's header; its values may be out of range
-NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # other errors are trouble of the disk
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, lengths of name and extra field
+ENTRY = struct.Struct("<QQBI")  # stored fields of a zip entry: offset, size, method, crc
+MAX_DECOMPRESSED = 1 << 29  # bytes; no image is larger
+TAIL = 4096  # bytes at the end that are searched for an end marker: some cameras write data after it
+GRAY_16, GRAY_16_OFFSET = b"\x10\0", 24  # bit depth and color type in a PNG header; such values may be out of range
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)  # other errors are disk errors
 
 
 class EntryError(DataError):
-    """The bytes of one image are damaged; the others may be whole."""
+    """Damaged bytes of one image. Other images may still be readable."""
 
 
 class Place(NamedTuple):
-    """Where the bytes of one file lie.
+    """Location of the bytes of one file.
 
     Args:
-        path: a whole file, or a zip or tar.
+        path: the file itself, or the zip or tar that contains it.
         offset: of the bytes; with `crc`, of the entry's local header in a zip.
-        size: number of bytes as they lie there; None for the whole file.
+        size: number of stored bytes; None for all of `path`.
         deflated: the bytes are compressed.
-        crc: of the bytes once inflated.
+        crc: of the decompressed bytes.
     """
 
     path: Path
@@ -47,96 +48,117 @@ class Place(NamedTuple):
     crc: int | None = None
 
     def read(self) -> bytes:
-        """The bytes.
+        """Return the decompressed bytes.
 
         Raises:
-            FileNotFoundError: this one whole file is not there.
-            EntryError: the bytes end too early, or are damaged; names file and offset.
-            DataError: nothing can be read: the zip, the tar or the file's folder is gone, or the disk has trouble.
+            FileNotFoundError: the file itself does not exist, but its directory does.
+            EntryError: the bytes are truncated or damaged; names file and offset.
+            DataError: the zip, the tar or the file's directory no longer exists, or the disk has an error.
         """
         try:
             if self.size is None:
                 return self.path.read_bytes()
             with self.path.open("rb", buffering=0) as file:
-                data = self._stretch(file.fileno(), self.size)
+                data = self._read_stored(file.fileno(), self.size)
         except FileNotFoundError as error:
-            holder = self.path.parent if self.size is None else self.path
-            if holder.is_dir():
+            container = self.path.parent if self.size is None else self.path
+            if container.is_dir():
                 raise
-            raise _gone(holder) from error
+            raise _missing_error(container) from error
         except OSError as error:
             raise DataError(f"{self.path} cannot be read at offset {self.offset} ({error})") from error
         try:
             if self.deflated:
-                inflating = zlib.decompressobj(-zlib.MAX_WBITS)
-                data = inflating.decompress(data, MAX_INFLATED)
-                if inflating.unconsumed_tail:
+                decompressor = zlib.decompressobj(-zlib.MAX_WBITS)
+                data = decompressor.decompress(data, MAX_DECOMPRESSED)
+                if decompressor.unconsumed_tail:
                     raise EntryError(
-                        f"{self.path}: the entry at offset {self.offset} has more than {MAX_INFLATED:,} bytes"
+                        f"{self.path}: the entry at offset {self.offset} has more than {MAX_DECOMPRESSED:,} bytes"
                     )
         except zlib.error as error:
-            raise EntryError(f"{self.path}: the entry at offset {self.offset} cannot be inflated ({error})") from error
+            raise EntryError(
+                f"{self.path}: the entry at offset {self.offset} cannot be decompressed ({error})"
+            ) from error
         if self.crc not in (None, zlib.crc32(data)):
             raise EntryError(
-                f"{self.path}: the entry at offset {self.offset} does not have the checksum in its directory"
+                f"{self.path}: the checksum of the entry at offset {self.offset} does not match the zip's directory"
             )
         return data
 
-    def _stretch(self, file: int, size: int) -> bytes:
+    def _read_stored(self, file: int, size: int) -> bytes:
         start = self.offset
         if self.crc is not None:
             header = os.pread(file, LOCAL_HEADER.size, start)
             if len(header) < LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
-                raise EntryError(f"{self.path}: no entry begins at offset {start}, where the zip's directory has one")
+                raise EntryError(
+                    f"{self.path}: no entry begins at offset {start}, although the zip's directory lists one"
+                )
             start += LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header)[1:])
         data = os.pread(file, size, start)
         if len(data) < size:
-            raise EntryError(f"{self.path} ends at byte {start + len(data)}; {size} bytes should lie at offset {start}")
+            raise EntryError(f"{self.path} ends at byte {start + len(data)}, expected {size} bytes at offset {start}")
         return data
 
 
 class ImageFolders:
-    """Folders and zips in which images are looked up by the name that a record gives.
+    """Directories and zips that are searched for the image names in records.
 
     Args:
-        specs: each `PATH`, or `PREFIX=PATH` for the names that begin with the folder PREFIX. In a PATH with a prefix a
-            name is looked for without the prefix, then with it; the longest prefix comes first, then the order given.
-        default: a folder that is looked in last.
+        specs: each `PATH`, or `PREFIX=PATH` for names that begin with the directory PREFIX. A PATH with a prefix is
+            searched for the name without the prefix, then with it. The longest prefix comes first, then the given
+            order.
+        default: directory that is searched last.
 
     Raises:
-        DataError: a path is neither a folder nor a zip, or the zip is damaged or holds what is not read from it.
+        DataError: a path is neither a directory nor a zip, or a zip is damaged or has unsupported entries.
     """
 
     def __init__(self, specs: Sequence[str], default: Path) -> None:
         pairs = [prefix_and_path(spec) for spec in specs]
         opened = [(prefix, _Folder(path) if path.is_dir() else _Zip(path)) for prefix, path in pairs]
-        self._given: list[tuple[str, _Folder | _Zip]] = sorted(opened, key=lambda pair: -len(pair[0]))
-        self._searched = [*self._given, ("", _Folder(default))]
+        self._specified: list[tuple[str, _Folder | _Zip]] = sorted(opened, key=lambda pair: -len(pair[0]))
+        self._searched = [*self._specified, ("", _Folder(default))]
 
-    def beside(self, default: Path) -> ImageFolders:
-        """The same folders and zips, not read again, with another default."""
+    def with_default(self, default: Path) -> ImageFolders:
+        """Return a copy with another default. Zips are not read again."""
         other = copy.copy(self)
-        other._searched = [*self._given, ("", _Folder(default))]
+        other._searched = [*self._specified, ("", _Folder(default))]
         return other
 
     def find(self, name: str) -> Place | None:
-        """Where the image of this name lies; None if it is nowhere, or the name leaves the folder (see `leaves`).
+        """Return the location of an image; None if it is not found or its name is not allowed (see `is_outside`).
+
+        An absolute name is found if it is in one of the directories, or if it begins with a PREFIX.
 
         Raises:
-            DataError: a folder is gone or cannot be looked into.
+            DataError: a directory no longer exists or cannot be searched.
         """
         name = posixpath.normpath(name)
-        if leaves(name):
+        if name.startswith("/"):
+            return self._find_absolute(name)
+        if is_outside(name):
             return None
-        for prefix, place in self._searched:
+        for prefix, container in self._searched:
             if name.startswith(prefix):
-                for inside in dict.fromkeys((name[len(prefix) :], name)):
-                    if found := place.find(inside):
-                        return found
+                for relative in dict.fromkeys((name[len(prefix) :], name)):
+                    if location := container.find(relative):
+                        return location
+        return None
+
+    def _find_absolute(self, name: str) -> Place | None:
+        for prefix, container in self._searched:
+            roots = [f"/{prefix}"] if prefix else []
+            if isinstance(container, _Folder):
+                roots.append(f"{container.path.absolute()}/")
+            for root in roots:
+                if name.startswith(root) and (location := container.find(name.removeprefix(root))):
+                    return location
         return None
 
     def __str__(self) -> str:
-        return ", ".join(f"{place.path}" + (f" (for {prefix})" if prefix else "") for prefix, place in self._searched)
+        return ", ".join(
+            f"{container.path}" + (f" (for {prefix})" if prefix else "") for prefix, container in self._searched
+        )
 
 
 class _Folder:
@@ -144,22 +166,23 @@ class _Folder:
         self.path = path
 
     def find(self, name: str) -> Place | None:
-        path = Path(f"{self.path}/{name}")
-        try:
-            if stat.S_ISREG(path.stat().st_mode):
-                return Place(path)
-        except ValueError:  # no file can have this name
-            return None
-        except OSError as error:
-            if error.errno not in NOT_THERE:
-                raise DataError(f"{path} cannot be looked for ({error})") from error
+        for form in unicode_forms(name):
+            path = Path(f"{self.path}/{form}")
+            try:
+                if stat.S_ISREG(path.stat().st_mode):
+                    return Place(path)
+            except ValueError:  # such a name cannot exist, e.g. one with a null byte
+                return None
+            except OSError as error:
+                if error.errno not in MISSING:
+                    raise DataError(f"{path} cannot be accessed ({error})") from error
         if not self.path.is_dir():
-            raise _gone(self.path)
+            raise _missing_error(self.path)
         return None
 
 
 class _Zip:
-    """The directory of a zip, in some 205 bytes an entry: the papers' have 558,000."""
+    """The directory of a zip, in about 205 bytes per entry: published zips have 558,000 entries."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.entries = path, dict[str, bytes]()
@@ -168,54 +191,62 @@ class _Zip:
                 entries = opened.infolist()
             self.size = path.stat().st_size
         except FileNotFoundError as error:
-            raise DataError(f"images are looked for in {path}, but there is no such folder or zip") from error
-        except Exception as error:  # a damaged directory may make zipfile raise anything
-            raise DataError(
-                f"{path}: images are read from a folder or a whole zip, this is neither ({error})"
-            ) from error
+            raise DataError(f"the image directory or zip {path} does not exist") from error
+        except Exception as error:  # zipfile raises many types for a damaged directory
+            raise DataError(f"{path} is neither a directory nor a complete zip ({error})") from error
         for entry in entries:
-            self._keep(entry)
+            self._add(entry)
 
-    def _keep(self, entry: zipfile.ZipInfo) -> None:
+    def _add(self, entry: zipfile.ZipInfo) -> None:
         name = posixpath.normpath(entry.filename)
-        if leaves(name) or "\\" in name or ":" in name.split("/", maxsplit=1)[0]:
+        if is_outside(name):
             raise DataError(
-                f"{self.path}: the entry {entry.filename!r} leaves the folder it is in; such a zip is not read"
+                f"{self.path}: the entry {entry.filename!r} is outside of the zip's root; such a zip is rejected"
             )
+        if "\\" in name or ":" in name.split("/", maxsplit=1)[0]:
+            return  # a Windows path, which may be outside
         if entry.flag_bits & 1:
-            raise DataError(f"{self.path}: the entry {entry.filename!r} is encrypted; only plain entries are read")
+            raise DataError(
+                f"{self.path}: the entry {entry.filename!r} is encrypted; only unencrypted zips are supported"
+            )
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise DataError(
-                f"{self.path}: the entry {entry.filename!r} has the compression method {entry.compress_type}; "
-                "0 (stored) and 8 (deflated) are read"
+                f"{self.path}: the entry {entry.filename!r} has compression method {entry.compress_type}; "
+                "allowed: 0 (stored), 8 (deflated)"
             )
         if not 0 <= entry.header_offset <= entry.header_offset + entry.compress_size <= self.size:
             raise DataError(
                 f"{self.path}: the entry {entry.filename!r}, {entry.compress_size} bytes at offset "
-                f"{entry.header_offset}, lies outside of the zip: it is cut or damaged"
+                f"{entry.header_offset}, is outside of the zip; the zip is truncated or damaged"
             )
-        if not entry.filename.endswith("/"):  # is_dir() fails where there is no name
+        if not entry.filename.endswith("/"):  # is_dir() fails for an empty name
             self.entries[name] = ENTRY.pack(entry.header_offset, entry.compress_size, entry.compress_type, entry.CRC)
 
     def find(self, name: str) -> Place | None:
-        if (entry := self.entries.get(name)) is None:
+        entry = next((self.entries[form] for form in unicode_forms(name) if form in self.entries), None)
+        if entry is None:
             return None
         offset, size, method, crc = ENTRY.unpack(entry)
         return Place(self.path, offset, size, method == zipfile.ZIP_DEFLATED, crc)
 
 
-def leaves(name: str) -> bool:
-    """Whether a name is absolute, or leaves the folder it is in through `..`."""
+def unicode_forms(name: str) -> Iterable[str]:
+    """The name as it is, composed and decomposed: macOS writes `é` into zips as `e` and an accent."""
+    return (name,) if name.isascii() else dict.fromkeys((name, *(normalize(form, name) for form in ("NFC", "NFD"))))
+
+
+def is_outside(name: str) -> bool:
+    """Return True for an absolute name, and for one that leaves its directory through `..`."""
     name = posixpath.normpath(name)
     return name.startswith(("/", "../")) or name == ".."
 
 
-def _gone(path: Path) -> DataError:
-    return DataError(f"{path} is gone; make it available and run the same command again")
+def _missing_error(path: Path) -> DataError:
+    return DataError(f"{path} no longer exists; restore it and run the same command again")
 
 
 def prefix_and_path(spec: str) -> tuple[str, Path]:
-    """`PREFIX=PATH` -> "PREFIX/" and the path; a PATH alone has no prefix."""
+    """Split `PREFIX=PATH` into "PREFIX/" and the path. The prefix of a plain PATH is empty."""
     prefix, equals, path = spec.partition("=")
     if not equals or Path(spec).exists():
         return "", Path(spec)
@@ -223,29 +254,34 @@ def prefix_and_path(spec: str) -> tuple[str, Path]:
 
 
 def damage(data: bytes) -> str:
-    """Return why the bytes of an image cannot be used, or an empty string.
+    """Return what is wrong with the bytes of an image, or an empty string.
 
-    A JPEG, PNG or GIF with its end marker near the end, and a WebP of the size in its header, are taken as whole
-    without decoding. All others are decoded, so that whatever decodes is kept: bytes may follow the end marker.
+    A JPEG, PNG or GIF with its end marker near the end, and a WebP of the size in its header, are accepted without
+    decoding, if its header states no more than `MAX_PIXELS` pixels. All others are decoded and accepted if that
+    succeeds: bytes may follow the end marker.
     """
     if not data:
         return "empty"
     tail = data[-TAIL:]
     if data.startswith(b"\xff\xd8\xff"):
-        kind, whole = "JPEG", b"\xff\xd9" in tail
+        kind, complete = "JPEG", b"\xff\xd9" in tail
     elif data.startswith(PNG):
-        kind, whole = "PNG", b"IEND\xae\x42\x60\x82" in tail and not data.startswith(GREY_16, GREY_16_AT)
+        has_end = b"IEND\xae\x42\x60\x82" in tail
+        kind, complete = "PNG", has_end and not data.startswith(GRAY_16, GRAY_16_OFFSET)
     elif data.startswith((b"GIF87a", b"GIF89a")):
-        kind, whole = "GIF", tail.rstrip(b"\0").endswith(b";")
+        kind, complete = "GIF", tail.rstrip(b"\0").endswith(b";")
     elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        kind, whole = "WebP", len(data) >= int.from_bytes(data[4:8], "little") + 8
+        kind, complete = "WebP", len(data) >= int.from_bytes(data[4:8], "little") + 8
     else:
-        kind, whole = "image", False
-    if whole:
-        return ""
+        kind, complete = "image", False
     try:
-        read_image(data)
+        if not complete:
+            read_image(data)
+        else:
+            with opened(data) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    return f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are allowed"
     except DataError as error:
-        why = str(error).removeprefix("image bytes: ")
-        return f"no usable {kind}, {len(data)} bytes that begin with {data[:16]!r}: {why}"
+        reason = str(error).removeprefix("image bytes: ")
+        return f"not a valid {kind} ({len(data)} bytes, beginning with {data[:16]!r}): {reason}"
     return ""

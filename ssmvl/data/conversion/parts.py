@@ -1,6 +1,7 @@
-"""One part of converted data: written to a folder beside its place, then put there whole or not at all.
+"""Parts of a converted dataset, each written atomically, and the files next to them.
 
-A place is a folder or a URL. In it lie the parts, and the files that say what they are made from and what they hold.
+The target of a conversion is a directory or a URL. It holds the parts, the settings, the index and the report of
+skipped samples.
 """
 
 from __future__ import annotations
@@ -21,44 +22,44 @@ from ssmvl.files import flush, written_whole
 from ssmvl.processing.image_decoding import shrunk
 
 INDEX, REPORT = "index.json", "skipped.jsonl"
-SETTINGS = "conversion.json"  # a place whose conversion was cut short has no index, only this
-SHARD_BYTES = 1 << 24  # malloc keeps the memory of one for the next; with 64 MB, all that is written is paged in anew
+SETTINGS = "conversion.json"  # the target of an interrupted conversion has this, but no index
+SHARD_BYTES = 1 << 24  # malloc reuses the memory of the previous shard; at 64 MB every shard would be paged in again
 
 
 class Summary(NamedTuple):
-    """What a folder of converted shards holds, and what was left out of it."""
+    """Counts of converted shards and skipped samples."""
 
     samples: int
     bytes: int
     shards: int
-    skipped: Counter[str]  # samples left out, by reason
+    skipped: Counter[str]  # number of skipped samples by reason
 
     def plus(self, other: Summary) -> Summary:
-        """Both together."""
+        """Return the sum of both."""
         samples, size, shards = self.samples + other.samples, self.bytes + other.bytes, self.shards + other.shards
         return Summary(samples, size, shards, self.skipped + other.skipped)
 
-    def left_out(self) -> str:
-        """How many samples were left out, and why."""
+    def describe_skipped(self) -> str:
+        """Return the number of skipped samples and their reasons."""
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self.skipped.items()))
-        return f"{self.skipped.total():,} left out ({reasons})"
+        return f"{self.skipped.total():,} skipped ({reasons})"
 
     def __str__(self) -> str:
         lines = [
             f"{self.samples:,} samples in {self.shards:,} shard{'s' * (self.shards != 1)}, {self.bytes / 1e6:,.1f} MB"
         ]
-        if left := self.skipped.total():
-            lines.append(f"{self.left_out()}; {REPORT} lists them")
-        if left > self.samples:
-            lines.append("warning: more than half of the samples were left out")
+        if skipped := self.skipped.total():
+            lines.append(f"{self.describe_skipped()}, listed in {REPORT}")
+        if skipped > self.samples:
+            lines.append("warning: more than half of the samples were skipped")
         return "\n".join(lines)
 
 
-NOTHING = Summary(0, 0, 0, Counter())
+EMPTY_SUMMARY = Summary(0, 0, 0, Counter())
 
 
-def counted(folder: Path) -> Summary:
-    """What the index and the report of skipped samples in a folder say."""
+def read_summary(folder: Path) -> Summary:
+    """Summarize the index and the report of skipped samples in a directory."""
     shards = json.loads((folder / INDEX).read_text())["shards"]
     with (folder / REPORT).open() as lines:
         reasons = Counter(json.loads(line)["reason"] for line in lines)
@@ -66,92 +67,92 @@ def counted(folder: Path) -> Summary:
     return Summary(sum(shard["samples"] for shard in shards), size, len(shards), reasons)
 
 
-def write_part(chunk: Chunk, place: str, name: str, temporary: Path, max_side: int | None) -> Summary:
-    """Read a chunk and publish its samples as the part `name` of a place. Any process may do this.
+def write_part(chunk: Chunk, target: str, name: str, temporary: Path, max_side: int | None) -> Summary:
+    """Read a chunk and write its samples as the part `name` of the target. Any process may call this.
 
     Args:
-        chunk: what is read.
-        place: the folder or URL of all parts.
-        name: of the part.
-        temporary: of a part that is sent, index and report stay here, in a folder `name`.
-        max_side: larger images are re-encoded with this longer side, in pixels; None leaves every image as it is.
+        chunk: the records.
+        target: the directory or URL of all parts.
+        name: name of the part.
+        temporary: index and report of an uploaded part are kept here, in a directory `name`.
+        max_side: larger images are re-encoded with this longer side, in pixels; None changes no image.
 
     Raises:
-        DataError: the part cannot be written or sent; nothing of it is in its place, or no index of it.
+        DataError: the part cannot be written or uploaded. The target then has no such part, or one without an index.
     """
     try:
-        if is_remote(place):
+        if is_remote(target):
             shards = _write(chunk, temporary / name, max_side)
-            send(temporary / name, f"{place}/{name}", [*shards, REPORT, INDEX])
+            send(temporary / name, f"{target}/{name}", [*shards, REPORT, INDEX])
             for shard in shards:
                 (temporary / name / shard).unlink()
-            return counted(temporary / name)
-        partial = Path(place) / f".{name}.partial"
+            return read_summary(temporary / name)
+        partial = Path(target) / f".{name}.partial"
         written = [partial / file for file in [*_write(chunk, partial, max_side), REPORT, INDEX]]
         for path in [*written, partial]:
             flush(path)
-        found = counted(partial)
-        partial.rename(Path(place) / name)
-        flush(Path(place))
-        return found
+        summary = read_summary(partial)
+        partial.rename(Path(target) / name)
+        flush(Path(target))
+        return summary
     except OSError as error:
-        raise DataError(f"{place}/{name} cannot be written ({error}); then the same command continues") from error
+        raise DataError(f"{target}/{name} cannot be written ({error}); run the same command again to resume") from error
 
 
-def present(place: str, temporary: Path) -> set[str]:
-    """Names in a place: its files, and of the folders those that have an index.
+def list_names(target: str, temporary: Path) -> set[str]:
+    """List the names in a target. Parts without an index are omitted.
 
     Raises:
-        DataError: the bucket does not exist, refuses, or cannot be reached; the folder is none, or cannot be read.
+        DataError: the bucket does not exist, denies access or cannot be reached; or the directory cannot be read.
     """
     try:
-        if not is_remote(place):
-            found = Path(place).iterdir() if Path(place).exists() else ()
-            return {path.name for path in found if not path.name.startswith("part-") or (path / INDEX).exists()}
+        if not is_remote(target):
+            paths = Path(target).iterdir() if Path(target).exists() else ()
+            return {path.name for path in paths if not path.name.startswith("part-") or (path / INDEX).exists()}
         from streaming.base.storage import CloudUploader
 
-        uploader = CloudUploader.get((str(temporary), place), keep_local=True, exist_ok=True)
-        start = urlparse(place).path.strip("/") + "/"  # also the name of an empty object, where a console made a folder
-        names = [name.removeprefix(start).split("/") for name in uploader.list_objects() if name != start]
+        uploader = CloudUploader.get((str(temporary), target), keep_local=True, exist_ok=True)
+        prefix = urlparse(target).path.strip("/") + "/"  # an empty object has this name if a console made the directory
+        names = [name.removeprefix(prefix).split("/") for name in uploader.list_objects() if name != prefix]
     except Exception as error:  # each cloud's library has errors of its own
-        raise DataError(f"{place} cannot be read ({type(error).__name__}: {error}){hint(place)}") from error
+        raise DataError(f"{target} cannot be read ({type(error).__name__}: {error}){hint(target)}") from error
     return {name[0] for name in names if len(name) == 1 or not name[0].startswith("part-") or name[1] == INDEX}
 
 
-def get(place: str, name: str, path: Path) -> None:
-    """Copy or fetch one file of a place.
+def get(target: str, name: str, path: Path) -> None:
+    """Copy or download one file of a target.
 
     Raises:
-        DataError: it cannot be had.
+        DataError: the file cannot be read.
     """
-    if is_remote(place):
-        return fetch(f"{place}/{name}", path)
+    if is_remote(target):
+        return fetch(f"{target}/{name}", path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(place) / name, path)
+        shutil.copyfile(Path(target) / name, path)
     except OSError as error:
-        raise DataError(f"{place}/{name} cannot be read ({error})") from error
+        raise DataError(f"{target}/{name} cannot be read ({error})") from error
 
 
-def put(folder: Path, place: str, names: Sequence[str]) -> None:
-    """Copy or send files of a folder to a place, in this order; each appears whole or not at all.
+def put(folder: Path, target: str, names: Sequence[str]) -> None:
+    """Copy or upload files of a directory to a target, in this order, each atomically.
 
     Raises:
-        DataError: the place cannot be written.
+        DataError: the target cannot be written.
     """
-    if is_remote(place):
-        return send(folder, place, names)
+    if is_remote(target):
+        return send(folder, target, names)
     try:
-        Path(place).mkdir(parents=True, exist_ok=True)
+        Path(target).mkdir(parents=True, exist_ok=True)
         for name in names:
-            with written_whole(Path(place) / name) as partial:
+            with written_whole(Path(target) / name) as partial:
                 shutil.copyfile(folder / name, partial)
     except OSError as error:
-        raise DataError(f"{place} cannot be written ({error})") from error
+        raise DataError(f"{target} cannot be written ({error})") from error
 
 
 def _write(chunk: Chunk, folder: Path, max_side: int | None) -> list[str]:
-    """The names of the shards that were written."""
+    """Write shards and report -> names of the shards."""
     writer = shard_writer(folder, SHARD_BYTES)
     with (folder / REPORT).open("w") as report:
         for number, item in enumerate(chunk.read(), chunk.first):

@@ -1,7 +1,8 @@
-"""Published records and their images, grouped into chunks that any process can read."""
+"""Published records and their images, in chunks that any process can read."""
 
 from __future__ import annotations
 
+import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,34 +11,34 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssmvl.data.conversion.conversations import UnusableError, conversation
-from ssmvl.data.conversion.images import EntryError, Place, damage, leaves
+from ssmvl.data.conversion.images import EntryError, Place, damage, is_outside
 from ssmvl.errors import MissingDependencyError
 
-Record = dict[str, Any]  # {"id", "type", "conversation", "images": list[bytes]}, as shards.pack_record takes it
+Record = dict[str, Any]  # {"id", "type", "conversation", "images": list[bytes]}, the input of shards.pack_record
 
 
 class Skipped(NamedTuple):
-    """A record that makes no sample, and why."""
+    """A record that cannot be used, and the reason."""
 
     id: str
     source: str
-    record: int  # its number in the source, from 0
+    record: int  # index in the source, from 0
     reason: str
     detail: str
 
 
 class Image(NamedTuple):
-    """An image of a record: its name, for messages, and its bytes or where they lie; None if they are nowhere."""
+    """An image of a record: its name, for messages, and its bytes or their location; None if it was not found."""
 
     name: str
     data: Place | bytes | None
 
     def read(self) -> bytes:
-        """The bytes, which look like those of a whole image.
+        """Return the bytes, checked by `damage`.
 
         Raises:
-            UnusableError: they are missing or damaged.
-            DataError: nothing can be read any more, see `Place.read`.
+            UnusableError: the image is missing or damaged.
+            DataError: neither this image nor others from the same directory, zip or tar can be read, see `Place.read`.
         """
         try:
             data = self.data.read() if isinstance(self.data, Place) else self.data
@@ -46,15 +47,17 @@ class Image(NamedTuple):
         except EntryError as error:
             raise UnusableError("damaged image", f"{self.name}: {error}") from error
         if data is None:
-            why = "leaves the image folder" if leaves(self.name) else "is not there"
-            raise UnusableError("missing image", f"{self.name} {why}")
-        if wrong := damage(data):
-            raise UnusableError("damaged image", f"{self.name}: {wrong}")
+            problem = "is outside of the image directory" if is_outside(self.name) else "not found"
+            if self.name.startswith("/"):
+                problem = f"is in none of the image directories; give --images {posixpath.dirname(self.name)}=DIRECTORY"
+            raise UnusableError("missing image", f"{self.name} {problem}")
+        if problem := damage(data):
+            raise UnusableError("damaged image", f"{self.name}: {problem}")
         return data
 
 
 class Published(NamedTuple):
-    """A record as it was published, and media of it that the reader of its file does not read."""
+    """A record as published, and a message about media that the reader of its file does not read."""
 
     record: Any
     images: Sequence[Image]
@@ -64,13 +67,13 @@ class Published(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk(ABC):
-    """Records of one file in a row; picklable, so that any process can read it.
+    """Consecutive records of one file; picklable, so that any process can read it.
 
     Args:
         source: the file.
-        first: number of its first record in that file, from 0.
-        done: share of all sources (0 to 1) that is read once this chunk is read.
-        ids: of its records.
+        first: index of the first record in the file, from 0.
+        done: share of all sources (0 to 1) that is read after this chunk.
+        ids: ids of the records.
     """
 
     source: str
@@ -79,21 +82,21 @@ class Chunk(ABC):
     ids: Sequence[str]
 
     def read(self) -> Iterator[Record | Skipped]:
-        """One item for each record of the source, in order, with its image bytes.
+        """Yield one item for each record, in order, with its image bytes.
 
         Raises:
-            DataError: the file itself cannot be read, or what holds the images cannot.
+            DataError: the file, or the directory or zip of its images, cannot be read.
         """
         for number, (id_, published) in enumerate(zip(self.ids, self._records(), strict=True), self.first):
             try:
                 if published.unread:
                     raise UnusableError("unread media", published.unread)
-                talk = conversation(published.record, len(published.images))
+                turns = conversation(published.record, len(published.images))
                 images = [image.read() for image in published.images]
             except UnusableError as error:
                 yield Skipped(id_, self.source, number, error.reason, error.detail)
             else:
-                yield {"id": id_, "type": published.type, "conversation": talk, "images": images}
+                yield {"id": id_, "type": published.type, "conversation": turns, "images": images}
 
     @abstractmethod
     def _records(self) -> Iterable[Published]: ...
@@ -104,9 +107,9 @@ class SourceFile:
     """A file to be read in chunks.
 
     Args:
-        path: of the file.
-        size: at most so many records a chunk.
-        unique: an id -> the same, or another one if it was there before.
+        path: path of the file.
+        size: maximum number of records in a chunk.
+        unique: id -> the same id, or a new one if it occurred before.
         done: share of this file that is read -> share of all sources.
     """
 
@@ -115,12 +118,16 @@ class SourceFile:
     unique: Callable[[str], str]
     done: Callable[[float], float]
 
-    def id(self, given: Any, number: int) -> str:
-        """The id of a record, after the file if it has none of its own."""
-        return self.unique(f"{self.path.name}:{number}" if given is None else str(given))
+    def id(self, stored: Any, number: int) -> str:
+        """Return the unique id of a record, made of file name and index if it stores none."""
+        return self.unique(f"{self.path.name}:{number}" if stored is None else str(stored))
 
 
-def require(package: str, what: str) -> None:
-    """Raise a clear error where a package is not installed."""
+def require(package: str, file_format: str) -> None:
+    """Check that a package is installed.
+
+    Raises:
+        MissingDependencyError: names the extra that installs it.
+    """
     if find_spec(package) is None:
-        raise MissingDependencyError(f"reading {what} needs {package}: pip install 'ssmvl[data]'")
+        raise MissingDependencyError(f"reading {file_format} needs {package}: pip install 'ssmvl[data]'")

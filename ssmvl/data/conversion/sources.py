@@ -1,4 +1,4 @@
-"""Published data sets, opened: which files are read, with which images, as chunks that any process can read."""
+"""Source files and images of a published dataset -> chunks that any process can read."""
 
 from __future__ import annotations
 
@@ -16,100 +16,101 @@ from ssmvl.data.conversion.records import Chunk, SourceFile
 from ssmvl.data.conversion.tars import tar_chunks
 from ssmvl.errors import DataError
 
-READ = "*.json (a list of records), *.jsonl, *.parquet, *.tar, or a folder of parquet files or tars"
-LOOKED_AT, TRIED = 10_000, 200  # records of a JSON in which images are looked for first, and how many of these
+ALLOWED = "*.json (a list of records), *.jsonl, *.parquet, *.tar, or a directory of parquet files or tars"
+FIRST_RECORDS, FIRST_IMAGES = 10_000, 200  # maximum number checked in a JSON before the first chunk
 
 
 def open_sources(sources: Sequence[Path], images: Sequence[str], size: int) -> Iterator[Chunk]:
-    """Chunks of at most `size` records (parquet: whole row groups), in order, always the same for the same files.
+    """Yield chunks of at most `size` records (parquet: complete row groups) in a deterministic order.
 
-    Ids are unique over all sources: one that comes again gets `#2`, `#3`, … appended.
+    Ids are unique across all sources: `#2`, `#3`, … is appended to repeated ones.
 
     Args:
-        sources: JSON, JSON lines, parquet, tar, or folders of the last two.
-        images: folders or zips, `PATH` or `PREFIX=PATH`, for the images that a JSON names; its own folder by default.
-        size: records of a chunk.
+        sources: JSON, JSON Lines, parquet, tar, or directories of the last two.
+        images: directories or zips, `PATH` or `PREFIX=PATH`, with the images that a JSON names. The directory of the
+            JSON is searched last.
+        size: maximum number of records in a chunk.
 
     Raises:
-        DataError: a source is missing or nothing that is read, an image folder is wrong (both before the first chunk),
-            or a file is damaged at some point (after the chunks before it).
+        DataError: a source is missing or unsupported, or its images are not found (both before the first chunk), or a
+            file is damaged (after the chunks before the damage).
     """
     paths = [path for source in sources for path in source_files_of(source)]
     folders = ImageFolders(images, Path())
     for path in paths:
         _check(path, folders)
     seen: dict[str, int] = {}
-    total, before = sum(path.stat().st_size for path in paths), 0
+    total, offset = sum(path.stat().st_size for path in paths), 0
     for path in paths:
-        file = SourceFile(path, size, partial(_unique, seen), _Done(before, path.stat().st_size, total))
+        file = SourceFile(path, size, partial(_unique, seen), _Done(offset, path.stat().st_size, total))
         if path.suffix == ".parquet":
             yield from parquet_chunks(file)
         elif path.suffix == ".tar":
             yield from tar_chunks(file)
         else:
-            yield from json_chunks(file, folders.beside(path.parent))
-        before += path.stat().st_size
+            yield from json_chunks(file, folders.with_default(path.parent))
+        offset += path.stat().st_size
     if not seen:
-        raise DataError(f"{', '.join(map(str, sources))}: no record in any of the files")
+        raise DataError(f"{', '.join(map(str, sources))}: the files contain no records")
 
 
 @dataclass(frozen=True)
 class _Done:
-    """Share of one file -> share of all."""
+    """Share of one file that is read -> share of all files."""
 
-    before: int
+    offset: int
     size: int
     total: int
 
     def __call__(self, share: float) -> float:
-        return (self.before + share * self.size) / self.total
+        return (self.offset + share * self.size) / self.total
 
 
 def source_files_of(source: Path) -> list[Path]:
-    """The files that are read of a source, in order.
+    """Return the files of a source, in order.
 
     Raises:
-        DataError: it is missing, nothing that is read, or a folder without what is read.
+        DataError: the source does not exist, is unsupported, or is a directory without supported files.
     """
     if source.is_dir():
-        found = sorted(path for path in source.iterdir() if path.suffix in (".parquet", ".tar") and path.is_file())
-        found = [path for path in found if not path.name.startswith(".")]
-        if not found:
-            raise DataError(f"{source} is a folder without *.parquet and *.tar; what is read is {READ}")
-        return found
+        paths = sorted(path for path in source.iterdir() if path.suffix in (".parquet", ".tar") and path.is_file())
+        paths = [path for path in paths if not path.name.startswith(".")]
+        if not paths:
+            raise DataError(f"{source} is a directory without *.parquet or *.tar. Allowed sources: {ALLOWED}")
+        return paths
     if not source.exists():
-        raise DataError(f"{source}: there is no such file; what is read is {READ}")
+        raise DataError(f"{source} does not exist. Allowed sources: {ALLOWED}")
     if source.suffix not in (".json", ".jsonl", ".parquet", ".tar"):
-        raise DataError(f"{source} is nothing that is read, which is {READ}")
+        raise DataError(f"{source} is not a supported source. Allowed sources: {ALLOWED}")
     return [source]
 
 
 def _check(path: Path, folders: ImageFolders) -> None:
-    """Look before the first chunk whether a file can be read, and whether its images are where they should be."""
+    """Check that a file can be read, and for a JSON, that its images are found."""
     if path.suffix == ".parquet":
         check_parquet(path)
     elif path.suffix in (".json", ".jsonl"):
-        _check_images(path, folders.beside(path.parent))
+        _check_images(path, folders.with_default(path.parent))
 
 
 def _check_images(path: Path, folders: ImageFolders) -> None:
     names: list[str] = []
-    whole = 0
+    count = 0
     try:
-        for record, _ in islice(json_records(path), LOOKED_AT):
-            whole += 1
+        for record, _ in islice(json_records(path), FIRST_RECORDS):
+            count += 1
             names += image_names(record)
-            if len(names) >= TRIED:
+            if len(names) >= FIRST_IMAGES:
                 break
     except DataError:
-        if not whole:
-            raise  # otherwise the same error comes when all before it is read
-    if not whole:
-        raise DataError(f"{path} holds no record")
+        if not count:
+            raise  # otherwise it is raised again after the records before it
+    if not count:
+        raise DataError(f"{path} contains no records")
     if names and not any(folders.find(name) for name in names):
         raise DataError(
-            f"none of the first {len(names)} images of {path} is in {folders}, e.g. {names[0]}; say where they are "
-            "with --images [PREFIX=]FOLDER or --images [PREFIX=]ZIP"
+            f"none of the first {len(names)} images of {path} is in {folders}, e.g. {names[0]}; give their location "
+            "with --images [PREFIX=]DIRECTORY or --images [PREFIX=]ZIP"
         )
 
 
@@ -119,6 +120,6 @@ def _unique(seen: dict[str, int], id_: str) -> str:
         return id_
     while True:
         seen[id_] += 1
-        if (other := f"{id_}#{seen[id_]}") not in seen:
-            seen[other] = 1
-            return other
+        if (numbered := f"{id_}#{seen[id_]}") not in seen:
+            seen[numbered] = 1
+            return numbered

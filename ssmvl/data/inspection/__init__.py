@@ -1,1 +1,1 @@
-"""Inspection of shards: verification, statistics, and how a model reads them."""
+"""Inspection of shards: verification, statistics, and samples as a model reads them."""

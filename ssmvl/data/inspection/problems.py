@@ -1,4 +1,4 @@
-"""What is wrong with one shard: by its entry in the index, as a file, sample by sample, image by image."""
+"""Checks of one shard: its entry in the index, its file, and each sample and image."""
 
 from __future__ import annotations
 
@@ -18,74 +18,75 @@ from ssmvl.processing.prompts import turns
 
 
 def entry_problem(entry: dict[str, Any]) -> str:
-    """Why a shard cannot be looked at, by what the index says of it; empty if it can."""
+    """Return the reason why a shard cannot be read, judging by its index entry; empty if it can."""
     from streaming.base.format import reader_from_json
 
     if entry.get("format") != "mds":
-        return f"its format is {entry.get('format')!r}; allowed is 'mds'"
+        return f"its format is {entry.get('format')!r}; only 'mds' is supported"
     if entry.get("compression") or entry.get("zip_data"):
-        return f"it is compressed ({entry.get('compression')}); write it anew without compression"
+        return f"it is compressed ({entry.get('compression')}); write it again without compression"
     try:
         reader: Any = reader_from_json("", None, entry)
         columns = dict(zip(reader.column_names, reader.column_encodings, strict=True))
         if {name: columns.get(name) for name in COLUMNS} != COLUMNS:
-            return f"its columns are {columns}; needed are {COLUMNS}"
-        reader.validate(allow_unsafe_types=False)  # of any other columns: a pickle is not opened
+            return f"its columns are {columns}, expected {COLUMNS}"
+        reader.validate(allow_unsafe_types=False)  # rejects pickles in additional columns unread
         if HASH not in reader.raw_data.hashes:
-            return f"the index holds no {HASH} hash of it; write it anew with one"
-        if not 0 <= 4 * reader.samples <= reader.raw_data.bytes:  # each has a number in the table of places
-            return f"the index says that it has {reader.samples} samples in {reader.raw_data.bytes} bytes"
-    except Exception as error:  # whatever a damaged entry makes streaming raise
-        return f"what the index says of it is damaged ({type(error).__name__}: {error})"
+            return f"the index has no {HASH} hash for it; write it again with that hash"
+        if not 0 <= 4 * reader.samples <= reader.raw_data.bytes:  # the table of offsets has one number per sample
+            return f"the index states {reader.samples} samples in {reader.raw_data.bytes} bytes, which is impossible"
+    except Exception as error:  # a damaged entry may raise anything in streaming
+        return f"its index entry is damaged ({type(error).__name__}: {error})"
     return ""
 
 
 def file_problems(entry: dict[str, Any], file: FileIO) -> Iterator[str]:
-    """What is wrong with a shard as a whole; its file is read from the beginning to the end."""
+    """Yield the problems of a shard file. Reads the whole file."""
     import xxhash  # comes with streaming
 
     digest: Any = xxhash.xxh64
     raw, size = entry["raw_data"], os.fstat(file.fileno()).st_size
     if size != raw["bytes"]:
-        yield f"has {size:,} bytes, its index says {raw['bytes']:,}"
+        yield f"has {size:,} bytes, but its index states {raw['bytes']:,}"
     elif hashlib.file_digest(file, digest).hexdigest() != raw["hashes"][HASH]:
-        yield f"does not have the {HASH} hash in its index: a byte or more of it changed"
-    if (held := int.from_bytes(os.pread(file.fileno(), 4, 0), "little")) != entry["samples"]:
-        yield f"says that it holds {held:,} samples, its index says {entry['samples']:,}"
+        yield f"does not match its {HASH} hash in the index: at least one byte has changed"
+    if (samples := int.from_bytes(os.pread(file.fileno(), 4, 0), "little")) != entry["samples"]:
+        yield f"states that it holds {samples:,} samples, but its index states {entry['samples']:,}"
 
 
 def sample_problems(reader: Any, data: bytes) -> tuple[str, int, list[str]]:
-    """A sample's id, how many images were looked at, and what is wrong."""
+    """Return a sample's id, its number of checked images, and its problems."""
     name = "unknown"
     try:
         fixed = [size for size in reader.column_sizes if size]
         heads = np.frombuffer(data, np.uint32, len(reader.column_sizes) - len(fixed))
         total = 4 * len(heads) + sum(heads.tolist()) + sum(fixed)
         if total != len(data):
-            return name, 0, [f"its columns take {total:,} bytes, it has {len(data):,}"]
+            return name, 0, [f"its columns add up to {total:,} bytes, but it has {len(data):,}"]
         record = reader.decode_sample(data)
         name, sizes = repr(record["id"]), record["image_sizes"]
         if not (isinstance(sizes, list) and all(type(size) is int and size >= 0 for size in sizes)):
             return name, 0, [f"image_sizes must be a list of sizes in bytes, received {short(repr(sizes))}"]
         if sum(sizes) != len(record["images"]):
-            return name, 0, [f"its images have {len(record['images']):,} bytes, their sizes add up to {sum(sizes):,}"]
+            size = len(record["images"])
+            return name, 0, [f"its images have {size:,} bytes, but image_sizes adds up to {sum(sizes):,}"]
         images = unpack_record(record)["images"]
-    except Exception as error:  # any byte may be any other
-        return name, 0, [f"cannot be taken apart ({type(error).__name__}: {error})"]
-    problems = [_talk_problem(record["conversation"], len(images))]
+    except Exception as error:  # damaged bytes may raise anything
+        return name, 0, [f"cannot be parsed ({type(error).__name__}: {error})"]
+    problems = [_conversation_problem(record["conversation"], len(images))]
     for number, image in enumerate(images, start=1):
         problem = _image_problem(image)
         problems.append(f"image {number} of {len(images)}: {problem}" if problem else "")
     return name, len(images), [problem for problem in problems if problem]
 
 
-def _talk_problem(conversation: Any, images: int) -> str:
+def _conversation_problem(conversation: Any, images: int) -> str:
     try:
         if not isinstance(conversation, list):
-            raise DataError(f"received {short(repr(conversation))}, a list of messages is needed")
+            raise DataError(f"must be a list of messages, received {short(repr(conversation))}")
         marks = sum(question.count(IMAGE) for question, _ in turns(conversation))
     except DataError as error:
-        return f"is no conversation: {error}"
+        return f"invalid conversation: {error}"
     return f"has {marks} {IMAGE} marks, but {images} images" if marks not in (0, images) else ""
 
 

@@ -1,4 +1,4 @@
-"""What a recipe's model reads of a record: its tokens counted, its text in runs."""
+"""Records as a model reads them: numbers of tokens, and the text as runs of supervised and other tokens."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from ssmvl.processing.transforms import ImageLike
 
 @dataclass
 class Tokens:
-    """What a model reads of records, before anything is cut."""
+    """Counts of the tokens that a model reads, before truncation."""
 
     lengths: list[int] = field(default_factory=list)
-    learned: int = 0
-    cut: int = 0
-    refused: list[tuple[str, str]] = field(default_factory=list)
+    supervised: int = 0
+    truncated: int = 0
+    rejected: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, record: dict[str, Any], processor: Processor) -> Sample | None:
-        """Count one record; returns the sample to train on, None if it is refused."""
+        """Count one record. Returns its training sample, or None if the processor rejects it."""
         limit = processor.max_text_tokens
         try:
             sample = replace(processor, max_text_tokens=None).encode(
                 record["conversation"], record["images"], train=True
             )
-            length, learned = len(sample["ids"]), sum(_learned(sample))
-            cut = limit is not None and int((sample["ids"] != IMAGE_PLACE).sum()) > limit
-            if cut:
+            length, supervised = len(sample["ids"]), sum(_supervised(sample))
+            truncated = limit is not None and int((sample["ids"] != IMAGE_PLACE).sum()) > limit
+            if truncated:
                 sample = processor.encode(record["conversation"], record["images"], train=True)
         except DataError as error:
-            self.refused.append((record["id"], str(error)))
+            self.rejected.append((record["id"], str(error)))
             return None
         self.lengths.append(length)
-        self.learned += learned
-        self.cut += cut
+        self.supervised += supervised
+        self.truncated += truncated
         return sample
 
 
-def _learned(sample: Sample) -> list[bool]:
-    """Where a token is learned; the first never is: nothing stands before it that could predict it."""
+def _supervised(sample: Sample) -> list[bool]:
+    """Return True for each supervised token. The first one never is, because nothing precedes it to predict it from."""
     return [False, *(label != IGNORED for label in sample["labels"].tolist()[1:])]
 
 
 def sample_card(record: dict[str, Any], sample: Sample, processor: Processor) -> Card:
-    """A sample to draw, its text cut in the middle as far as it must be."""
+    """Return a card that shows a sample, with the middle of a long text cut."""
     keep = len(sample["ids"])
     runs = read_runs(sample, record["images"], processor, keep)
     while len(wrapped(runs)) > LINES and keep > 8:
@@ -59,35 +59,35 @@ def sample_card(record: dict[str, Any], sample: Sample, processor: Processor) ->
         runs = read_runs(sample, record["images"], processor, keep)
     spec = max(sample["images"], key=lambda spec: spec.size)
     images = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in sample["images"][spec]]
-    return Card(record["id"], f"{len(sample['ids']):,} tokens, {sum(_learned(sample)):,} learned", images, runs)
+    return Card(record["id"], f"{len(sample['ids']):,} tokens, {sum(_supervised(sample)):,} supervised", images, runs)
 
 
 def read_runs(sample: Sample, images: Sequence[ImageLike], processor: Processor, keep: int) -> list[Run]:
-    """The text of a sample's own ids, special tokens too, in runs; the middle is cut beyond `keep` text tokens."""
+    """Decode a sample's ids, including special tokens, to runs. Beyond `keep` text tokens the middle is cut."""
     ids = sample["ids"].tolist()
-    kinds: list[Kind] = ["learned" if learned else "read" for learned in _learned(sample)]
+    kinds: list[Kind] = ["supervised" if supervised else "context" for supervised in _supervised(sample)]
     text = [at for at, id_ in enumerate(ids) if id_ != IMAGE_PLACE]
     for at in text[keep * 2 // 3 : len(text) - (keep - keep * 2 // 3)] if len(text) > keep else []:
         kinds[at] = "cut"
     kinds = ["image" if id_ == IMAGE_PLACE else kind for id_, kind in zip(ids, kinds, strict=True)]
     runs: list[Run] = []
     image_tokens = map(processor.tokens_of, images)
-    for plain, stretch in groupby(
-        range(len(ids)), key=lambda at: "" if kinds[at] in ("learned", "read") else kinds[at]
+    for group, members in groupby(
+        range(len(ids)), key=lambda at: "" if kinds[at] in ("supervised", "context") else kinds[at]
     ):
-        places = list(stretch)
-        if plain == "image":
-            left = len(places)
+        positions = list(members)
+        if group == "image":
+            left = len(positions)
             while left > 0:
                 runs.append(Run(f"⟨image × {(count := next(image_tokens)):,}⟩", "image"))
                 left -= count
-        elif plain == "cut":
-            runs.append(Run(f" … {len(places):,} tokens … ", "cut"))
-        else:  # each run with what stands before it: some tokenizers leave out a blank at the beginning of a text
-            before, read = "", list[int]()
-            for kind, part in groupby(places, key=kinds.__getitem__):
-                read += [ids[at] for at in part]
-                decoded = str(processor.tokenizer.decode(read, skip_special_tokens=False))
-                runs.append(Run(decoded[len(before) :], kind))
-                before = decoded
+        elif group == "cut":
+            runs.append(Run(f" … {len(positions):,} tokens … ", "cut"))
+        else:  # decode each run with its prefix, because some tokenizers drop a space at the beginning of a text
+            prefix, prefix_ids = "", list[int]()
+            for kind, part in groupby(positions, key=kinds.__getitem__):
+                prefix_ids += [ids[at] for at in part]
+                decoded = str(processor.tokenizer.decode(prefix_ids, skip_special_tokens=False))
+                runs.append(Run(decoded[len(prefix) :], kind))
+                prefix = decoded
     return runs

@@ -1,1 +1,1 @@
-"""Scenes of handwritten digits, the quickstart's data set."""
+"""The quickstart's dataset: scenes of handwritten digits."""

@@ -1,7 +1,7 @@
-"""The quickstart's data: scenes of one to three handwritten digits, and the kinds of question the papers ask.
+"""The quickstart's dataset: scenes of one to three handwritten digits, with questions like those in the papers.
 
-Each type of question stands for a benchmark: recognition for VQA, counting for TallyQA, presence for POPE, spatial for
-VSR, reading for TextVQA. Rows and columns count from 1.
+Each type of question is modeled on a benchmark: recognition on VQA, counting on TallyQA, presence on POPE, spatial on
+VSR, reading on TextVQA. Questions number rows and columns from 1.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from ssmvl.data.scenes.digits import CELLS, digit_images, draw
 from ssmvl.data.shards import ensure_shards
 from ssmvl.registry import Check, Count, Seed
 
-VERSION = 1  # counted up when the records of one seed change
-Scene = dict[tuple[int, int], int]  # the label of each digit, by (row, column) from 0, in reading order
-Question = tuple[str, str]  # and its answer
+VERSION = 1  # increment when the records of a seed change
+Scene = dict[tuple[int, int], int]  # label of each digit by (row, column) from 0, in reading order
+Question = tuple[str, str]  # question and answer
 
 
 def _recognition(scene: Scene, rng: np.random.Generator) -> Question:
     (row, column), label = list(scene.items())[rng.integers(len(scene))]
-    asked = f"What is in row {row + 1}, column {column + 1}?" if len(scene) > 1 else "Which digit is it?"
-    return asked, str(label)
+    question = f"What is in row {row + 1}, column {column + 1}?" if len(scene) > 1 else "Which digit is it?"
+    return question, str(label)
 
 
 def _counting(scene: Scene, rng: np.random.Generator) -> Question:
@@ -33,13 +33,16 @@ def _counting(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def _presence(scene: Scene, rng: np.random.Generator) -> Question:
-    there = bool(rng.integers(2))
-    label = rng.choice([label for label in range(10) if (label in scene.values()) is there])
-    return f"Is there a {label}?", "Yes" if there else "No"
+    present = bool(rng.integers(2))
+    label = rng.choice([label for label in range(10) if (label in scene.values()) is present])
+    return f"Is there a {label}?", "Yes" if present else "No"
 
 
 def _spatial(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """A statement about two digits of one row or one column, where it is plainly true or false; no digit twice."""
+    """Make a statement about two digits in one row or column, so that it is clearly true or false.
+
+    Returns None if the chosen digits share neither, or if the scene has fewer than two digits or a repeated one.
+    """
     if len(set(scene.values())) < max(2, len(scene)):
         return None
     one, other = (list(scene)[at] for at in rng.permutation(len(scene))[:2])
@@ -76,20 +79,20 @@ def digit_scenes(
     seed: Seed = 0,
     folder: str = "data/digit_scenes",
 ) -> Path:
-    """The folder of shards for one split, written when it is not there yet, and again when it is damaged.
+    """Return the directory of one split's shards. They are written if missing, and rewritten if damaged.
 
     Args:
         split: `train` or `test`; no digit image is in both.
-        types: of question, asked in turn; one that is listed twice is asked twice as often. All five if None.
-        train_size: questions to train on, each about a scene of its own.
-        test_size: questions to test with.
-        seed: of scenes and questions.
-        folder: where shards of all types, sizes and seeds lie, each in a folder of its own.
+        types: types of question, used in turn; a type listed twice is used twice as often. None means all five.
+        train_size: number of training questions, each about a different scene.
+        test_size: number of test questions.
+        seed: seed of scenes and questions.
+        folder: parent directory, with one subdirectory for each combination of types, size and seed.
     """
     size = {"train": train_size, "test": test_size}[split]
     types = list(QUESTIONS) if types is None else types
-    asked = "-".join(type_[:3] for type_ in types)
-    target = Path(folder) / f"{split}-{size}-seed{seed}-{asked}-v{VERSION}"
+    abbreviated = "-".join(type_[:3] for type_ in types)
+    target = Path(folder) / f"{split}-{size}-seed{seed}-{abbreviated}-v{VERSION}"
     ensure_shards(target, lambda: _records(split, types, size, seed), size)
     return target
 
@@ -98,13 +101,13 @@ def _records(split: str, types: Sequence[str], size: int, seed: int) -> Iterator
     images, labels = digit_images("train" if split == "train" else "test")
     rng = np.random.default_rng([seed, split == "test"])
     for number in range(size):
-        type_, found = types[number % len(types)], None
+        type_, question = types[number % len(types)], None
         digits: dict[tuple[int, int], int] = {}
-        while found is None:  # not every scene has what a question is about
+        while question is None:  # not every scene suits every type of question
             cells = rng.choice(CELLS * CELLS, size=rng.integers(1, 4), replace=False)
             digits = {divmod(int(cell), CELLS): int(rng.integers(len(labels))) for cell in sorted(cells)}
-            found = QUESTIONS[type_]({cell: int(labels[which]) for cell, which in digits.items()}, rng)
+            question = QUESTIONS[type_]({cell: int(labels[which]) for cell, which in digits.items()}, rng)
         png = io.BytesIO()
         draw({cell: images[which] for cell, which in digits.items()}).save(png, "PNG", compress_level=1)
-        conversation = [{"role": "user", "content": found[0]}, {"role": "assistant", "content": found[1]}]
+        conversation = [{"role": "user", "content": question[0]}, {"role": "assistant", "content": question[1]}]
         yield {"id": f"{split}-{number}", "type": type_, "conversation": conversation, "images": [png.getvalue()]}

@@ -1,1 +1,1 @@
-"""Composer callbacks; their class names are part of the checkpoint format."""
+"""Composer callbacks. Their class names are part of the checkpoint format."""

@@ -1,4 +1,4 @@
-"""How often training answers are right, by type of question, while the model trains."""
+"""Training accuracy: the share of correct answers, by type of question."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 from torch import Tensor
 
-WINDOW = 10  # batches that one logged share is taken over, so that devices are waited for rarely
+WINDOW = 10  # batches per logged value; reading a value makes the CPU wait for the device
 
 
 class AnswerAccuracy(Callback):
-    """Logs `accuracy/<type>` (`accuracy/all` where questions have no type): the share of answers that are right.
+    """Logs `accuracy/<type>` (`accuracy/all` for questions without a type): the share of correct answers.
 
-    A sample counts as right if each of its supervised tokens, ends included, is the likeliest after those
-    before it: where there is one answer, greedy decoding with these weights gives it. Taken from the logits of the
-    training step, before the step's update.
+    A sample is correct if each of its supervised tokens, end tokens included, is the most likely one given the tokens
+    before it. If it has one answer, greedy decoding with these weights would generate it. The logits are those of the
+    training step, before its update.
     """
 
     def __init__(self) -> None:
         self._types: list[str] = []
-        self._right: list[Tensor] = []
+        self._correct: list[Tensor] = []
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        """Count one micro-batch; nothing is read back from the device."""
-        right = state.outputs["logits"].argmax(-1) == state.outputs["labels"]
-        answers = right.split(state.batch["num_labels"])
-        self._right.append(torch.stack([answer.all() for answer in answers]))
+        """Score one micro-batch without waiting for the device."""
+        correct = state.outputs["logits"].argmax(-1) == state.outputs["labels"]
+        answers = correct.split(state.batch["num_labels"])
+        self._correct.append(torch.stack([answer.all() for answer in answers]))
         self._types += state.batch["types"]
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Log the shares over all ranks, once in `WINDOW` batches."""
+        """Log the shares over all ranks, every `WINDOW` batches."""
         if state.timestamp.batch.value % WINDOW:
             return
-        mine = list(zip(self._types, torch.cat(self._right).tolist(), strict=True))
-        self._types, self._right = [], []
+        own = list(zip(self._types, torch.cat(self._correct).tolist(), strict=True))
+        self._types, self._correct = [], []
         by_type: dict[str, list[bool]] = {}
-        for type_, right in (pair for part in dist.all_gather_object(mine) for pair in part):
-            by_type.setdefault(type_ or "all", []).append(right)
-        logger.log_metrics({f"accuracy/{type_}": sum(found) / len(found) for type_, found in by_type.items()})
+        for type_, correct in (pair for part in dist.all_gather_object(own) for pair in part):
+            by_type.setdefault(type_ or "all", []).append(correct)
+        logger.log_metrics({f"accuracy/{type_}": sum(answers) / len(answers) for type_, answers in by_type.items()})

@@ -1,4 +1,4 @@
-"""A stage's evaluation set, scored and asked while the stage trains, whether the model is sharded or not."""
+"""Evaluation during a stage: loss and generated answers on its evaluation set, sharded or not."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from ssmvl.training.composer_classes import LABEL, SHARES
 from ssmvl.training.composer_model import ComposerVLM
 from ssmvl.training.schema import StageEvaluation
 
-ENTRIES = ("encode", "prefill", "step")  # methods other than forward by which shard units are entered
+ENTRIES = ("encode", "prefill", "step")  # methods other than forward that enter shard units
 
 
 class StageEvaluator(Callback):
     """Logs `evaluation/loss`, and `evaluation/<share>/<type>` for each type of question and for `all` questions.
 
-    The loss is the mean over the supervised tokens of all records, cut as in training. Generation uses the stage's
-    prompt, sharded parameters where they lie, and the precision of training.
+    The loss is the mean over the supervised tokens of all records, truncated as in training. Generation uses the
+    stage's prompt, keeps parameters sharded, and runs in the training precision.
 
     Args:
-        options: of the stage.
+        options: the stage's.
         records: the evaluation set, the same on every rank; see `ssmvl.evaluation.runner.require_answerable`.
         processor: the stage's.
         recipe: the run's.
@@ -52,19 +52,19 @@ class StageEvaluator(Callback):
         ends = {Event.BATCH_END, Event.EPOCH_END}
         self._due = create_interval_scheduler(options.interval, checkpoint_events=False, final_events=ends)
         self._questions = one_question_each(records)
-        self._asked_at = 0  # the step after which it was asked last
+        self._last_step = 0  # step of the last evaluation
         self._stoppers: list[EarlyStopper | ThresholdStopper] = []
-        self._stopped = False  # whether one of them ended the stage
-        self._best: dict[str, list[float]] = {}  # of each that a checkpoint had: value, epoch and batch
+        self._stopped = False  # whether early stopping ended the stage
+        self._best: dict[str, list[float]] = {}  # per stopper, from the checkpoint: value, epoch and batch
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Restore early stopping, and register with FSDP2 the methods by which its units are entered."""
-        self._stoppers = [one for one in state.callbacks if isinstance(one, EarlyStopper | ThresholdStopper)]
+        """Restore early stopping, and register the methods that enter FSDP2 units."""
+        self._stoppers = [c for c in state.callbacks if isinstance(c, EarlyStopper | ThresholdStopper)]
         for stopper in self._stoppers:
             if isinstance(stopper, EarlyStopper) and type(stopper).__name__ in self._best:
                 best, epoch, batch = self._best[type(stopper).__name__]
                 stopper.best, stopper.best_occurred = torch.tensor(best), Timestamp(epoch=int(epoch), batch=int(batch))
-        if self._stopped and self._stoppers:  # the stage was killed before its model was saved
+        if self._stopped and self._stoppers:  # the stage was killed after stopping, before its model was saved
             state.stop_training()
         for module in _model(state).modules():
             for name in ENTRIES if isinstance(module, FSDPModule) else ():
@@ -72,11 +72,12 @@ class StageEvaluator(Callback):
                     register_fsdp_forward_method(module, name)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of early stopping, which Composer's callbacks do not save; as text, see `Identity.state_dict`."""
+        """Return the state of early stopping, which Composer does not save, as text; see `Identity.state_dict`."""
         best = {
-            type(one).__name__: [float(one.best), one.best_occurred.epoch.value, one.best_occurred.batch.value]
-            for one in self._stoppers
-            if isinstance(one, EarlyStopper) and one.best is not None and one.best_occurred is not None
+            type(stopper).__name__: [float(stopper.best), at.epoch.value, at.batch.value]
+            for stopper in self._stoppers
+            if isinstance(stopper, EarlyStopper) and stopper.best is not None
+            if (at := stopper.best_occurred) is not None
         }
         return {"stoppers": json.dumps({"best": best, "stopped": self._stopped})}
 
@@ -86,42 +87,42 @@ class StageEvaluator(Callback):
         self._best, self._stopped = saved.get("best", {}), saved.get("stopped", False)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Evaluate if this is the time."""
+        """Evaluate if due."""
         if self._due(state, Event.BATCH_END):
             self._evaluate(state, logger)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        """Evaluate if this is the time."""
+        """Evaluate if due."""
         if self._due(state, Event.EPOCH_END):
             self._evaluate(state, logger)
 
     def _evaluate(self, state: State, logger: Logger) -> None:
-        if self._asked_at == state.timestamp.batch.value:  # an epoch's end may follow the last step's
+        if self._last_step == state.timestamp.batch.value:  # the end of an epoch follows that of its last step
             return
-        self._asked_at = state.timestamp.batch.value
+        self._last_step = state.timestamp.batch.value
         model = _model(state)
         with _evaluating(model), torch.no_grad(), get_precision_context(state.precision):
             losses = self._losses(model, state)
             assistant = _RankedAssistant(model.model, self._processor, self._recipe)
-            answered = ask(assistant, self._questions, _mine(len(self._questions)), self._options)
+            answered = ask(assistant, self._questions, _own_indices(len(self._questions)), self._options)
         total, count = map(sum, zip(*_in_order(losses, len(self._records)), strict=True))
-        every = _in_order(answered, len(self._questions))
-        found = results(every)
+        answers = _in_order(answered, len(self._questions))
+        rows = results(answers)
         if dist.get_global_rank() == 0:
-            right = ", ".join(f"{type_ or 'all'} {row['accuracy']:.1%}" for type_, row in found.items())
-            tqdm.write(f"evaluation after step {self._asked_at}: loss {total / count:.4f}, right: {right}")
+            accuracy = ", ".join(f"{type_ or 'all'} {row['accuracy']:.1%}" for type_, row in rows.items())
+            tqdm.write(f"evaluation after step {self._last_step}: loss {total / count:.4f}, accuracy: {accuracy}")
         metrics = {"evaluation/loss": total / count}
-        for type_, row in found.items():
+        for type_, row in rows.items():
             shares = dict(zip(SHARES, (row["accuracy"], row["blind"], row["swapped"]), strict=True))
             metrics |= {f"evaluation/{key}/{type_ or 'all'}": share for key, share in shares.items()}
-        for key, answer in zip(SHARES, ("seen", "blind", "swapped"), strict=True):
-            right = sum(getattr(one, answer) == one.truth for one in every)
-            metrics[f"evaluation/{key}/all"] = right / len(every)
+        for key, field in zip(SHARES, ("seen", "blind", "swapped"), strict=True):
+            correct = sum(getattr(answer, field) == answer.truth for answer in answers)
+            metrics[f"evaluation/{key}/all"] = correct / len(answers)
         logger.log_metrics(metrics)
-        self._tell_stoppers(metrics, state, logger)
+        self._notify_stoppers(metrics, state, logger)
 
-    def _tell_stoppers(self, metrics: Mapping[str, float], state: State, logger: Logger) -> None:
-        """Let early stopping see the metrics; every rank has the same, so all decide alike.
+    def _notify_stoppers(self, metrics: Mapping[str, float], state: State, logger: Logger) -> None:
+        """Pass the metrics to early stopping. Every rank has the same metrics, so all ranks decide alike.
 
         Raises:
             RunError: a monitored metric is not among them.
@@ -129,42 +130,42 @@ class StageEvaluator(Callback):
         for stopper in self._stoppers:
             if stopper.monitor not in metrics:
                 name, known = type(stopper).__name__, ", ".join(metrics)
-                raise RunError(f"{name} monitors an unknown metric {stopper.monitor!r}; available: {known}")
+                raise RunError(f"{name} monitors an unknown metric {stopper.monitor!r}. Allowed: {known}")
         state.eval_metrics[LABEL] = {name: _Metric(value) for name, value in metrics.items()}
         duration = state.max_duration
-        with patch.object(state, "_dataloader_label", LABEL):  # Composer calls them in its own evaluation loop only
+        with patch.object(state, "_dataloader_label", LABEL):  # Composer calls them only in its own evaluation loop
             for stopper in self._stoppers:
                 stopper.eval_end(state, logger)
         self._stopped = state.max_duration != duration
 
     def _losses(self, model: ComposerVLM, state: State) -> list[tuple[float, int]]:
-        """Of each of this rank's records the summed loss and the number of its supervised tokens."""
-        found: list[tuple[float, int]] = []
-        mine = _mine(len(self._records))
-        for start in range(0, len(mine), self._options.batch):
-            records = [self._records[index] for index in mine[start : start + self._options.batch]]
+        """Return the summed loss and the number of supervised tokens of each of this rank's records."""
+        losses: list[tuple[float, int]] = []
+        indices = _own_indices(len(self._records))
+        for start in range(0, len(indices), self._options.batch):
+            records = [self._records[index] for index in indices[start : start + self._options.batch]]
             encode = self._processor.encode
             batch = collate([encode(r["conversation"], r["images"], train=True) for r in records])
             outputs = model(state.device.batch_to_device(batch))
             each = F.cross_entropy(outputs["logits"].float(), outputs["labels"], reduction="none")
             counts = batch["num_labels"]
-            found += [(float(loss.sum()), count) for loss, count in zip(each.split(counts), counts, strict=True)]
-        return found
+            losses += [(float(loss.sum()), count) for loss, count in zip(each.split(counts), counts, strict=True)]
+        return losses
 
 
 class _Metric:
-    """A value, read as Composer reads metrics."""
+    """A value with the interface of a Composer metric."""
 
     def __init__(self, value: float) -> None:
         self._value = value
 
     def compute(self) -> float:
-        """The value."""
+        """Return the value."""
         return self._value
 
 
 class _RankedAssistant(Assistant):
-    """Takes as many steps, over inputs of as many positions, on every rank."""
+    """Assistant that takes the same number of steps, on inputs of the same length, on every rank."""
 
     def _padded(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         device = next(self.model.parameters()).device
@@ -187,16 +188,16 @@ def _evaluating(model: ComposerVLM) -> Iterator[None]:
         model.train()
 
 
-def _mine(count: int) -> list[int]:
-    """This rank's indices; sharded ranks must do equally many things, so one that is short repeats the last."""
+def _own_indices(count: int) -> list[int]:
+    """Return this rank's indices. All ranks get the same number, as sharding requires; the last index may repeat."""
     rank, world = dist.get_global_rank(), dist.get_world_size()
     return [min(index, count - 1) for index in range(rank, count + -count % world, world)]
 
 
-def _in_order(mine: list[Any], count: int) -> list[Any]:
-    """What all ranks have, in the order of the records, without repetitions."""
-    parts = dist.all_gather_object(mine)
-    return [parts[place % len(parts)][place // len(parts)] for place in range(count)]
+def _in_order(own: list[Any], count: int) -> list[Any]:
+    """Gather the items of all ranks in the order of the records, without repetitions."""
+    parts = dist.all_gather_object(own)
+    return [parts[index % len(parts)][index // len(parts)] for index in range(count)]
 
 
 def _model(state: State) -> ComposerVLM:

@@ -1,4 +1,4 @@
-"""What a run logs beside its loss: what it waits for, how fast it learns, and norms of its parts."""
+"""Metrics logged besides the loss: throughput, waiting time, memory, and norms of weights and gradients."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from ssmvl.training.gradients import total_norm
 class Pace(Callback):
     """Logs `throughput/supervised_tokens_per_sec`, over all ranks, `time/waiting_for_data` and `memory/process`.
 
-    The second is the share of the time, 0 to 1, that the rank which waits longest for its loader waits; the third is
-    the memory, in GB, of the largest of the ranks' processes, without that of a GPU and of loaders.
+    `time/waiting_for_data` is the share of time, 0 to 1, that ranks wait for their loaders; the maximum over ranks.
+    `memory/process` is the memory of the largest rank process in GB, without GPU memory and loader processes.
     """
 
     def __init__(self) -> None:
-        self._begun = False
-        self._start(time.perf_counter())
+        self._warm = False  # True after the first window of this launch
+        self._reset(time.perf_counter())
 
-    def _start(self, now: float) -> None:
+    def _reset(self, now: float) -> None:
         self._since, self._waited, self._supervised = now, 0.0, 0
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        """A batch is asked for."""
-        self._asked = time.perf_counter()
+        """Note the time at which a batch is requested."""
+        self._requested = time.perf_counter()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        """It is there."""
-        self._waited += time.perf_counter() - self._asked
+        """Add the waiting time and the supervised tokens of the batch."""
+        self._waited += time.perf_counter() - self._requested
         self._supervised += len(state.batch["labels"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Log once in `WINDOW` steps; the first ones of a launch, in which everything starts, are left out."""
+        """Log every `WINDOW` steps, except for the first window of a launch, which includes startup."""
         if state.timestamp.batch.value % WINDOW:
             return
         now = time.perf_counter()
-        if self._begun:
+        if self._warm:
             parts = dist.all_gather_object((self._waited, self._supervised, psutil.Process().memory_info().rss))
             waited, supervised, memory = (list(column) for column in zip(*parts, strict=True))
             elapsed = now - self._since
@@ -53,28 +53,27 @@ class Pace(Callback):
                     "memory/process": max(memory) / 1e9,
                 }
             )
-        self._begun = True
-        self._start(now)
+        self._warm = True
+        self._reset(now)
 
 
 class Norms(Callback):
-    """Logs `norm/weight/<part>`, and `norm/gradient/<part>` before it is clipped, of each part that is trained.
+    """Logs `norm/weight/<part>` and, before clipping, `norm/gradient/<part>` of each trained part.
 
-    Parts are `connector`, `language` and each of the `encoders`. Composer's OptimizerMonitor does not know what FSDP2
-    shards.
+    Parts are `connector`, `language` and each of the `encoders`. Composer's OptimizerMonitor does not support FSDP2.
     """
 
     def __init__(self) -> None:
-        self._left = 0
+        self._remaining = 0  # samples of the step whose backward has not run yet
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """A step begins, of one micro-batch or several."""
-        self._left = num_samples(state.batch)
+        """Begin a step of one or more micro-batches."""
+        self._remaining = num_samples(state.batch)
 
     def after_backward(self, state: State, logger: Logger) -> None:
-        """Log once in `WINDOW` steps, when the gradients of the last micro-batch are there."""
-        self._left -= num_samples(state.batch)
-        if self._left or (state.timestamp.batch.value + 1) % WINDOW:
+        """Log every `WINDOW` steps, after the backward of the last micro-batch."""
+        self._remaining -= num_samples(state.batch)
+        if self._remaining or (state.timestamp.batch.value + 1) % WINDOW:
             return
         parts: dict[str, list[torch.nn.Parameter]] = {}
         for name, parameter in state.model.named_parameters():
@@ -84,4 +83,4 @@ class Norms(Callback):
         for part, parameters in parts.items():
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             norms = {"weight": total_norm(parameters), "gradient": total_norm(gradients)}
-            logger.log_metrics({f"norm/{what}/{part}": norm for what, norm in norms.items()})
+            logger.log_metrics({f"norm/{kind}/{part}": norm for kind, norm in norms.items()})

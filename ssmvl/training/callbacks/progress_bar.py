@@ -1,4 +1,4 @@
-"""How far a stage is, on the screen: a bar on a terminal, else a line once in a while."""
+"""Progress of a stage: a bar on a terminal, a line from time to time in a log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ssmvl.training.callbacks.accuracy import WINDOW
 
-SHOWN = {  # of what is logged
+SHOWN = {  # logged metrics that are shown
     "loss/train/total": "loss {:.4f}",
     "throughput/tokens_per_sec": "{:,.0f} tokens/s",
     "throughput/supervised_tokens_per_sec": "{:,.0f} supervised",
@@ -25,10 +25,10 @@ SHOWN = {  # of what is logged
 
 
 class ProgressBar(LoggerDestination):
-    """Shows `SHOWN` on the first rank's screen: on a terminal after each step, else a line once in `WINDOW` steps.
+    """Shows the metrics in `SHOWN` on the first rank: a bar on a terminal, else a line every `WINDOW` steps.
 
     Args:
-        stage: its name.
+        stage: name of the stage.
     """
 
     def __init__(self, stage: str) -> None:
@@ -37,32 +37,32 @@ class ProgressBar(LoggerDestination):
         self._bar: tqdm[Any] | None = None
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Keep what is shown."""
+        """Keep the metrics that are shown."""
         self._latest |= {name: value for name, value in metrics.items() if name in SHOWN}
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Begin a bar, where the stage stands."""
+        """Start a bar at the current step."""
         if dist.get_global_rank() == 0 and sys.stderr.isatty():
             self._bar = tqdm(
                 total=_steps(state), initial=_step(state), bar_format="|{bar:20}| {desc}", dynamic_ncols=True
             )
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Show where it stands now."""
+        """Show the current step."""
         step, total = _step(state), _steps(state)
-        what = f"{self._stage} {step}" + (f"/{total}" if total else "")
+        position = f"{self._stage} {step}" + (f"/{total}" if total else "")
         if self._bar is not None:
-            self._bar.set_description_str(f"{what}: {self._line()}", refresh=False)
+            self._bar.set_description_str(f"{position}: {self._line()}", refresh=False)
             self._bar.update()
         elif dist.get_global_rank() == 0 and (step % WINDOW == 0 or step == total):
-            print(f"{what}: {self._line()}", flush=True)
+            print(f"{position}: {self._line()}", flush=True)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Leave the bar."""
+        """Close the bar."""
         self.close(state, logger)
 
     def close(self, state: State, logger: Logger) -> None:
-        """Leave the bar, where training was ended by an error too."""
+        """Close the bar; called after errors too."""
         if self._bar is not None:
             self._bar.close()
 
@@ -79,7 +79,7 @@ def _step(state: State) -> int:
 
 
 def _steps(state: State) -> int | None:
-    """How many the stage has, where its duration says so."""
+    """The number of steps in the stage, if its duration determines it."""
     duration = state.max_duration
     if duration is not None and duration.unit is TimeUnit.BATCH:
         return int(duration.value)

@@ -1,1 +1,1 @@
-"""A run's checkpoints: stored, resumed from, pruned and exported."""
+"""Checkpoints of a run: storing, resuming, pruning and exporting them."""

@@ -1,7 +1,8 @@
-"""Checkpoints as a run writes them to be resumed, one file or shards: the model's tensors out of them, and no code run.
+"""Read the model's tensors from Composer's checkpoints, one file or shards, without executing code from them.
 
-Composer writes them: of one device or DDP a file of torch, of FSDP2 a folder of torch.distributed.checkpoint. Both hold
-pickles, with times and random states beside tensors. Here these are read as what they are made of.
+Composer writes a torch file on one device or with DDP, and a torch.distributed.checkpoint directory with FSDP2. Both
+contain pickles, which hold timestamps and random states besides tensors. This module unpickles tensors and plain
+values only; other objects are rejected or replaced by placeholders.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ssmvl.errors import CheckpointError, short
 
-METADATA_FILE = ".metadata"  # of shards
+METADATA_FILE = ".metadata"  # index of a sharded checkpoint
 MODEL, SHARDED_MODEL = "model.", "state.model.model."  # prefixes of the model's tensors
-RECORDS = {  # what torch.distributed.checkpoint's index is made of
+RECORDS = {  # types in the index of torch.distributed.checkpoint
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
         "ChunkStorageMetadata",
@@ -34,67 +35,67 @@ RECORDS = {  # what torch.distributed.checkpoint's index is made of
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
-    "builtins": {"getattr"},  # by which older Pythons pickle an enum's member
+    "builtins": {"getattr"},  # older Pythons pickle enum members with it
     "pathlib": {"PosixPath", "WindowsPath"},
 }
 
 
 def model_tensors(path: Path, trust_pickle: bool = False) -> dict[str, Tensor]:
-    """The tensors of the model that was trained, by its own names, on the CPU; the optimizer's are not read.
+    """Return the trained model's tensors, by the model's own names, on the CPU. The optimizer's are not read.
 
     Args:
-        path: a file, which is mapped, or a folder of shards.
-        trust_pickle: see `read_index`; a file needs no trust.
+        path: a file, which is memory-mapped, or a directory of shards.
+        trust_pickle: see `read_index`; not needed for a file.
 
     Raises:
-        CheckpointError: it cannot be read, is damaged, holds no such model, or its index is refused.
+        CheckpointError: the checkpoint is unreadable or damaged, holds no trained model, or has a rejected index.
     """
     try:
-        found = _of_shards(path, read_index(path, trust_pickle)) if path.is_dir() else _of_file(path)
+        tensors = _from_shards(path, read_index(path, trust_pickle)) if path.is_dir() else _from_file(path)
     except CheckpointError:
         raise
-    except Exception as error:  # damaged bytes may raise anything on their way through torch
+    except Exception as error:  # torch may raise any error for damaged bytes
         lines = str(error).splitlines()
-        why = next((line for line in lines if "GLOBAL" in line), str(error))  # torch's advice is to run the pickle
+        why = next((line for line in lines if "GLOBAL" in line), str(error))  # the rest advises running the pickle
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {short(why)})") from error
-    if not found:
+    if not tensors:
         raise CheckpointError(
-            f"{path} holds no model that a run trained; a checkpoint of a run has it under state > model. "
-            "Weights of others need no export: ssmvl.load(WEIGHTS, recipe=NAME)"
+            f"{path} holds no model of a training run, which would be under state > model. "
+            "Third-party weights need no export; load them with ssmvl.load(WEIGHTS, recipe=NAME)"
         )
-    return found
+    return tensors
 
 
 def weights_problem(path: Path) -> str:
-    """Return which of the model's weights in a complete checkpoint are not finite, or an empty string.
+    """Return a message that names the model's non-finite weights in a complete checkpoint, or an empty string.
 
-    Shards are read part by part, so that no more than one part is in memory.
+    Shards are read part by part, so that only one part is in memory at a time.
 
     Raises:
         CheckpointError: see `model_tensors`.
     """
-    found: Iterable[tuple[str, Tensor]]
+    tensors: Iterable[tuple[str, Tensor]]
     if path.is_dir():
         parts = read_index(path).storage_data.items()
-        named = ((key.fqn, place) for key, place in parts if key.fqn.startswith(SHARDED_MODEL))
-        found = ((name.removeprefix(SHARDED_MODEL), _part(path, place)) for name, place in named)
+        named = ((key.fqn, entry) for key, entry in parts if key.fqn.startswith(SHARDED_MODEL))
+        tensors = ((name.removeprefix(SHARDED_MODEL), _part(path, entry)) for name, entry in named)
     else:
-        found = model_tensors(path).items()
-    wrong = list(dict.fromkeys(name for name, tensor in found if not tensor.isfinite().all()))
-    what = short(", ".join(wrong[:5])) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-    return f"holds weights that are not finite: {what}" if wrong else ""
+        tensors = model_tensors(path).items()
+    names = list(dict.fromkeys(name for name, tensor in tensors if not tensor.isfinite().all()))
+    shown = short(", ".join(names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"holds weights that are not finite: {shown}" if names else ""
 
 
 def read_index(folder: Path, trust_pickle: bool = False) -> Any:
-    """What the shards of a folder hold and where: torch's `Metadata`, or records with its attributes.
+    """Read the index of a sharded checkpoint: torch's `Metadata`, or records with its attributes.
 
     Args:
-        folder: of torch.distributed.checkpoint.
-        trust_pickle: whether the index, which is a pickle, is read as one whatever it holds: that may run any code.
+        folder: directory written by torch.distributed.checkpoint.
+        trust_pickle: if True, the index is unpickled without restrictions, which can execute arbitrary code.
 
     Raises:
-        CheckpointError: the index holds more than names, sizes and places, and is not trusted.
-        Exception: whatever a damaged pickle raises.
+        CheckpointError: the index holds more than names, sizes and offsets, and is not trusted.
+        Exception: any error that a damaged pickle raises.
     """
     if trust_pickle:
         from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -105,7 +106,7 @@ def read_index(folder: Path, trust_pickle: bool = False) -> Any:
 
 
 class _Record:
-    """Stands for an object of an index: it keeps the attributes that it was saved with, and does nothing."""
+    """Placeholder for an object in an index: keeps the saved attributes and does nothing."""
 
     def __init__(self, *args: object) -> None:
         pass
@@ -116,7 +117,7 @@ class _Record:
 
 
 class _IndexReader(pickle.Unpickler):
-    """Reads an index into records: a pickle can call nothing but what `find_class` gives."""
+    """Unpickles an index into records. The pickle can only call what `find_class` returns."""
 
     def __init__(self, file: io.BufferedReader, folder: Path) -> None:
         super().__init__(file)
@@ -125,58 +126,58 @@ class _IndexReader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch", "Size"):
             return tuple
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
         if name in RECORDS.get(module, ()):
             return _Record
         raise CheckpointError(
-            f"{self._folder / METADATA_FILE} is a pickle that holds more than names, sizes and places of tensors "
-            f"({short(f'{module}.{name}')}), and reading that can run any code, so it is refused; if you trust whoever "
-            "wrote it, --trust-pickle reads it (in Python trust_pickle=True)"
+            f"{self._folder / METADATA_FILE} is a pickle that holds more than names, sizes and offsets of tensors "
+            f"({short(f'{module}.{name}')}). Reading it can execute arbitrary code, so it is rejected; if you trust "
+            "its author, pass --trust-pickle (in Python trust_pickle=True)"
         )
 
 
-def _of_shards(folder: Path, index: Any) -> dict[str, Tensor]:
-    """Put together from the shards' parts.
+def _from_shards(folder: Path, index: Any) -> dict[str, Tensor]:
+    """Assemble the model's tensors from the parts in the shards.
 
-    Not by torch's own reader: it unpickles freely whatever the index calls bytes.
+    Torch's own reader is not used, because it unpickles everything that the index declares as bytes.
     """
     sizes = {
         name: torch.Size(entry.size)
         for name, entry in index.state_dict_metadata.items()
         if name.startswith(SHARDED_MODEL) and hasattr(entry, "size")
     }
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     filled: Counter[str] = Counter()
-    for key, place in index.storage_data.items():
+    for key, entry in index.storage_data.items():
         if key.fqn in sizes:
-            part = _part(folder, place)
-            if key.fqn not in found:
-                found[key.fqn] = torch.empty(sizes[key.fqn], dtype=part.dtype)
+            part = _part(folder, entry)
+            if key.fqn not in tensors:
+                tensors[key.fqn] = torch.empty(sizes[key.fqn], dtype=part.dtype)
             spans = zip(key.offset, part.shape, strict=True)
-            window = found[key.fqn][tuple(slice(start, start + count) for start, count in spans)]
+            window = tensors[key.fqn][tuple(slice(start, start + count) for start, count in spans)]
             if window.shape != part.shape:
-                raise CheckpointError(f"{folder}: a part of {short(key.fqn)} lies outside of it; the index is damaged")
+                raise CheckpointError(f"{folder}: a part of {short(key.fqn)} is out of bounds; the index is damaged")
             window.copy_(part)
             filled[key.fqn] += part.numel()
-    lacking = sorted(name for name, size in sizes.items() if filled[name] != size.numel())
-    if lacking:
-        raise CheckpointError(f"{folder}: its index names no whole {short(', '.join(lacking[:5]))}")
-    return {name.removeprefix(SHARDED_MODEL): tensor for name, tensor in found.items()}
+    incomplete = sorted(name for name, size in sizes.items() if filled[name] != size.numel())
+    if incomplete:
+        raise CheckpointError(f"{folder}: the index does not list all parts of {short(', '.join(incomplete[:5]))}")
+    return {name.removeprefix(SHARDED_MODEL): tensor for name, tensor in tensors.items()}
 
 
-def _part(folder: Path, place: Any) -> Tensor:
-    name = str(place.relative_path)
+def _part(folder: Path, entry: Any) -> Tensor:
+    name = str(entry.relative_path)
     if Path(name).name != name:
-        raise CheckpointError(f"{folder}: {short(name)!r} lies in another folder; shards lie beside their index")
+        raise CheckpointError(f"{folder}: {short(name)!r} is in another directory; shards must be next to their index")
     with (folder / name).open("rb") as file:
-        file.seek(place.offset)
-        part: Tensor = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+        file.seek(entry.offset)
+        part: Tensor = torch.load(io.BytesIO(file.read(entry.length)), map_location="cpu", weights_only=True)
     return part
 
 
 class _Ignored:
-    """Stands for what a file holds beside tensors and plain values; it keeps nothing and does nothing."""
+    """Placeholder for objects in a file other than tensors and plain values: keeps nothing and does nothing."""
 
     def __new__(cls, *args: object) -> _Ignored:
         return super().__new__(cls)
@@ -191,9 +192,9 @@ class _Ignored:
         pass
 
 
-def _of_file(path: Path) -> dict[str, Tensor]:
+def _from_file(path: Path) -> dict[str, Tensor]:
     others = [name.rpartition(".") for name in get_unsafe_globals_in_checkpoint(str(path))]
-    # torch takes a class of that name in place of what the file names
+    # torch uses these classes in place of those that the file names
     with safe_globals([type(name, (_Ignored,), {"__module__": module}) for module, _, name in others]):
         tree = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     for key in ("state", "model"):

@@ -1,4 +1,4 @@
-"""A saved model out of a checkpoint that a run wrote: on one machine, without Composer and without its ranks."""
+"""Export of a run's checkpoint as a saved model, on one machine, without Composer or the run's ranks."""
 
 from __future__ import annotations
 
@@ -20,98 +20,99 @@ from ssmvl.model.saved import save_folder
 from ssmvl.recipes.binding import bind_part
 from ssmvl.recipes.merge import Recipe
 from ssmvl.training.checkpoints.composer_files import METADATA_FILE, model_tensors
-from ssmvl.training.checkpoints.newest import CHECKPOINT, corruption, damage, newest_whole
+from ssmvl.training.checkpoints.latest import CHECKPOINT, corruption, damage, latest_complete
 from ssmvl.training.checkpoints.stores import BucketStore
 from ssmvl.training.stage_prompts import prompts_of_stages, recipe_after
 
-GIVE_RECIPE = "give it with --recipe: the run folder, such as runs/NAME, or a recipe (in Python recipe=)"
+GIVE_RECIPE = "pass --recipe (in Python recipe=): the run folder, such as runs/NAME, or a recipe"
 
 
 def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path, list[str]]:
-    """The checkpoint that a user means; nothing is changed.
+    """Resolve a user's path to a checkpoint. Changes nothing.
 
     Args:
-        name: a checkpoint, of one file or a folder of shards; or a stage's folder of checkpoints, for the newest
-            that is whole.
+        name: a checkpoint, which is a file or a directory of shards; or a stage's directory of checkpoints, which
+            stands for the latest complete one.
         trust_pickle: see `ssmvl.training.checkpoints.composer_files.read_index`.
 
     Returns:
         The checkpoint, and what is wrong with newer ones.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is no checkpoint, or it is damaged.
     """
     path = user_path(name)
     if path.is_dir() and not CHECKPOINT.fullmatch(path.name) and not (path / METADATA_FILE).is_file():
         try:
-            newest, passed = newest_whole(path, trust_pickle)
+            latest, skipped = latest_complete(path, trust_pickle)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error})") from error
-        if newest is None:
+        if latest is None:
             if (path / ABOUT_FILE).is_file():
-                raise CheckpointError(f"{path} is a saved model already: ssmvl.load reads it")
-            what = "no whole checkpoint:\n  " + "\n  ".join(passed.values()) if passed else "no checkpoint of a run"
-            stages = "runs/NAME/STAGE/checkpoints (in a bucket s3://BUCKET/FOLDER/NAME/STAGE)"
-            allowed = f"name a stage's folder, such as {stages}, or one in it, such as ep0-ba500"
-            raise CheckpointError(f"{path} holds {what}\n{allowed}" if passed else f"{path} holds {what}; {allowed}")
-        return newest, list(passed.values())
+                raise CheckpointError(f"{path} is already a saved model; load it with ssmvl.load")
+            listed = "\n  ".join(skipped.values())
+            what = f"no complete checkpoint:\n  {listed}" if skipped else "no checkpoint of a run"
+            stages = "runs/NAME/STAGE/checkpoints (in a bucket s3://BUCKET/DIR/NAME/STAGE)"
+            allowed = f"pass the directory of a stage's checkpoints, such as {stages}, or one in it, such as ep0-ba500"
+            raise CheckpointError(f"{path} holds {what}\n{allowed}" if skipped else f"{path} holds {what}; {allowed}")
+        return latest, list(skipped.values())
     if not path.exists():
-        advice = " on this machine; of buckets s3:// is read, copy it here first" if is_remote(str(name)) else ""
-        raise CheckpointError(f"{name}: no such file or folder{advice}")
+        advice = " on this machine; only s3:// URLs are read directly, so copy it here first"
+        raise CheckpointError(f"{name}: no such file or directory{advice if is_remote(str(name)) else ''}")
     if path.suffix == ".safetensors":
-        raise CheckpointError(f"{path} holds weights that need no export: ssmvl.load reads the folder of a saved model")
-    if why := damage(path, trust_pickle):
-        raise CheckpointError(f"{path} {why}")
+        raise CheckpointError(f"{path} needs no export; load the directory of the saved model with ssmvl.load")
+    if problem := damage(path, trust_pickle):
+        raise CheckpointError(f"{path} {problem}")
     return path, []
 
 
 def export(
     checkpoint: str | Path, out: str | Path, recipe: str | Path | Recipe | None = None, trust_pickle: bool = False
 ) -> tuple[str, list[str]]:
-    """Save the model of a checkpoint as a folder that `ssmvl.load` reads.
+    """Save a checkpoint's model as a directory that `ssmvl.load` reads.
 
     Args:
-        checkpoint: see `find_checkpoint`; or the URL of either in S3 (or what `S3_ENDPOINT_URL` names), as a run
-            named it. The one that is read is fetched to where temporary files lie (`TMPDIR`), and removed again.
-        out: the folder; empty, or not there yet.
-        recipe: of the run; by default the one in the run folder that the checkpoint lies in. A URL needs it.
-        trust_pickle: whether the index of a sharded checkpoint, which is a pickle, is read whatever it holds: that may
-            run any code. Without it, what holds more than names, sizes and places of tensors is refused.
+        checkpoint: see `find_checkpoint`; or the URL of either in S3 (or on `S3_ENDPOINT_URL`), as the run names it.
+            From a bucket, the checkpoint is downloaded to a temporary directory (`TMPDIR`), and removed afterwards.
+        out: the directory to write. It must be empty or new.
+        recipe: of the run; the default is the recipe of the run folder that holds the checkpoint. Required for a URL.
+        trust_pickle: if True, the index of a sharded checkpoint, which is a pickle, is read without restrictions and
+            can execute arbitrary code. If False, an index with more than names, sizes and offsets is rejected.
 
     Returns:
         The checkpoint that was read, and what is wrong with newer ones.
 
     Raises:
-        CheckpointError: there is none, it is damaged or refused, no recipe was found, the model of the recipe has other
-            tensors, or `out` is not empty or cannot be written.
-        RecipeError: every mistake of the recipe.
-        RunError: the bucket cannot be reached, or there is no room for what is fetched.
-        MissingDependencyError: boto3, which a bucket needs, is not installed.
+        CheckpointError: there is no checkpoint or no recipe, the checkpoint is damaged or rejected, its tensors are not
+            those of the recipe's model, or `out` is not empty or cannot be written.
+        RecipeError: the recipe has mistakes; lists all of them.
+        RunError: the bucket cannot be reached, or there is no space for the download.
+        MissingDependencyError: boto3, which buckets require, is not installed.
     """
-    _require_free(out)
+    _require_empty(out)
     if str(checkpoint).startswith("s3://"):
         if recipe is None:
-            raise CheckpointError(f"{checkpoint} does not lie in a run folder, so its recipe is unknown; {GIVE_RECIPE}")
-        made = Blueprint.of(recipe)  # before much is fetched
-        _ = made.processor
-        with _fetched(str(checkpoint), trust_pickle) as (path, name, passed):
-            tensors = _tensors(path, made, trust_pickle)
-            _save(out, tensors, _trained(made, name))
-        return name, passed
-    path, passed = find_checkpoint(checkpoint, trust_pickle)
-    made = Blueprint.of(_recipe_of(path) if recipe is None else recipe)
-    tensors = _tensors(path, made, trust_pickle)
-    require_same_model(_run_recipe(path), made)
-    _save(out, tensors, _trained(made, str(path.absolute())))
-    return str(path), passed
+            raise CheckpointError(f"{checkpoint} is not in a run folder, so its recipe is unknown; {GIVE_RECIPE}")
+        blueprint = Blueprint.of(recipe)  # find mistakes before the download
+        _ = blueprint.processor
+        with _downloaded(str(checkpoint), trust_pickle) as (path, name, skipped):
+            tensors = _tensors(path, blueprint, trust_pickle)
+            _save(out, tensors, _with_stage_prompt(blueprint, name))
+        return name, skipped
+    path, skipped = find_checkpoint(checkpoint, trust_pickle)
+    blueprint = Blueprint.of(_recipe_of(path) if recipe is None else recipe)
+    tensors = _tensors(path, blueprint, trust_pickle)
+    require_same_model(_run_recipe(path), blueprint)
+    _save(out, tensors, _with_stage_prompt(blueprint, str(path.absolute())))
+    return str(path), skipped
 
 
-def _trained(blueprint: Blueprint, checkpoint: str) -> Blueprint:
-    """The recipe with the prompt of the stage whose folder a checkpoint lies in."""
+def _with_stage_prompt(blueprint: Blueprint, checkpoint: str) -> Blueprint:
+    """Return the blueprint with the prompt of the stage whose directory holds the checkpoint."""
     recipe = blueprint.recipe
     folders = [name for name in checkpoint.split("/")[-3:-1] if name in (recipe.data.get("stages") or {})]
     if not folders and (prompts := prompts_of_stages(recipe)):
-        unknown = f"{checkpoint} is not in a stage's folder, so its prompt is unknown and model.prompt is saved"
+        unknown = f"{checkpoint} is not in a stage's directory, so its prompt is unknown and model.prompt is saved"
         warnings.warn(f"{unknown}; {'; '.join(prompts)}", stacklevel=3)
     node = recipe_after(recipe, folders[-1]).data["model"]["prompt"] if folders else recipe.data["model"]["prompt"]
     if node == recipe.data["model"]["prompt"]:
@@ -126,52 +127,52 @@ def _save(out: str | Path, tensors: dict[str, Tensor], blueprint: Blueprint) -> 
     save_folder(out, tensors, blueprint, blueprint.processor)
 
 
-def _tensors(path: Path, made: Blueprint, trust_pickle: bool) -> dict[str, Tensor]:
-    """What the model is saved with, of a checkpoint that has that and nothing else."""
-    if why := corruption(path):
-        raise CheckpointError(f"{path} {why}")
+def _tensors(path: Path, blueprint: Blueprint, trust_pickle: bool) -> dict[str, Tensor]:
+    """Return the tensors to save, from a checkpoint that must have exactly the model's."""
+    if problem := corruption(path):
+        raise CheckpointError(f"{path} {problem}")
     tensors = model_tensors(path, trust_pickle)
-    NATIVE_LAYOUT.check(made.model, tensors, f"{path}, with the recipe {made.recipe.source},")
-    return {name: tensors[name] for name in NATIVE_LAYOUT.sources(made.model)}
+    NATIVE_LAYOUT.check(blueprint.model, tensors, f"{path}, with the recipe {blueprint.recipe.source},")
+    return {name: tensors[name] for name in NATIVE_LAYOUT.sources(blueprint.model)}
 
 
 @contextmanager
-def _fetched(url: str, trust_pickle: bool) -> Iterator[tuple[Path, str, list[str]]]:
-    """A checkpoint of a bucket on this machine, its URL, and what is wrong with newer ones."""
+def _downloaded(url: str, trust_pickle: bool) -> Iterator[tuple[Path, str, list[str]]]:
+    """Download a checkpoint from a bucket; yield its path, its URL, and what is wrong with newer ones."""
     parent, _, last = url.rstrip("/").rpartition("/")
     stage, name = (parent, last) if CHECKPOINT.fullmatch(last) else (url.rstrip("/"), "")
     store = BucketStore(stage)
     with store.outline(name) as outline:
         try:
-            path, passed = find_checkpoint(outline / name, trust_pickle)
+            path, skipped = find_checkpoint(outline / name, trust_pickle)
             store.fetch(path)
-            find_checkpoint(path, trust_pickle)  # a run may have written or removed it meanwhile
-            yield path, f"{stage}/{path.name}", [text.replace(str(outline), stage) for text in passed]
+            find_checkpoint(path, trust_pickle)  # a run may have overwritten or removed it in the meantime
+            yield path, f"{stage}/{path.name}", [text.replace(str(outline), stage) for text in skipped]
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(outline), stage)) from error
 
 
-def _require_free(out: str | Path) -> None:
+def _require_empty(out: str | Path) -> None:
     try:
-        taken = sorted(path.name for path in user_path(out).iterdir())
-    except (FileNotFoundError, NotADirectoryError):  # a file in the way is told where the folder is written
+        names = sorted(path.name for path in user_path(out).iterdir())
+    except (FileNotFoundError, NotADirectoryError):  # `save_folder` reports a file in the way
         return
     except OSError as error:
         raise CheckpointError(f"{out} cannot be read ({error})") from error
-    if taken:
-        what = f"{out} holds {short(', '.join(taken))}"
-        raise CheckpointError(f"{what}; nothing there is replaced: name a folder that is empty or not there yet")
+    if names:
+        what = f"{out} holds {short(', '.join(names))}"
+        raise CheckpointError(f"{what}; nothing is overwritten: choose an empty or new directory")
 
 
 def _run_recipe(checkpoint: Path) -> Path:
-    """Where a run folder has its recipe: beside the folder of the stage whose `checkpoints` it lies in."""
-    places = checkpoint.absolute().parents
-    return places[min(2, len(places) - 1)] / "recipe.yaml"
+    """Return the path of the run's recipe for a checkpoint `RUN/STAGE/checkpoints/NAME`: `RUN/recipe.yaml`."""
+    parents = checkpoint.absolute().parents
+    return parents[min(2, len(parents) - 1)] / "recipe.yaml"
 
 
 def _recipe_of(checkpoint: Path) -> Path:
     path = _run_recipe(checkpoint)
     if not path.is_file():
-        what = f"{checkpoint} does not lie in a run folder ({path} is not there)"
+        what = f"{checkpoint} is not in a run folder ({path} does not exist)"
         raise CheckpointError(f"{what}, so its recipe is unknown; {GIVE_RECIPE}")
     return path

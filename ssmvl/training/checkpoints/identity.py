@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of this run: it says whose it is, and another's is refused."""
+"""Identity of a run, saved in its checkpoints and compared on resuming."""
 
 from __future__ import annotations
 
@@ -18,52 +18,54 @@ from ssmvl.training.run_folder import differences, identity
 
 
 class Identity(Callback):
-    """Puts the run's identity into each checkpoint, and refuses one with another.
+    """Saves the run's identity in each checkpoint, and rejects checkpoints of other runs.
 
     Args:
         recipe: of the run.
+        optimizer: class name of the stage's optimizer.
 
     Raises:
-        RunError: the checkpoint is of a run with another model, seed, data or trained parts.
+        RunError: the checkpoint belongs to a run with a different model, seed, data or trained parts.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._identity = identity(recipe)
+    def __init__(self, recipe: Recipe, optimizer: str) -> None:
+        self._identity = {**identity(recipe), "optimizer": optimizer}
 
     def state_dict(self) -> dict[str, Any]:
-        """As text, because torch takes a mapping in a sharded checkpoint apart and wants the same keys back."""
+        """Return the identity as text: torch flattens mappings in sharded checkpoints and requires the same keys."""
         return {"identity": json.dumps(self._identity)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare."""
-        if found := differences(write_out(json.loads(state["identity"]), saved=True), self._identity):
-            raise RunError("it is of another run:\n  " + "\n  ".join(found))
+        """Compare the saved identity with this run's."""
+        saved = {"optimizer": "AdamW", **json.loads(state["identity"])}
+        if lines := differences(write_out(saved, saved=True), self._identity):
+            raise RunError("it belongs to a different run:\n  " + "\n  ".join(lines))
 
 
 @contextmanager
 def resuming(checkpoint: str | None) -> Iterator[None]:
-    """While Composer reads a checkpoint: what it cannot use is named.
+    """Raise the errors of loading a checkpoint as a `RunError` that names it.
 
     Args:
-        checkpoint: None where there is none.
+        checkpoint: its path or URL; None if the stage starts from the beginning.
 
     Raises:
-        RunError: tensors, names or the identity in it are another model's or run's.
+        RunError: tensors, names or identity in the checkpoint do not match this model or run.
     """
     try:
         yield
     except (RunError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
-        elsewhere = (torch.OutOfMemoryError, torch.distributed.DistError)
-        if checkpoint is None or isinstance(error, elsewhere) or "gloo/transport" in str(error):
+        unrelated = (torch.OutOfMemoryError, torch.distributed.DistError)
+        if checkpoint is None or isinstance(error, unrelated) or "gloo/transport" in str(error):
             raise
-        why = str(error) if isinstance(error, RunError) else _first(error)
-        advice = "put this run's own there, or none to begin the stage anew"
+        why = str(error) if isinstance(error, RunError) else _first_difference(error)
+        advice = "replace it with this run's own, or remove it to start the stage again"
         raise RunError(f"{checkpoint} cannot be resumed from; {advice}: {why}") from error
 
 
-def _first(error: BaseException) -> str:
-    """The first difference that torch lists."""
+def _first_difference(error: BaseException) -> str:
+    """Return the first difference that torch lists."""
     if isinstance(error, CheckpointException):
-        error = next(found for found, _ in error.failures.values())
+        error = next(failure for failure, _ in error.failures.values())
     lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
     return short(next((line for line in lines if "mismatch" in line), lines[0]))

@@ -1,4 +1,4 @@
-"""How many checkpoints of a stage stay: older ones go once a newer one has been saved."""
+"""Pruning of a stage's old checkpoints after a newer one has been saved."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from ssmvl.training.checkpoints.stores import Store
 
 
 class OldCheckpoints(Callback):
-    """Removes them, on the first rank, once a newer one has been saved. Composer forgets those of earlier launches.
+    """Removes old checkpoints once a newer one is saved. Composer does not know those of earlier launches.
 
-    On every rank also what Composer made on this machine to send it to a bucket: it removes the first rank's alone.
+    The first rank prunes the store. With a bucket, every rank also removes its local copies after uploading; Composer
+    removes only the first rank's.
 
     Args:
-        store: where they are.
-        kept: how many whole ones stay.
+        store: the stage's checkpoints.
+        kept: number of complete checkpoints to keep.
     """
 
     def __init__(self, store: Store, kept: int) -> None:
@@ -30,26 +31,26 @@ class OldCheckpoints(Callback):
         self._saved: Any = None
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Look whether one was saved after the step before."""
+        """Prune if a checkpoint was saved after the previous step."""
         (saver,) = (callback for callback in state.callbacks if isinstance(callback, CheckpointSaver))
         if saver.last_checkpoint_batch != self._saved:
             self._saved = saver.last_checkpoint_batch
             self._clean(Path(saver.folder))
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """After the last; others may still be on their way to a bucket."""
+        """Prune after the last checkpoint; uploads to a bucket may still be in progress."""
         (saver,) = (callback for callback in state.callbacks if isinstance(callback, CheckpointSaver))
         self._clean(Path(saver.folder))
 
-    def _clean(self, made: Path) -> None:
-        for path in made.iterdir() if self._store.local_copies == 0 else ():
+    def _clean(self, local: Path) -> None:
+        for path in local.iterdir() if self._store.local_copies == 0 else ():
             shutil.rmtree(path, ignore_errors=True)
         if dist.get_global_rank() == 0:
             remove_old(self._store, self._kept)
 
 
 def remove_old(store: Store, kept: int) -> None:
-    """Remove those older than the newest `kept` whole ones, or say why not: the next save tries again."""
+    """Remove checkpoints older than the latest `kept` complete ones. Failures are printed; the next save retries."""
     try:
         store.remove_old(kept)
     except (RunError, OSError) as error:

@@ -1,4 +1,4 @@
-"""A checkpoint of one file read into sharded ranks: the first rank reads it, every rank gets its shards."""
+"""Load a single-file checkpoint into sharded ranks: the first rank reads it, every rank receives its shards."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from ssmvl.training.distributed import first_rank
 
 
 def load_single_file(trainer: Trainer, checkpoint: str) -> None:
-    """Resume from a checkpoint of one file where Composer, told to write shards, would expect a folder of them.
+    """Resume from a single file. Composer itself, set to write shards, would expect a directory of shards.
 
     Args:
-        trainer: of sharded ranks.
-        checkpoint: path or URL of a file that a run of ours wrote.
+        trainer: this rank's trainer of a sharded model.
+        checkpoint: path or URL of a file written by an ssmvl run.
     """
     state = trainer.state
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "checkpoint")
         store, name = maybe_create_object_store_from_uri(checkpoint), parse_uri(checkpoint)[2]
         first_rank(lambda: _fetch(name, file, store))
-        whole: dict[str, Any] = safe_torch_load(file, load_monolith_rank0_only=True)
-    found, (optimizer,) = whole["state"], state.optimizers
+        saved: dict[str, Any] = safe_torch_load(file, load_monolith_rank0_only=True)
+    saved_state, (optimizer,) = saved["state"], state.optimizers
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(state.model, found.pop("model") or {}, options=options)  # None on other ranks than the first
-    moments = (found.pop("optimizers") or {}).get(type(optimizer).__qualname__, {})
+    set_model_state_dict(state.model, saved_state.pop("model") or {}, options=options)  # None except on the first rank
+    moments = (saved_state.pop("optimizers") or {}).get(type(optimizer).__qualname__, {})
     set_optimizer_state_dict(state.model, optimizer, moments, options=options)
-    found.pop("run_name", None)  # Composer keeps the one that it was given
-    state.load_state_dict(found, trainer.logger)
-    if state.timestamp.batch_in_epoch == 0:  # as Composer does; within an epoch, the data are not read again
-        reproducibility.load_rng_state(whole["rng"])
+    saved_state.pop("run_name", None)  # the trainer keeps its own
+    state.load_state_dict(saved_state, trainer.logger)
+    if state.timestamp.batch_in_epoch == 0:  # as in Composer, for a dataset that resumes without replaying batches
+        reproducibility.load_rng_state(saved["rng"])
     dist.barrier()
 
 
 def _fetch(name: str, file: str, store: Any) -> None:
     try:
         get_file(name, file, store, progress_bar=False)
-    except Exception as error:  # of the disk, or of whatever store it is: the other ranks wait for this one
+    except Exception as error:  # any disk or store error: `first_rank` tells the waiting ranks
         raise RunError(f"{name} cannot be read ({type(error).__name__}: {short(str(error))})") from error

@@ -1,4 +1,4 @@
-"""Where a stage's checkpoints lie, a folder or a bucket: which is the newest, which go, one fetched. No Composer."""
+"""Stores of a stage's checkpoints, a directory or a bucket: find the latest, prune, download. No Composer."""
 
 from __future__ import annotations
 
@@ -13,38 +13,40 @@ from typing import Any
 from ssmvl.data.remote import hint
 from ssmvl.errors import MissingDependencyError, RunError
 from ssmvl.training.checkpoints.composer_files import METADATA_FILE
-from ssmvl.training.checkpoints.newest import CHECKPOINT, newest_whole, surplus
+from ssmvl.training.checkpoints.latest import CHECKPOINT, latest_complete, outdated
 
-TAIL = 1 << 20  # bytes at the end of a file that hold its directory
+TAIL = 1 << 20  # bytes at the end of a file that contain its zip directory
 
 
 class FolderStore:
-    """Checkpoints in a folder.
+    """Checkpoints in a directory.
 
     Args:
-        place: the folder.
+        folder: the directory.
     """
 
-    local_copies = -1  # that Composer keeps: all, `remove_old` removes them
+    local_copies = -1  # number that Composer keeps: all, because `remove_old` prunes them
 
-    def __init__(self, place: Path) -> None:
-        self.place = str(place)
-        self._folder = place
+    def __init__(self, folder: Path) -> None:
+        self.location = str(folder)
+        self._folder = folder
 
-    def newest(self) -> tuple[str | None, list[str]]:
-        """The newest checkpoint that is whole, or None, and what is wrong with newer ones, which lose their index.
+    def latest(self) -> tuple[str | None, list[str]]:
+        """Return the latest complete checkpoint, or None, and what is wrong with newer ones, whose indices are removed.
 
-        What is written over them is not whole before its own index is there.
+        A checkpoint written over them is then incomplete until its own index is written.
         """
-        found, passed = newest_whole(self._folder, finite=True)
-        for path in passed:
+        if not self._folder.is_dir():
+            return None, []
+        checkpoint, skipped = latest_complete(self._folder, finite=True)
+        for path in skipped:
             if path.is_dir():
                 (path / METADATA_FILE).unlink(missing_ok=True)
-        return str(found) if found else None, list(passed.values())
+        return str(checkpoint) if checkpoint else None, list(skipped.values())
 
     def remove_old(self, kept: int) -> None:
-        """Remove those older than the newest `kept` whole ones."""
-        for path in surplus(self._folder, kept):
+        """Remove checkpoints older than the latest `kept` complete ones."""
+        for path in outdated(self._folder, kept):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -52,116 +54,116 @@ class FolderStore:
 
 
 class BucketStore:
-    """Checkpoints in a bucket of S3, or of what `S3_ENDPOINT_URL` names.
+    """Checkpoints in a bucket of S3, or of the service at `S3_ENDPOINT_URL`.
 
     Args:
-        place: URL of the folder.
+        url: URL of the directory.
 
     Raises:
         MissingDependencyError: boto3 is not installed.
-        RunError: it cannot be used as it is set up here.
+        RunError: the bucket cannot be used with this machine's settings.
     """
 
-    local_copies = 0  # that Composer keeps, once they are uploaded
+    local_copies = 0  # number that Composer keeps after uploading
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, url: str) -> None:
         try:
             import boto3
         except ImportError as error:
             raise MissingDependencyError("checkpoints in a bucket need boto3: pip install 'ssmvl[train]'") from error
-        self.place = place
-        self._bucket, _, path = place.removeprefix("s3://").partition("/")
+        self.location = url
+        self._bucket, _, path = url.removeprefix("s3://").partition("/")
         self._prefix = f"{path}/" if path else ""
         try:
             self._client: Any = boto3.client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
-        except Exception as error:  # a malformed endpoint, no region, no credentials: each has an error of its own
-            raise RunError(f"{place} cannot be used ({error}){hint(place)}") from error
+        except Exception as error:  # malformed endpoint, no region, no credentials: different types
+            raise RunError(f"{url} cannot be used ({error}){hint(url)}") from error
 
-    def newest(self) -> tuple[str | None, list[str]]:
-        """The newest checkpoint that is whole, or None, and what is wrong with newer ones; of these shards are removed.
+    def latest(self) -> tuple[str | None, list[str]]:
+        """Return the latest complete checkpoint, or None, and what is wrong with newer ones, whose shards are removed.
 
-        An index is sent first here: beside older shards it would make them look whole.
+        Uploads to a bucket begin with the index, which would make a checkpoint with old shards look complete.
 
         Raises:
             RunError: the bucket cannot be reached.
         """
-        with self.outline() as outline, self._reached():
-            found, passed = newest_whole(outline)
-            for path in passed:
-                for name in path.iterdir() if path.is_dir() else ():
-                    self._remove(outline, name)
-            url = f"{self.place}/{found.name}" if found else None
-            return url, [text.replace(str(outline), self.place) for text in passed.values()]
+        with self.outline() as outline, self._as_run_errors():
+            checkpoint, skipped = latest_complete(outline)
+            for path in skipped:
+                for file in path.iterdir() if path.is_dir() else ():
+                    self._remove(outline, file)
+            url = f"{self.location}/{checkpoint.name}" if checkpoint else None
+            return url, [text.replace(str(outline), self.location) for text in skipped.values()]
 
     def remove_old(self, kept: int) -> None:
-        """Remove those older than the newest `kept` whole ones.
+        """Remove checkpoints older than the latest `kept` complete ones.
 
         Raises:
             RunError: the bucket cannot be reached.
         """
-        with self.outline() as outline, self._reached():
-            for path in surplus(outline, kept):
-                for name in path.iterdir() if path.is_dir() else [path]:
-                    self._remove(outline, name)
+        with self.outline() as outline, self._as_run_errors():
+            for path in outdated(outline, kept):
+                for file in path.iterdir() if path.is_dir() else [path]:
+                    self._remove(outline, file)
 
     def _remove(self, outline: Path, path: Path) -> None:
         self._client.delete_object(Bucket=self._bucket, Key=self._prefix + str(path.relative_to(outline)))
 
     @contextmanager
     def outline(self, name: str = "") -> Iterator[Path]:
-        """A temporary folder of files as large as the objects, of which it holds the indices and directories alone.
+        """Yield a temporary directory with files of the objects' sizes, filled only with indices and zip directories.
 
         Args:
-            name: of the only checkpoint that is looked at; all if empty.
+            name: the only checkpoint to include; all if empty.
 
         Raises:
-            RunError: the bucket cannot be reached, or the folder cannot be written.
+            RunError: the bucket cannot be reached, or the directory cannot be written.
         """
         with ExitStack() as stack:
-            with self._reached():
+            with self._as_run_errors():
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ssmvl-")))
                 listing = self._client.get_paginator("list_objects_v2")
                 pages = listing.paginate(Bucket=self._bucket, Prefix=self._prefix + name)
-                for found in [found for page in pages for found in page.get("Contents", [])]:
-                    parts = PurePosixPath(found["Key"].removeprefix(self._prefix)).parts
-                    marker = found["Key"].endswith("/")  # consoles make such objects to show a folder
+                for item in [item for page in pages for item in page.get("Contents", [])]:
+                    parts = PurePosixPath(item["Key"].removeprefix(self._prefix)).parts
+                    marker = item["Key"].endswith("/")  # consoles create such objects to show directories
                     if not marker and len(parts) in (1, 2) and CHECKPOINT.fullmatch(parts[0]) and ".." not in parts:
-                        self._draw(folder.joinpath(*parts), found)
+                        self._add(folder.joinpath(*parts), item)
             yield folder
 
     def fetch(self, checkpoint: Path) -> None:
-        """Fetch the whole of a checkpoint of an outline.
+        """Download all files of a checkpoint into its outline.
 
         Raises:
             RunError: the bucket cannot be reached, or the outline cannot be written.
         """
         for file in checkpoint.iterdir() if checkpoint.is_dir() else [checkpoint]:
             name = str(file.relative_to(checkpoint.parent))
-            with self._reached(f"/{name}"):
+            with self._as_run_errors(f"/{name}"):
                 self._client.download_file(self._bucket, self._prefix + name, str(file))
 
     @contextmanager
-    def _reached(self, file: str = "") -> Iterator[None]:
-        """What fails outside as a RunError: this machine's temporary folder, or the bucket."""
+    def _as_run_errors(self, file: str = "") -> Iterator[None]:
+        """Raise failures of the bucket or of this machine's temporary directory as a `RunError`."""
         from botocore.exceptions import BotoCoreError
 
         try:
             yield
-        except Exception as error:  # botocore makes its classes of errors as it meets them
-            if isinstance(error, OSError) and not isinstance(error, BotoCoreError):  # of which some are both
-                what = f"what is read of it cannot be kept among temporary files ({error})"
-                advice = f"make room in {tempfile.tempdir}, or let TMPDIR name another folder that exists"
-                raise RunError(f"{self.place}{file}: {what}; {advice}") from error
-            why = getattr(error, "last_exception", error)  # of a download that was tried again and again
-            raise RunError(f"{self.place}{file} cannot be used ({why}){hint(self.place)}") from error
+        except Exception as error:  # botocore creates its error classes at runtime
+            if isinstance(error, OSError) and not isinstance(error, BotoCoreError):  # some of its errors are OSErrors
+                what = f"it cannot be written to a temporary file ({error})"
+                advice = f"make room in {tempfile.tempdir}, or set TMPDIR to another directory that exists"
+                raise RunError(f"{self.location}{file}: {what}; {advice}") from error
+            cause = getattr(error, "last_exception", error)  # set by a download that ran out of retries
+            raise RunError(f"{self.location}{file} cannot be used ({cause}){hint(self.location)}") from error
 
-    def _draw(self, path: Path, found: dict[str, Any]) -> None:
+    def _add(self, path: Path, item: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
-            file.truncate(found["Size"])
-            if found["Size"] and (path.name == METADATA_FILE or path.suffix == ".pt"):
-                file.seek(start := max(0, found["Size"] - TAIL) if path.suffix == ".pt" else 0)
-                part = self._client.get_object(Bucket=self._bucket, Key=found["Key"], Range=f"bytes={start}-")
+            file.truncate(item["Size"])
+            if item["Size"] and (path.name == METADATA_FILE or path.suffix == ".pt"):
+                file.seek(start := max(0, item["Size"] - TAIL) if path.suffix == ".pt" else 0)
+                part = self._client.get_object(Bucket=self._bucket, Key=item["Key"], Range=f"bytes={start}-")
                 file.write(part["Body"].read())
 
 

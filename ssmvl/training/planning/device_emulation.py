@@ -1,4 +1,4 @@
-"""What a GPU or a CPU does and `meta` does not: autocast, attention in tiles, tiles of a size for the cache."""
+"""Emulate a GPU or CPU on `meta`: autocast, tiled attention, and tiles sized for the cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from ssmvl.training.planning.memory_ledger import CASTS, Ledger
 
-# What autocast runs in bf16, and what in fp32, as far as models here call it.
+# Ops that autocast runs in bf16 (LOWER) and in fp32 (FULL); only those that models here call.
 LOWER = {
     *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.mm, torch.baddbmm, torch.addmm, torch.einsum),
     *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.multi_head_attention_forward),
@@ -21,9 +21,10 @@ IS_CPU = cast(Any, Tensor.is_cpu).__get__
 
 
 class Device(TorchFunctionMode):
-    """What a GPU under bf16 autocast, or a CPU in fp32, does otherwise than `meta`.
+    """Emulates a GPU under bf16 autocast, or a CPU in fp32, for tensors on `meta`.
 
-    Autocast acts where gradients are enabled: ops with a backward of their own leave it, and they alone disable them.
+    Autocast applies only while gradients are enabled: ops with their own backward disable autocast, and only they
+    disable gradients.
     """
 
     def __init__(self, gpu: bool, ledger: Ledger) -> None:
@@ -31,8 +32,8 @@ class Device(TorchFunctionMode):
         self._gpu, self.ledger = gpu, ledger
         self._casts: dict[Tensor, Tensor] | None = {}
 
-    def leave_forward(self) -> None:
-        """Autocast's copies of weights go; backward makes no lasting ones."""
+    def end_forward(self) -> None:
+        """Drop autocast's copies of weights; copies made in backward are not kept."""
         self._casts = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,21 +48,21 @@ class Device(TorchFunctionMode):
                 args, kwargs = self._cast((args, kwargs), torch.float32)
         return _attention(*args, **kwargs) if attention else func(*args, **kwargs)
 
-    def _cast(self, given: Any, dtype: torch.dtype) -> Any:
-        if isinstance(given, tuple | list):
-            return type(given)(self._cast(one, dtype) for one in given)
-        if isinstance(given, dict):
-            return {key: self._cast(one, dtype) for key, one in given.items()}
-        if not isinstance(given, Tensor) or not given.is_floating_point() or given.dtype == dtype:
-            return given
-        if self._casts is not None and given in self._casts:
-            return self._casts[given]
-        cast_ = given.to(dtype)
-        if isinstance(given, nn.Parameter):
-            self.ledger.call(cast_, CASTS)
-            if given.requires_grad and self._casts is not None:
-                self._casts[given] = cast_
-        return cast_
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(self._cast(item, dtype) for item in value)
+        if isinstance(value, dict):
+            return {key: self._cast(item, dtype) for key, item in value.items()}
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
+            return value
+        if self._casts is not None and value in self._casts:
+            return self._casts[value]
+        copy = value.to(dtype)
+        if isinstance(value, nn.Parameter):
+            self.ledger.relabel(copy, CASTS)
+            if value.requires_grad and self._casts is not None:
+                self._casts[value] = copy
+        return copy
 
 
 def _attention(
@@ -74,8 +75,8 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """In tiles, as a CPU and a GPU compute it: nothing of T x T is made."""
+    """Compute attention in tiles, as a CPU or GPU does: no T x T matrix is materialized."""
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
-    run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return run(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attention(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]

@@ -1,4 +1,4 @@
-"""What is in use while a model runs, by storage: nothing is measured, so it may run on `meta`."""
+"""Ledger of live memory while a model runs, by storage. Sizes are computed, not measured, so it works on `meta`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ CASTS, ACTIVATIONS, LOGITS, GRADIENTS = "bf16 weights", "activations", "logits a
 
 
 class Ledger(TorchDispatchMode):
-    """What is live, by storage, and what was live when most was, in each phase."""
+    """Tracks live storages, and keeps the bytes at the peaks of each phase, by kind.
+
+    Args:
+        logits: shape of the logits; tensors of this shape count as `LOGITS`.
+    """
 
     def __init__(self, logits: tuple[int, int]) -> None:
         super().__init__()
         self.moments: list[Counter[str]] = []
-        self.paused = False  # while a block that stands for many is in backward
+        self.paused = False  # while the block that stands for others runs backward
         self._now: Counter[str] = Counter()
         self._held: dict[int, tuple[str, int]] = {}
         self._counts: dict[nn.Parameter, int] = {}
@@ -29,57 +33,57 @@ class Ledger(TorchDispatchMode):
         self.begin()
 
     def begin(self) -> None:
-        """Begin a phase."""
+        """Start a phase."""
         self.moments += Counter(), Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = run_on_meta(func, args, kwargs or {})
-        for made in output if isinstance(output, list | tuple) else (output,):
-            if isinstance(made, Tensor) and _key(made) not in self._held:
-                self._enter(made, LOGITS if made.shape == self._logits else ACTIVATIONS, 1)
+        for result in output if isinstance(output, list | tuple) else (output,):
+            if isinstance(result, Tensor) and _key(result) not in self._held:
+                self._enter(result, LOGITS if result.shape == self._logits else ACTIVATIONS, 1)
         if not self.paused:
-            for place, size in ((-2, Counter.total), (-1, _without_gradients)):
-                if size(self._now) > size(self.moments[place]):
-                    self.moments[place] = self._now.copy()
+            for index, size in ((-2, Counter.total), (-1, _without_gradients)):
+                if size(self._now) > size(self.moments[index]):
+                    self.moments[index] = self._now.copy()
         return output
 
     def ignore(self, tensor: Tensor) -> None:
-        """Count it nowhere."""
+        """Exclude a tensor from the counts."""
         self._enter(tensor, "", 0)
 
-    def call(self, tensor: Tensor, kind: str) -> None:
-        """Count it as another kind."""
+    def relabel(self, tensor: Tensor, kind: str) -> None:
+        """Count a tensor as a different kind."""
         self._change(_key(tensor), kind, self._held[_key(tensor)][1])
 
-    def divide(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Let another phase begin when backward comes to this unit."""
+    def start_phase_in_backward(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Start a phase when backward reaches this unit; a forward hook."""
         hidden = first(output)
         if hidden.requires_grad:
             hidden.register_hook(lambda _: self.begin())
 
     def live(self) -> set[int]:
-        """Storages that are."""
+        """Return the keys of all live storages."""
         return set(self._held)
 
-    def multiply(self, since: set[int], count: int) -> None:
-        """Let what is live now and was not then count for so many blocks."""
-        for key in self._held.keys() - since:
+    def multiply(self, live_before: set[int], count: int) -> None:
+        """Count every live storage that is not in `live_before` as those of `count` blocks."""
+        for key in self._held.keys() - live_before:
             kind, size = self._held[key]
             self._change(key, kind, size * count)
 
-    def stands_for(self, parameters: Iterator[nn.Parameter], count: int) -> None:
-        """Let gradients of these count for so many blocks."""
+    def multiply_gradients(self, parameters: Iterator[nn.Parameter], count: int) -> None:
+        """Count the gradients of these parameters as those of `count` blocks."""
         self._counts.update(dict.fromkeys(parameters, count))
 
     def complete(self, parameter: nn.Parameter, shards: int) -> None:
-        """Its gradient is accumulated: of it each rank keeps a share."""
+        """Record that a gradient is accumulated: each rank keeps its shard only."""
         grad = cast(Tensor, parameter.grad)
-        if self._held[_key(grad)][1]:  # else it was there before
+        if self._held[_key(grad)][1]:  # else it existed before, and is ignored
             self._change(_key(grad), GRADIENTS, -(-grad.nbytes // shards) * self._counts.get(parameter, 1))
 
     def _change(self, key: int, kind: str, size: int) -> None:
-        old, before = self._held[key]
-        self._now[old] -= before
+        old_kind, old_size = self._held[key]
+        self._now[old_kind] -= old_size
         self._now[kind] += size
         self._held[key] = kind, size
 
@@ -104,5 +108,5 @@ def _key(tensor: Tensor) -> int:
 
 
 def first(output: Any) -> Tensor:
-    """Of what a unit returns: layers of transformers may return more."""
+    """Return the hidden states from the output of a unit: layers of transformers may return a tuple."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)

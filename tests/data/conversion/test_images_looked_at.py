@@ -1,4 +1,4 @@
-"""Whether images are whole, without decoding them, and smaller ones of them."""
+"""Detection of damaged images without decoding them, and shrinking of images."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ssmvl.processing.image_decoding import shrunk
 from ssmvl.processing.transforms import read_image
 
 
-def picture(width: int = 60, height: int = 40, mode: str = "RGB") -> Image.Image:
-    """Left half red, right half blue; an opaque one in modes with alpha."""
+def two_colors(width: int = 60, height: int = 40, mode: str = "RGB") -> Image.Image:
+    """Return an image whose left half is red and right half blue; opaque in modes with alpha."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[:, : width // 2, 0], pixels[:, width // 2 :, 2] = 200, 200
     return Image.fromarray(pixels).convert(mode)
@@ -25,54 +25,54 @@ def picture(width: int = 60, height: int = 40, mode: str = "RGB") -> Image.Image
 
 def encoded(kind: str, image: Image.Image | None = None, **options: Any) -> bytes:
     written = io.BytesIO()
-    (image or picture()).save(written, kind, **options)
+    (image or two_colors()).save(written, kind, **options)
     return written.getvalue()
 
 
-WHOLE: dict[str, Callable[[], bytes]] = {
+COMPLETE: dict[str, Callable[[], bytes]] = {
     "jpeg": lambda: encoded("JPEG"),
     "progressive": lambda: encoded("JPEG", progressive=True),
-    "cmyk": lambda: encoded("JPEG", picture(mode="CMYK")),
+    "cmyk": lambda: encoded("JPEG", two_colors(mode="CMYK")),
     "png": lambda: encoded("PNG"),
     "gif": lambda: encoded("GIF"),
-    "animated gif": lambda: encoded("GIF", save_all=True, append_images=[picture(mode="L")]),
+    "animated gif": lambda: encoded("GIF", save_all=True, append_images=[two_colors(mode="L")]),
     "webp": lambda: encoded("WEBP"),
     "lossless webp": lambda: encoded("WEBP", lossless=True),
-    "animated webp": lambda: encoded("WEBP", save_all=True, append_images=[picture().rotate(180)]),
+    "animated webp": lambda: encoded("WEBP", save_all=True, append_images=[two_colors().rotate(180)]),
 }
 
 
-@pytest.mark.parametrize("kind", WHOLE)
-def test_a_whole_image_is_not_damaged_and_a_cut_one_is_unless_it_decodes(kind: str) -> None:
-    data = WHOLE[kind]()
+@pytest.mark.parametrize("kind", COMPLETE)
+def test_complete_images_pass_and_truncated_ones_only_if_they_decode(kind: str) -> None:
+    data = COMPLETE[kind]()
     assert damage(data) == ""
     cuts = [at for at in range(len(data)) if not damage(data[:at])]
-    for at in cuts:  # every pixel of the first frame is there
+    for at in cuts:  # every pixel of the first frame is present
         assert np.array_equal(read_image(data[:at]), read_image(data))
 
 
-def test_bytes_after_the_end_are_allowed_and_damage_is_said() -> None:
+def test_trailing_bytes_are_allowed_and_damage_is_reported() -> None:
     for kind in ("JPEG", "PNG", "WEBP", "GIF"):
-        for more in (b"\0\0", b"trailing", b"\0\0\0\x18ftypmp42" * TAIL):  # as a motion photo has a film
+        for more in (b"\0\0", b"trailing", b"\0\0\0\x18ftypmp42" * TAIL):  # like the video of a motion photo
             assert damage(encoded(kind) + more) == ""
     for kind in ("JPEG", "PNG", "WEBP", "GIF"):
-        said = damage(encoded(kind)[:-100])
-        assert said.startswith(f"no usable {kind if kind != 'WEBP' else 'WebP'}, ")
-        assert "cannot be decoded" in said
+        message = damage(encoded(kind)[:-100])
+        assert message.startswith(f"not a valid {kind if kind != 'WEBP' else 'WebP'} (")
+        assert "cannot be decoded" in message
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"a text", b"\0" * 1000, b"PK\3\4", b"\xff\xd8", b"GIF90a"])
-def test_what_is_no_image_is_damage(data: bytes) -> None:
+def test_other_data_is_damage(data: bytes) -> None:
     assert damage(data)
 
 
 @pytest.mark.parametrize("kind", ["BMP", "TIFF", "PPM"])
-def test_other_images_need_a_known_header(kind: str) -> None:
+def test_other_formats_are_decoded(kind: str) -> None:
     assert damage(encoded(kind)) == ""
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
-def test_an_image_that_is_small_enough_keeps_its_bytes(kind: str) -> None:
+def test_a_small_image_keeps_its_bytes(kind: str) -> None:
     data = encoded(kind)
     assert shrunk(data, 60) == data
     assert shrunk(data + b"trailing", 61) == data + b"trailing"
@@ -96,28 +96,28 @@ def test_an_image_that_is_small_enough_keeps_its_bytes(kind: str) -> None:
         ("TIFF", "CMYK", "PNG", "RGB"),
     ],
 )
-def test_a_large_image_becomes_a_smaller_one(kind: str, mode: str, becomes: str, becomes_mode: str) -> None:
-    image = picture(300, 200, "L" if mode == "I;16" else mode)
+def test_a_large_image_is_shrunk(kind: str, mode: str, becomes: str, becomes_mode: str) -> None:
+    image = two_colors(300, 200, "L" if mode == "I;16" else mode)
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image).astype(np.uint16) * 256)
     data = shrunk(encoded(kind, image), 60)
     assert damage(data) == ""
     with Image.open(io.BytesIO(data)) as smaller:
         assert (smaller.format, smaller.mode, smaller.size) == (becomes, becomes_mode, (60, 40))
-        image = picture(300, 200, "L") if mode == "I;16" else image
+        image = two_colors(300, 200, "L") if mode == "I;16" else image
         expected = np.asarray(image.convert("RGB").resize((60, 40), Image.Resampling.LANCZOS)).astype(int)
         error = np.abs(np.asarray(smaller.convert("RGB")) - expected)[:, np.r_[:26, 34:60]]
     assert error.max() <= (0 if becomes == "PNG" and mode != "CMYK" else 12)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_is_turned_as_its_exif_says(orientation: int) -> None:
+def test_the_exif_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     pixels = np.zeros((200, 300, 3), np.uint8)
     pixels[:100, :150], pixels[:100, 150:], pixels[100:, :150] = (200, 0, 0), (0, 200, 0), (0, 0, 200)
-    turned = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1]}
-    upright = turned.get(orientation)
+    rotated = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1]}
+    upright = rotated.get(orientation)
     if upright is None:  # 5 to 8 swap the sides
         swapped = pixels.swapaxes(0, 1)
         upright = {5: swapped, 6: swapped[:, ::-1], 7: swapped[::-1, ::-1], 8: swapped[::-1]}[orientation]
@@ -129,7 +129,7 @@ def test_an_image_is_turned_as_its_exif_says(orientation: int) -> None:
         assert np.abs(np.asarray(smaller).astype(int) - np.asarray(expected)).mean() < 4
 
 
-def test_of_an_animation_the_first_frame_is_kept_and_transparency_stays() -> None:
+def test_shrinking_keeps_the_first_frame_and_transparency() -> None:
     frames = {"save_all": True, "append_images": [Image.new("RGB", (100, 50), "white")]}
     for kind in ("GIF", "WEBP"):
         with Image.open(io.BytesIO(shrunk(encoded(kind, Image.new("RGB", (100, 50), "red"), **frames), 20))) as image:
@@ -138,7 +138,7 @@ def test_of_an_animation_the_first_frame_is_kept_and_transparency_stays() -> Non
             assert red > 240 > 20 > green
     with Image.open(io.BytesIO(shrunk(encoded("WEBP", Image.new("RGBA", (100, 50))), 20))) as image:
         assert (image.format, image.convert("RGBA").getpixel((5, 5))[3]) == ("WEBP", 0)
-    with Image.open(io.BytesIO(shrunk(encoded("PNG", picture(), transparency=(200, 0, 0)), 20))) as image:
+    with Image.open(io.BytesIO(shrunk(encoded("PNG", two_colors(), transparency=(200, 0, 0)), 20))) as image:
         alphas = [image.convert("RGBA").getpixel((column, 5))[3] for column in (2, 17)]
         assert (image.mode, alphas) == ("RGBA", [0, 255])
     palette = Image.new("P", (100, 50), 1)
@@ -147,85 +147,85 @@ def test_of_an_animation_the_first_frame_is_kept_and_transparency_stays() -> Non
         assert image.convert("RGBA").getpixel((5, 5))[3] == 0
 
 
-@pytest.mark.parametrize("data", [encoded("PNG", picture(300, 200))[:300], b"no image", b""])
-def test_what_cannot_be_decoded_cannot_be_shrunk(data: bytes) -> None:
+@pytest.mark.parametrize("data", [encoded("PNG", two_colors(300, 200))[:300], b"no image", b""])
+def test_undecodable_images_cannot_be_shrunk(data: bytes) -> None:
     with pytest.raises(DataError, match="cannot be decoded"):
         shrunk(data, 20)
 
 
-def deep() -> np.ndarray[Any, np.dtype[np.uint16]]:
-    """Grey of 16 bits that rises slowly to the right, 300 wide."""
+def gradient_16() -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """Return a 16-bit gray gradient from left to right, 300 wide."""
     return np.repeat(np.linspace(3_000, 60_000, 300).astype(np.uint16)[None], 200, axis=0)
 
 
 def with_exif(kind: str, **options: Any) -> bytes:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    return encoded(kind, picture(300, 200), exif=exif, **options)
+    return encoded(kind, two_colors(300, 200), exif=exif, **options)
 
 
 def with_damaged_exif() -> bytes:
-    """The loader turns it; PIL's own `exif_transpose` fails."""
+    """Return a JPEG that the loader rotates, but on which PIL's `exif_transpose` fails."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation], exif[ExifTags.Base.XResolution] = 6, 72.0
-    raw = bytearray(encoded("JPEG", picture(300, 200), exif=exif))
+    raw = bytearray(encoded("JPEG", two_colors(300, 200), exif=exif))
     start = raw.index(b"Exif\0\0") + 6
     entry = raw.index((0x011A).to_bytes(2, "little" if raw[start : start + 2] == b"II" else "big"), start)
-    raw[entry + 3] ^= 0x02  # it is no fraction any more
+    raw[entry + 3] ^= 0x02  # no longer a rational
     return bytes(raw)
 
 
 def with_xmp() -> bytes:
-    """Turned by XMP data alone."""
+    """Return a JPEG whose orientation is stored only as XMP data."""
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
-    raw, block = encoded("JPEG", picture(300, 200)), b"http://ns.adobe.com/xap/1.0/\0" + xmp
+    raw, block = encoded("JPEG", two_colors(300, 200)), b"http://ns.adobe.com/xap/1.0/\0" + xmp
     return raw[:2] + b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block + raw[2:]
 
 
 KINDS: dict[str, Callable[[], bytes]] = {
-    "jpeg": lambda: encoded("JPEG", picture(300, 200)),
-    "grey jpeg": lambda: encoded("JPEG", picture(300, 200, "L")),
-    "cmyk jpeg": lambda: encoded("JPEG", picture(300, 200, "CMYK")),
-    "palette": lambda: encoded("PNG", picture(300, 200, "P")),
-    "bits": lambda: encoded("PNG", picture(300, 200, "1")),
-    "transparent palette": lambda: encoded("GIF", picture(300, 200, "P"), transparency=0),
-    "transparent colour": lambda: encoded("PNG", picture(300, 200), transparency=(200, 0, 0)),
+    "jpeg": lambda: encoded("JPEG", two_colors(300, 200)),
+    "gray jpeg": lambda: encoded("JPEG", two_colors(300, 200, "L")),
+    "cmyk jpeg": lambda: encoded("JPEG", two_colors(300, 200, "CMYK")),
+    "palette": lambda: encoded("PNG", two_colors(300, 200, "P")),
+    "bits": lambda: encoded("PNG", two_colors(300, 200, "1")),
+    "transparent palette": lambda: encoded("GIF", two_colors(300, 200, "P"), transparency=0),
+    "transparent color": lambda: encoded("PNG", two_colors(300, 200), transparency=(200, 0, 0)),
     "alpha": lambda: encoded("PNG", Image.new("RGBA", (300, 200), (200, 0, 0, 100))),
-    "grey alpha": lambda: encoded("PNG", Image.new("LA", (300, 200), (50, 100))),
+    "gray alpha": lambda: encoded("PNG", Image.new("LA", (300, 200), (50, 100))),
     "lab": lambda: encoded("TIFF", Image.new("LAB", (300, 200), (120, 140, 90))),
-    "float": lambda: encoded("TIFF", Image.fromarray((deep() / 65_535).astype(np.float32))),
-    "16 bits": lambda: encoded("PNG", Image.fromarray(deep())),
-    "16 bits, turned": lambda: encoded(
-        "PNG", Image.fromarray(deep()), exif=b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    "float": lambda: encoded("TIFF", Image.fromarray((gradient_16() / 65_535).astype(np.float32))),
+    "16 bits": lambda: encoded("PNG", Image.fromarray(gradient_16())),
+    "16 bits, rotated": lambda: encoded(
+        "PNG", Image.fromarray(gradient_16()), exif=b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
     ),
-    "16 bits, big end first": lambda: encoded(
-        "TIFF", Image.frombytes("I;16B", (300, 200), deep().astype(">u2").tobytes())
+    "16 bits, big-endian": lambda: encoded(
+        "TIFF", Image.frombytes("I;16B", (300, 200), gradient_16().astype(">u2").tobytes())
     ),
     "16 bits, transparent": lambda: encoded(
-        "PNG", Image.fromarray(np.where(deep() < 30_000, 5_000, 40_000).astype(np.uint16)), transparency=40_000
+        "PNG", Image.fromarray(np.where(gradient_16() < 30_000, 5_000, 40_000).astype(np.uint16)), transparency=40_000
     ),
-    "32 bits": lambda: encoded("TIFF", Image.fromarray(deep().astype(np.int32))),
-    "turned jpeg": lambda: with_exif("JPEG"),
-    "turned png": lambda: with_exif("PNG"),
-    "turned webp": lambda: with_exif("WEBP", lossless=True),
-    "turned tiff": lambda: with_exif("TIFF"),
+    "32 bits": lambda: encoded("TIFF", Image.fromarray(gradient_16().astype(np.int32))),
+    "rotated jpeg": lambda: with_exif("JPEG"),
+    "rotated png": lambda: with_exif("PNG"),
+    "rotated webp": lambda: with_exif("WEBP", lossless=True),
+    "rotated tiff": lambda: with_exif("TIFF"),
     "damaged exif": with_damaged_exif,
     "xmp": with_xmp,
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loader_sees_in_a_smaller_image_what_it_sees_in_the_large_one(kind: str) -> None:
+def test_the_loader_reads_the_same_from_a_shrunk_image(kind: str) -> None:
     data = KINDS[kind]()
-    whole, small = read_image(data), read_image(shrunk(data, 60))
+    large, small = read_image(data), read_image(shrunk(data, 60))
     assert sorted(small.size) == [40, 60]
-    expected = whole.resize(small.size, Image.Resampling.LANCZOS)
-    assert (whole.width > whole.height) == (small.width > small.height)
+    expected = large.resize(small.size, Image.Resampling.LANCZOS)
+    assert (large.width > large.height) == (small.width > small.height)
     error = np.abs(np.asarray(small).astype(int) - np.asarray(expected))
     assert error.mean() < 2.5
     assert np.median(error) <= 2
 
 
-def test_numbers_out_of_range_cannot_be_shrunk() -> None:
-    with pytest.raises(DataError, match=r"cannot be decoded .* values from .*; 0 to 1 are allowed"):
-        shrunk(encoded("TIFF", Image.fromarray(deep().astype(np.float32))), 60)
+def test_values_out_of_range_cannot_be_shrunk() -> None:
+    with pytest.raises(DataError, match=r"cannot be decoded .* values from .*; scale them to 0 to 1"):
+        shrunk(encoded("TIFF", Image.fromarray(gradient_16().astype(np.float32))), 60)

@@ -1,4 +1,4 @@
-"""Parquet files, which hold their images: what is read from them, and what is wrong with them; then memory."""
+"""Parquet files: records, images and errors; and the memory of conversion."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from published import draw
-from reading import IMAGE, PYTHON, SAID, TALK, opened, read
+from reading import CHAT, IMAGE, PYTHON, TALK, opened, read
 
 from ssmvl.errors import DataError
 
 # --- parquet
 
 
-def parquet(path: Path, rows: list[dict[str, Any]], group: int = 4, schema: pyarrow.Schema | None = None) -> Path:
+def write_parquet(path: Path, rows: list[dict[str, Any]], group: int = 4, schema: pyarrow.Schema | None = None) -> Path:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path, row_group_size=group)
     return path
 
@@ -37,19 +37,21 @@ def parquet(path: Path, rows: list[dict[str, Any]], group: int = 4, schema: pyar
     ],
 )
 @pytest.mark.parametrize(
-    "talk", [{"conversations": TALK}, {"messages": SAID}, {"texts": [{"user": "What?", "assistant": "That."}]}]
+    "talk", [{"conversations": TALK}, {"messages": CHAT}, {"texts": [{"user": "What?", "assistant": "That."}]}]
 )
-def test_columns_of_a_parquet(tmp_path: Path, column: str, cell: Any, images: int, talk: dict[str, Any]) -> None:
+def test_columns_of_a_parquet_become_records(
+    tmp_path: Path, column: str, cell: Any, images: int, talk: dict[str, Any]
+) -> None:
     rows = [{column: IMAGE if cell is None else [IMAGE] if cell == [] else cell, **talk}, {column: cell, **talk}]
-    path = parquet(tmp_path / "a.parquet", rows)
+    path = write_parquet(tmp_path / "a.parquet", rows)
     record = read(path)[1]
-    expected = {"id": "a.parquet:1", "type": "" if images else "text", "conversation": SAID, "images": [IMAGE] * images}
+    expected = {"id": "a.parquet:1", "type": "" if images else "text", "conversation": CHAT, "images": [IMAGE] * images}
     assert record == expected
 
 
-def test_ids_and_sources_of_a_parquet_in_whole_row_groups(tmp_path: Path) -> None:
+def test_ids_and_types_of_a_parquet_in_complete_row_groups(tmp_path: Path) -> None:
     rows = [{"id": n // 2, "data_source": "ai2d" if n else None, "conversations": TALK} for n in range(11)]
-    path = parquet(tmp_path / "a.parquet", rows, group=3)
+    path = write_parquet(tmp_path / "a.parquet", rows, group=3)
     chunks = list(opened(path, size=7))
     assert [(chunk.first, len(chunk.ids)) for chunk in chunks] == [(0, 6), (6, 5)]
     assert [len(chunk.ids) for chunk in opened(path, size=1)] == [3, 3, 3, 2]
@@ -58,7 +60,7 @@ def test_ids_and_sources_of_a_parquet_in_whole_row_groups(tmp_path: Path) -> Non
     assert [record["type"] for record in records] == ["text"] + ["ai2d"] * 10
 
 
-def test_records_of_a_parquet_are_skipped_like_others(tmp_path: Path) -> None:
+def test_unusable_records_of_a_parquet_are_skipped(tmp_path: Path) -> None:
     image = {"bytes": IMAGE, "path": "a.jpg"}
     rows = [
         {"image": {"bytes": None, "path": "b.jpg"}, "conversations": TALK},
@@ -66,27 +68,27 @@ def test_records_of_a_parquet_are_skipped_like_others(tmp_path: Path) -> None:
         {"image": image, "conversations": None},
         {"image": image, "conversations": TALK},
     ]
-    *skipped, good = read(parquet(tmp_path / "a.parquet", rows))
+    *skipped, good = read(write_parquet(tmp_path / "a.parquet", rows))
     assert [(item.record, item.reason) for item in skipped] == [
         (0, "missing image"),
         (1, "damaged image"),
         (2, "no conversation"),
     ]
-    assert skipped[0].detail == "b.jpg is not there"
+    assert skipped[0].detail == "b.jpg not found"
     assert good["images"] == [IMAGE]
 
 
-def test_both_columns_of_images_are_one_where_they_are_equal(tmp_path: Path) -> None:
+def test_two_image_columns_must_be_equal(tmp_path: Path) -> None:
     rows = [
-        {"image": IMAGE, "images": [IMAGE], "messages": SAID},
-        {"image": IMAGE, "images": [draw(5).data], "messages": SAID},
+        {"image": IMAGE, "images": [IMAGE], "messages": CHAT},
+        {"image": IMAGE, "images": [draw(5).data], "messages": CHAT},
     ]
-    good, skipped = read(parquet(tmp_path / "a.parquet", rows))
+    good, skipped = read(write_parquet(tmp_path / "a.parquet", rows))
     assert good["images"] == [IMAGE]
     assert skipped.reason == "unread media"
 
 
-def test_other_columns_do_not_matter(tmp_path: Path) -> None:
+def test_unrelated_columns_are_ignored(tmp_path: Path) -> None:
     talk = pyarrow.array([TALK, TALK])
     columns = {
         "image": pyarrow.array([{"bytes": IMAGE, "path": "a.png"}, {"bytes": IMAGE, "path": "b.png"}]),
@@ -100,49 +102,49 @@ def test_other_columns_do_not_matter(tmp_path: Path) -> None:
     assert [len(record["images"]) for record in read(tmp_path / "a.parquet")] == [1, 1]
 
 
-def test_other_columns_of_media_skip_their_rows(tmp_path: Path) -> None:
-    typed = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]}, SAID[1]]
+def test_rows_with_media_in_other_columns_are_skipped(tmp_path: Path) -> None:
+    typed = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]}, CHAT[1]]
     typed[1] = {"role": "assistant", "content": [{"type": "text", "text": "That."}]}
     rows = [
         {"image": IMAGE, "video": None, "image_path": None, "messages": typed},
         {"image": IMAGE, "video": b"film", "image_path": None, "messages": typed},
         {"image": None, "video": None, "image_path": "a.jpg", "messages": typed[1:] * 2},
     ]
-    good, *skipped = read(parquet(tmp_path / "a.parquet", rows))
-    assert good["conversation"] == [{"role": "user", "content": "<image>\nWhat?"}, SAID[1]]
+    good, *skipped = read(write_parquet(tmp_path / "a.parquet", rows))
+    assert good["conversation"] == [{"role": "user", "content": "<image>\nWhat?"}, CHAT[1]]
     assert [item.reason for item in skipped] == ["unread media", "unread media"]
 
 
 @pytest.mark.parametrize(
     "row", [{"image": b"", "caption": "x"}, {"image": "a.jpg", "conversations": TALK}, {"conversations": "What?"}]
 )
-def test_a_parquet_with_other_columns_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"a\.parquet has the columns .*wanted are conversations") as raised:
-        next(opened(parquet(tmp_path / "a.parquet", [row])))
+def test_a_parquet_without_the_required_columns_is_rejected(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"a\.parquet has the columns .*expected: conversations") as raised:
+        next(opened(write_parquet(tmp_path / "a.parquet", [row])))
     assert all(f"{column}: " in str(raised.value) for column in row)
 
 
-def test_a_damaged_parquet_is_named(tmp_path: Path) -> None:
+def test_a_damaged_parquet_is_reported(tmp_path: Path) -> None:
     rows = [{"image": draw(number).data, "conversations": TALK} for number in range(20)]
-    path = parquet(tmp_path / "a.parquet", rows)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    with pytest.raises(DataError, match=r"a\.parquet is no parquet file, or is damaged"):
+    path = write_parquet(tmp_path / "a.parquet", rows)
+    original = path.read_bytes()
+    path.write_bytes(original[:-100])
+    with pytest.raises(DataError, match=r"a\.parquet is not a parquet file, or is damaged"):
         next(opened(path))
-    path.write_bytes(b"PAR1" + b"\xff" * (len(whole) // 2) + whole[len(whole) // 2 + 4 :])
-    with pytest.raises(DataError, match=r"a\.parquet is no parquet file, or is damaged"):
+    path.write_bytes(b"PAR1" + b"\xff" * (len(original) // 2) + original[len(original) // 2 + 4 :])
+    with pytest.raises(DataError, match=r"a\.parquet is not a parquet file, or is damaged"):
         read(path)
 
 
-def test_a_text_that_is_no_utf8_names_the_record(tmp_path: Path) -> None:
+def test_invalid_utf8_is_reported_with_the_record(tmp_path: Path) -> None:
     rows = [{"id": f"name {n}", "conversations": [TALK[0], {**TALK[1], "value": f"Answer {n}."}]} for n in range(50)]
     path = tmp_path / "a.parquet"
     options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=40, **options)
-    whole = path.read_bytes()
+    original = path.read_bytes()
     for text, record in ((b"Answer 45.", 45), (b"name 37", 37)):
-        path.write_bytes(whole.replace(text, text[:-1] + b"\xff"))
-        with pytest.raises(DataError, match=rf"a\.parquet, record {record}: a text is no UTF-8"):
+        path.write_bytes(original.replace(text, text[:-1] + b"\xff"))
+        with pytest.raises(DataError, match=rf"a\.parquet, record {record}: a text is not valid UTF-8"):
             read(path, size=40)
 
 
@@ -156,17 +158,17 @@ def test_a_text_that_is_no_utf8_names_the_record(tmp_path: Path) -> None:
         pyarrow.list_(pyarrow.struct([("mybytes", pyarrow.binary())])),
     ],
 )
-def test_columns_without_bytes_are_refused(tmp_path: Path, type_: pyarrow.DataType) -> None:
+def test_image_columns_without_bytes_are_rejected(tmp_path: Path, type_: pyarrow.DataType) -> None:
     table = pyarrow.Table.from_pylist([{"conversations": TALK}]).append_column("image", pyarrow.nulls(1, type_))
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet has the columns .*; wanted are"):
+    with pytest.raises(DataError, match=r"a\.parquet has the columns .*; expected: conversations"):
         read(tmp_path / "a.parquet")
 
 
 # --- memory
 
 
-def test_a_json_passes_through_in_little_memory_without_torch(tmp_path: Path) -> None:
+def test_a_json_is_read_in_little_memory_and_without_torch(tmp_path: Path) -> None:
     small = tmp_path / "small.json"
     small.write_text(json.dumps([{"conversations": TALK}]))
     talk = [{"from": who, "value": f"{number} " * 150} for number in range(4) for who in ("human", "gpt")]
@@ -176,10 +178,10 @@ def test_a_json_passes_through_in_little_memory_without_torch(tmp_path: Path) ->
         file.write("[" + ",".join([record] * 20_000) + "]")
     assert large.stat().st_size > 5e7
     code = PYTHON + (
-        "def passed(path): return sum(1 for chunk in open_sources([Path(path)], [], 512) for _ in chunk.read())\n"
+        "def count(path): return sum(1 for chunk in open_sources([Path(path)], [], 512) for _ in chunk.read())\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "passed(sys.argv[1]); before = peak(); count = passed(sys.argv[2])\n"
-        "print(count, 'torch' in sys.modules, peak() - before)"
+        "count(sys.argv[1]); before = peak(); total = count(sys.argv[2])\n"
+        "print(total, 'torch' in sys.modules, peak() - before)"
     )
     run = subprocess.run([sys.executable, "-c", code, small, large], capture_output=True, text=True, check=True)
     count, torch, used = run.stdout.split()
@@ -187,7 +189,7 @@ def test_a_json_passes_through_in_little_memory_without_torch(tmp_path: Path) ->
     assert int(used) < 30_000  # KiB
 
 
-def test_a_row_group_passes_through_in_little_memory(tmp_path: Path) -> None:
+def test_a_row_group_is_read_in_little_memory(tmp_path: Path) -> None:
     image = IMAGE[:-2] + bytes(100_000) + IMAGE[-2:]
     rows = [{"image": image + bytes([number % 256]), "conversations": TALK} for number in range(600)]
     path = tmp_path / "a.parquet"

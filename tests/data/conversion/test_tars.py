@@ -1,4 +1,4 @@
-"""Tars, which hold their images: what is read from them, and what is wrong with them."""
+"""WebDataset tars: samples, images and errors."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def test_members_of_a_tar_become_samples(tmp_path: Path) -> None:
     )
     records = read(path, size=2)
     assert [record["id"] for record in records] == ["in/1", "in/2", "3", "4", "5", "in/1#2"]
-    asked = [record["conversation"][0]["content"] for record in records]
-    assert asked == ["<image>", "<image><image>", "<image>", "<image>\n<image>\n<image>", "What?", "<image>"]
-    said = [record["conversation"][1]["content"] for record in records]
-    assert said == ["one", "That.", "three", "four", "That.", "eins ü"]
+    questions = [record["conversation"][0]["content"] for record in records]
+    assert questions == ["<image>", "<image><image>", "<image>", "<image>\n<image>\n<image>", "What?", "<image>"]
+    answers = [record["conversation"][1]["content"] for record in records]
+    assert answers == ["one", "That.", "three", "four", "That.", "eins ü"]
     assert [len(record["images"]) for record in records] == [1, 2, 1, 3, 0, 1]
     assert records[1]["images"] == [draw(2, "PNG").data, IMAGE]
     assert [record["type"] for record in records] == ["", "", "", "", "text", ""]
 
 
-def test_samples_of_a_tar_are_skipped_like_others(tmp_path: Path) -> None:
+def test_unusable_samples_of_a_tar_are_skipped(tmp_path: Path) -> None:
     path = tarred(
         tmp_path / "a.tar",
         [
@@ -80,8 +80,8 @@ def test_samples_of_a_tar_are_skipped_like_others(tmp_path: Path) -> None:
             ("number.json", b'{"caption": 5}'),
         ],
     )
-    found = [(item.id, item.reason) for item in read(path, size=100)]
-    assert found == [
+    skipped = [(item.id, item.reason) for item in read(path, size=100)]
+    assert skipped == [
         ("alone", "missing image"),
         ("blank", "empty answer"),
         ("silent", "no conversation"),
@@ -92,7 +92,7 @@ def test_samples_of_a_tar_are_skipped_like_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_every_kind_of_tar_and_names_that_are_only_labels(tmp_path: Path, form: int) -> None:
+def test_every_tar_format_and_names_outside_of_the_tar(tmp_path: Path, form: int) -> None:
     long = "/".join(["é" * 20] * 4) if form != tarfile.USTAR_FORMAT else "a" * 80
     names = [f"{long}/1", "../../2", "/etc/3"]
     members = [(f"{name}.{suffix}", data) for name in names for suffix, data in (("jpg", IMAGE), ("txt", b"x"))]
@@ -109,32 +109,32 @@ def test_every_kind_of_tar_and_names_that_are_only_labels(tmp_path: Path, form: 
     assert all(record["images"] == [IMAGE] for record in records)
 
 
-def test_of_a_cut_tar_what_is_whole_is_read(tmp_path: Path) -> None:
+def test_complete_samples_of_a_truncated_tar_are_read(tmp_path: Path) -> None:
     members = [(f"{n}.{suffix}", data) for n in range(6) for suffix, data in (("jpg", draw(n).data), ("txt", b"x"))]
-    whole = tarred(tmp_path / "whole.tar", members).read_bytes()
-    with tarfile.open(tmp_path / "whole.tar") as tar:
+    original = tarred(tmp_path / "original.tar", members).read_bytes()
+    with tarfile.open(tmp_path / "original.tar") as tar:
         ends = {member.name.split(".")[0]: member.offset_data + 512 for member in tar if member.name.endswith(".txt")}
     end = max(ends.values())
     path = tmp_path / "cut.tar"
     for cut in (*range(0, end, 300), *range(512, end, 512)):
-        path.write_bytes(whole[:cut])
-        found, error = until_error(path, 1)
+        path.write_bytes(original[:cut])
+        records, error = until_error(path, 1)
         assert re.search(r"cut\.tar is .*byte \d+", error)
         keys = [key for key, end in ends.items() if end <= cut]
-        assert [record["id"] for record in found] == keys[: len(found)]
-        assert len(found) >= len(keys) - 1  # the last may go on after the cut
-    changed = bytearray(whole)
-    with tarfile.open(tmp_path / "whole.tar") as tar:
-        at = tar.getmembers()[6].offset
-    changed[at + 5] ^= 255
+        assert [record["id"] for record in records] == keys[: len(records)]
+        assert len(records) >= len(keys) - 1  # the last may have more members after the cut
+    changed = bytearray(original)
+    with tarfile.open(tmp_path / "original.tar") as tar:
+        offset = tar.getmembers()[6].offset
+    changed[offset + 5] ^= 255
     path.write_bytes(changed)
-    with pytest.raises(DataError, match=f"at byte {at}"):
+    with pytest.raises(DataError, match=f"at byte {offset}"):
         read(path)
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
 @pytest.mark.parametrize("size", [-512, -1024, -1, 1 << 20, 1 << 45, 1 << 70])
-def test_a_size_that_no_member_can_have_is_damage(tmp_path: Path, size: int, kind: bytes) -> None:
+def test_an_impossible_member_size_is_damage(tmp_path: Path, size: int, kind: bytes) -> None:
     path = tarred(tmp_path / "a.tar", [("1.jpg", IMAGE), ("1.txt", b"x"), ("2.jpg", IMAGE), ("2.txt", b"x")])
     data = bytearray(path.read_bytes())
     at = data.index(b"2.jpg")
@@ -149,7 +149,7 @@ def test_a_size_that_no_member_can_have_is_damage(tmp_path: Path, size: int, kin
         assert f" {size} bytes" in str(raised.value)
 
 
-def test_names_in_a_tar_that_are_no_text_still_make_ids(tmp_path: Path) -> None:
+def test_tar_names_that_are_not_utf8_still_become_ids(tmp_path: Path) -> None:
     data = tarred(tmp_path / "a.tar", [("aQ.jpg", IMAGE), ("aQ.txt", b"x")]).read_bytes()
     fields = bytearray(data)
     for at in (0, data.index(b"aQ.txt")):
@@ -161,12 +161,12 @@ def test_names_in_a_tar_that_are_no_text_still_make_ids(tmp_path: Path) -> None:
     assert record["id"].encode() == b"a\xef\xbf\xbd"
 
 
-def test_an_empty_tar_holds_no_record(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.tar: no record"):
+def test_an_empty_tar_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.tar: the files contain no records"):
         read(tarred(tmp_path / "a.tar", []))
 
 
-def test_images_come_in_the_order_in_which_a_record_names_them(tmp_path: Path) -> None:
+def test_images_follow_the_order_of_the_record(tmp_path: Path) -> None:
     about = {"images": ["x/1.b.png", "1.a.jpg"], "conversations": TALK}
     other = draw(2, "PNG").data
     members = [("x/1.a.jpg", IMAGE), ("x/1.b.png", other), ("x/1.json", dumped(about))]
@@ -174,7 +174,7 @@ def test_images_come_in_the_order_in_which_a_record_names_them(tmp_path: Path) -
     assert record["images"] == [other, IMAGE]
 
 
-def test_names_of_a_caption_file_do_not_matter(tmp_path: Path) -> None:
+def test_other_file_names_in_a_caption_json_are_ignored(tmp_path: Path) -> None:
     about = {"caption": "one", "filename": "000012.jpg", "original_caption": "IMG_1.jpg", "clip": 0.3}
     (record,) = read(tarred(tmp_path / "a.tar", [("1.png", IMAGE), ("1.json", dumped(about))]))
     assert record["conversation"][1]["content"] == "one"
@@ -191,6 +191,6 @@ def test_names_of_a_caption_file_do_not_matter(tmp_path: Path) -> None:
         [("1.jpg", IMAGE), ("1.json", dumped({"caption": "one", "video": "1.mp4"}))],
     ],
 )
-def test_other_media_of_a_tar_are_not_left_out_silently(tmp_path: Path, members: list[tuple[str, bytes]]) -> None:
+def test_other_media_of_a_tar_are_not_dropped_silently(tmp_path: Path, members: list[tuple[str, bytes]]) -> None:
     (skipped,) = read(tarred(tmp_path / "a.tar", members))
     assert skipped.reason == ("missing image" if b"2.png" in members[-1][1] else "unread media")

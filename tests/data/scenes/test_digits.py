@@ -1,4 +1,4 @@
-"""The handwritten digits and pictures of them."""
+"""The handwritten digits, and images drawn from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from ssmvl.data.scenes.digits import CELL, CELLS, digit_images, draw
 
 
-def test_images_are_those_of_scikit_learn_with_their_labels() -> None:
+def test_images_and_labels_equal_scikit_learns() -> None:
     data = load_digits()
     known = {}
     for small, label in zip((data.images * (255 / 16)).astype(np.uint8), data.target, strict=True):

@@ -13,8 +13,8 @@ from naive_connectors import (
     assert_same,
     layer_norm,
     linear,
-    place,
     put_back,
+    raster_index,
     read,
     selective_scan,
     silu,
@@ -72,7 +72,7 @@ def test_orders_conform(order: ScanOrder) -> None:
 
 
 def convolved(p: Parameters, h: Tensor, grid: Grid) -> Tensor:
-    """The 3x3 depthwise convolution of each map, cell by cell, zeros around it; SiLU."""
+    """The zero-padded 3x3 depthwise convolution of each map, cell by cell, then SiLU."""
     ys = []
     for m in range(grid.maps):
         for row in range(grid.rows):
@@ -80,13 +80,14 @@ def convolved(p: Parameters, h: Tensor, grid: Grid) -> Tensor:
                 y = p["conv2d.bias"].expand(len(h), -1)
                 for i in range(max(row - 1, 0), min(row + 2, grid.rows)):
                     for j in range(max(column - 1, 0), min(column + 2, grid.columns)):
-                        y = y + p["conv2d.weight"][:, 0, i - row + 1, j - column + 1] * h[:, place(grid, m, i, j)]
+                        tap = p["conv2d.weight"][:, 0, i - row + 1, j - column + 1]
+                        y = y + tap * h[:, raster_index(grid, m, i, j)]
                 ys.append(silu(y))
     return torch.stack(ys, 1)
 
 
-def of_path(p: Parameters, k: int, count: int) -> Parameters:
-    """The SSM's parameters of path k."""
+def path_parameters(p: Parameters, k: int, count: int) -> Parameters:
+    """The SSM parameters of path k."""
     own = ("x_proj.weight", "dt_proj.weight", "dt_proj.bias", "A_log", "D")
     return {name: p[name].chunk(count)[k] for name in own}
 
@@ -95,7 +96,7 @@ def written_out(grid: Grid, paths: list[Path], p: Parameters, x: Tensor) -> Tens
     h = convolved(p, linear(p, "w1", x), grid)
     merged = torch.zeros_like(h)
     for k, path in enumerate(paths):
-        merged = merged + put_back(selective_scan(of_path(p, k, len(paths)), read(h, path)), path)
+        merged = merged + put_back(selective_scan(path_parameters(p, k, len(paths)), read(h, path)), path)
     return linear(p, "w3", layer_norm(p, "norm", merged) * silu(linear(p, "w2", x)))
 
 
@@ -139,7 +140,7 @@ def test_shapes() -> None:
 
 
 def test_number_of_parameters_at_the_published_size() -> None:
-    """Added up by hand from the widths, S = 16."""
+    """The expected number is computed by hand from the widths, with S = 16."""
     with torch.device("meta"):
         connector = MambaProjector(1152, 2560, Grid(2, 27, 27))
     assert sum(p.numel() for p in connector.parameters()) == 6_515_968
@@ -161,8 +162,8 @@ def test_the_input_is_cast_to_the_weights(images: int) -> None:
 
 
 @pytest.mark.parametrize(("positions", "grid"), [(11, GRID), (12, Grid(1, 2, 3)), (6, GRID)])
-def test_another_number_of_positions_is_refused(positions: int, grid: Grid) -> None:
-    message = rf"paths \(4, {grid.length}\) must run over the {positions} positions of the input"
+def test_a_wrong_number_of_positions_is_rejected(positions: int, grid: Grid) -> None:
+    message = rf"paths must have shape \(4, {positions}\) for this input, received \(4, {grid.length}\)"
     with pytest.raises(ShapeError, match=message):
         MambaProjector(6, 10, GRID)(torch.randn(1, positions, 6), grid)
 

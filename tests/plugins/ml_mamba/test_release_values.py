@@ -1,4 +1,4 @@
-"""What the releases fixed and no shape shows: a model that differs in it is refused."""
+"""Settings of the releases that shapes do not reveal: models that differ are rejected."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TWICE = (  # a scan order with as many paths as bsm
     "    register('scan_order', 'twice', twice)\n"
     "    register('scan_order', 'mine', mine)\n"
 )
-OF_MAMBA2 = f"name: mamba2, d_state: {STATE}, head_dim: {HEAD}"
+MAMBA2_OPTIONS = f"name: mamba2, d_state: {STATE}, head_dim: {HEAD}"
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         (
             "model.fusion.order=[siglip, dinov2]",
@@ -44,7 +44,7 @@ OF_MAMBA2 = f"name: mamba2, d_state: {STATE}, head_dim: {HEAD}"
             r"connector.layers.0.mixer.dt_limit is \(0.0, 1.0\), .* needs \(0",
         ),
         (
-            f"model.connector.mixer={{{OF_MAMBA2}, num_groups: 2, norm_groups: 1, d_state: {STATE // 2}}}".replace(
+            f"model.connector.mixer={{{MAMBA2_OPTIONS}, num_groups: 2, norm_groups: 1, d_state: {STATE // 2}}}".replace(
                 f"d_state: {STATE},", ""
             ),
             "connector.layers.0.mixer.num_groups is 2, .* needs 1",
@@ -53,12 +53,12 @@ OF_MAMBA2 = f"name: mamba2, d_state: {STATE}, head_dim: {HEAD}"
         ("model.language.mixer.dt_limit=[0.001, .inf]", r"language.layers.0.mixer.dt_limit is \(0.001, inf\), "),
     ],
 )
-def test_what_the_release_fixed_and_no_shape_shows(
-    override: str, said: str, tmp_path: Path, install_plugin: Callable[..., None]
+def test_settings_that_shapes_do_not_reveal_must_match(
+    override: str, message: str, tmp_path: Path, install_plugin: Callable[..., None]
 ) -> None:
     install_plugin("twice", TWICE)
     torch.save({"model": ml_mamba_file()}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=said) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         ssmvl.build_model("ml_mamba", *ML_MAMBA, override, weights=tmp_path / "x.pt")
     assert len(str(error.value).splitlines()) == 2, "nothing else differs"
 
@@ -67,13 +67,11 @@ def test_what_the_release_fixed_and_no_shape_shows(
     "override",
     [
         "model.connector.scan_order=mine",
-        f"model.connector={{name: msc_advanced, mixer: {{{OF_MAMBA2}}}}}",
+        f"model.connector={{name: msc_advanced, mixer: {{{MAMBA2_OPTIONS}}}}}",
         "model.fusion={name: channel}",
     ],
 )
-def test_the_same_said_in_another_way_is_read(
-    override: str, tmp_path: Path, install_plugin: Callable[..., None]
-) -> None:
+def test_equivalent_options_are_accepted(override: str, tmp_path: Path, install_plugin: Callable[..., None]) -> None:
     install_plugin("twice", TWICE)
     parts = ml_mamba_file()
     torch.save({"model": parts}, tmp_path / "x.pt")
@@ -92,7 +90,7 @@ def test_the_same_said_in_another_way_is_read(
         ("language.norm_f.eps", 1e-6),
     ],
 )
-def test_the_norms_of_a_release_are_the_models(path: str, value: float, tmp_path: Path) -> None:
+def test_the_epsilons_of_norms_must_match(path: str, value: float, tmp_path: Path) -> None:
     torch.save({"model": ml_mamba_file()}, tmp_path / "x.pt")
     model = ssmvl.build_model("ml_mamba", *ML_MAMBA)
     holder, _, name = path.rpartition(".")
@@ -101,16 +99,16 @@ def test_the_norms_of_a_release_are_the_models(path: str, value: float, tmp_path
         open_weights(tmp_path / "x.pt", "model").load(model)
 
 
-def test_another_resize_or_another_fusion_than_the_releases(tmp_path: Path) -> None:
+def test_resize_and_fusion_must_match(tmp_path: Path) -> None:
     torch.save({"model": ml_mamba_file()}, tmp_path / "x.pt")
     model = ssmvl.build_model("ml_mamba", *ML_MAMBA)
     siglip = model.encoders["siglip"]
     siglip.image_spec = siglip.image_spec._replace(resize="letterbox")
 
-    class Sum(type(model.fusion)):  # the same attributes
+    class Sum(type(model.fusion)):  # with the same attributes
         pass
 
     model.fusion.__class__ = Sum
-    said = r"siglip\.image_spec\.resize is 'letterbox', .*\n.*fusion\.__class__\.__name__ is 'Sum', .*'ChannelFusion'"
-    with pytest.raises(CheckpointError, match=said):
+    match = r"siglip\.image_spec\.resize is 'letterbox', .*\n.*fusion\.__class__\.__name__ is 'Sum', .*'ChannelFusion'"
+    with pytest.raises(CheckpointError, match=match):
         open_weights(tmp_path / "x.pt", "model").load(model)

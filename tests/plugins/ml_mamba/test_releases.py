@@ -1,4 +1,4 @@
-"""Files in the layout of ML-Mamba's and Cobra's releases, read into small models of those recipes."""
+"""Files in the layouts of ML-Mamba's and Cobra's releases, loaded into small models of those recipes."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ Tensors = dict[str, Tensor]
 
 
 def random(shapes: dict[str, tuple[int, ...]]) -> Tensors:
-    """Values of a size at which every part matters."""
-    found = {
+    """Random tensors, scaled so that every part affects the result."""
+    tensors = {
         name: torch.randn(shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.5) for name, shape in shapes.items()
     }
-    return {name: t.abs() if name.endswith("A_log") else t for name, t in found.items()}
+    return {name: t.abs() if name.endswith("A_log") else t for name, t in tensors.items()}
 
 
-def linear(name: str, inside: int, outside: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (outside, inside), f"{name}.bias": (outside,)}
+def linear(name: str, in_width: int, out_width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (out_width, in_width), f"{name}.bias": (out_width,)}
 
 
 def norm(name: str) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (WIDTH,), f"{name}.bias": (WIDTH,)}
 
 
-def projector(inside: int) -> Tensors:
-    sizes = ((0, inside, 4 * inside), (2, 4 * inside, WIDTH), (4, WIDTH, WIDTH))
+def projector(in_width: int) -> Tensors:
+    sizes = ((0, in_width, 4 * in_width), (2, 4 * in_width, WIDTH), (4, WIDTH, WIDTH))
     return random({k: v for i, a, b in sizes for k, v in linear(f"projector.{i}", a, b).items()})
 
 
@@ -72,12 +72,12 @@ def language(mixer: dict[str, tuple[int, ...]], rows: int, prefix: str) -> Tenso
     for i in range(LAYERS):
         shapes[f"backbone.layers.{i}.norm.weight"] = (WIDTH,)
         shapes |= {f"backbone.layers.{i}.mixer.{name}": shape for name, shape in mixer.items()}
-    found = {prefix + name: tensor for name, tensor in random(shapes).items()}
-    return found | {f"{prefix}lm_head.weight": found[f"{prefix}backbone.embedding.weight"]}
+    tensors = {prefix + name: tensor for name, tensor in random(shapes).items()}
+    return tensors | {f"{prefix}lm_head.weight": tensors[f"{prefix}backbone.embedding.weight"]}
 
 
 def ml_mamba_file(prefix: str = "") -> dict[str, Tensors]:
-    """The four parts of a release, names and shapes by hand."""
+    """The four parts of a release, with handwritten names and shapes."""
     scan: dict[str, tuple[int, ...]] = norm("norm_f")
     for i in range(2):
         backward = {name.replace(".", "_b.", 1) if "." in name else f"{name}_b": s for name, s in OWN.items()}
@@ -97,7 +97,7 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def mixer_pass(x: Tensor, w: Tensors, b: str = "") -> Tensor:
-    """One Mamba-2 pass over (L, D) up to the gated norm, position by position; `b` chooses the backward parameters."""
+    """A Mamba-2 pass through (L, D) up to the gated norm, position by position; `b` selects the backward parameters."""
     z, xBC, dt = (x @ w["in_proj.weight"].T).split([INNER, CHANNELS, HEADS], -1)
     taps, bias = w[f"conv1d{b}.weight"][:, 0], w[f"conv1d{b}.bias"]
     padded = torch.cat([xBC.new_zeros(3, CHANNELS), xBC])
@@ -146,7 +146,7 @@ def straight_line(release: dict[str, Tensors], features: Tensor, ids: Tensor, pr
 
 
 def logits_after(model: VisionLanguageModel, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The model's features of one image and its logits after each position of the text behind it."""
+    """The model's features of one image, and its logits at each position of the text after it."""
     images = dict.fromkeys(model.image_specs, pixels)
     features = {name: encoder(pixels) for name, encoder in model.encoders.items()}
     places = model.tokens_per_image
@@ -162,13 +162,13 @@ def test_a_released_ml_mamba_gives_the_logits_of_a_straight_line_rewrite(tmp_pat
     model = ssmvl.build_model("ml_mamba", *ML_MAMBA, weights=tmp_path / "ml_mamba.pt").eval()
     pixels, ids = torch.randint(256, (1, 3, 48, 48), dtype=torch.uint8), torch.tensor([7, 250, 31, 4, 4, 99])
     with torch.no_grad():
-        features, found = logits_after(model, pixels, ids)
+        features, actual = logits_after(model, pixels, ids)
         expected = straight_line(release, features, ids, prefix)
     assert expected.std() > 0.3
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_encoders_bring_their_own_weights(tmp_path: Path) -> None:
+def test_the_encoders_load_their_own_weights(tmp_path: Path) -> None:
     torch.save({"model": ml_mamba_file()}, tmp_path / "x.pt")
     model = ssmvl.build_model("ml_mamba", *ML_MAMBA, weights=tmp_path / "x.pt")
     shipped = ssmvl.build_model("ml_mamba", *ML_MAMBA, "model.language.weights=none", weights="recipe")
@@ -187,23 +187,25 @@ def test_a_released_cobra(tmp_path: Path) -> None:
     release = {"projector": projector(FEATURES), "llm_backbone": language(mixer, 264, "llm.")}
     torch.save({"model": release}, tmp_path / "cobra.pt")
     model = ssmvl.build_model("cobra", *COBRA, weights=tmp_path / "cobra.pt")
-    found = model.connector(torch.ones(1, 9, FEATURES), Grid(1, 3, 3))[0].double()
+    actual = model.connector(torch.ones(1, 9, FEATURES), Grid(1, 3, 3))[0].double()
     expected = three_layers(torch.ones(9, FEATURES).double(), under(release["projector"], ""))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     for name, parameter in model.language.layers[1].mixer.named_parameters():
         assert torch.equal(parameter, release["llm_backbone"][f"llm.backbone.layers.1.mixer.{name}"])
     assert torch.equal(model.language.embedding.weight, release["llm_backbone"]["llm.lm_head.weight"])
 
 
-def test_a_release_for_another_number_of_paths_is_refused(tmp_path: Path) -> None:
+def test_a_release_for_another_number_of_paths_is_rejected(tmp_path: Path) -> None:
     torch.save({"model": ml_mamba_file()}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=r"mixer\.A_log \(there .*A_log_b\) is \(8,\), the model has \(16,\)"):
+    match = r"mixer\.A_log \(in the file: .*A_log_b\) is \(8,\), the model has \(16,\)"
+    with pytest.raises(CheckpointError, match=match):
         ssmvl.build_model("ml_mamba", *ML_MAMBA, "model.connector.scan_order=csm", weights=tmp_path / "x.pt")
 
 
-def test_a_release_without_its_connector_is_refused(tmp_path: Path) -> None:
+def test_a_release_without_its_connector_is_rejected(tmp_path: Path) -> None:
     release = ml_mamba_file()
     del release["projector"]
     torch.save({"model": release}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=r"missing connector\.projector\.1\.0\.weight \(there model\.projector"):
+    match = r"missing connector\.projector\.1\.0\.weight \(in the file: model\.projector"
+    with pytest.raises(CheckpointError, match=match):
         ssmvl.build_model("ml_mamba", *ML_MAMBA, weights=tmp_path / "x.pt")

@@ -1,4 +1,4 @@
-"""open_clip's vision towers as encoders."""
+"""open_clip vision towers as encoders."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def images(size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["small-clip", "small-clip-quickgelu"])
-def test_clip_through_open_clip_is_clip_through_timm(name: str, written: Written, loaded: Loaded) -> None:
+def test_clip_in_open_clip_equals_clip_in_timm(name: str, written: Written, loaded: Loaded) -> None:
     path = written(name)
     encoder = loaded(name, path)
     vit = VisionTransformer(
@@ -51,22 +51,22 @@ def test_clip_through_open_clip_is_clip_through_timm(name: str, written: Written
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
         act_layer="quick_gelu" if name.endswith("quickgelu") else "gelu",
     )
-    same = VitEncoder(vit, size=SIZE, mean=encoder.mean, std=encoder.std, weights=str(path))
-    load_weights(same)
+    timm_clip = VitEncoder(vit, size=SIZE, mean=encoder.mean, std=encoder.std, weights=str(path))
+    load_weights(timm_clip)
     pixels = images(SIZE)
     features = encoder(pixels)
     assert features.shape == (2, 16, WIDTH)
-    torch.testing.assert_close(features, same.eval()(pixels), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features, timm_clip.eval()(pixels), rtol=1e-4, atol=1e-5)
 
 
-def test_quickgelu_changes_the_answers(written: Written, loaded: Loaded) -> None:
+def test_quickgelu_changes_the_features(written: Written, loaded: Loaded) -> None:
     path, pixels = written("small-clip"), images(SIZE)
     plain, quick = (loaded(name, path)(pixels) for name in ("small-clip", "small-clip-quickgelu"))
     assert (plain - quick).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("name", "model"), [("small-siglip", "test_vit3"), ("small-trunk", "test_vit2")])
-def test_trunks_of_timm_are_encoders_of_timm(
+def test_timm_trunks_equal_timm_encoders(
     tmp_path: Path, name: str, model: str, written: Written, loaded: Loaded
 ) -> None:
     path = written(name)
@@ -74,16 +74,16 @@ def test_trunks_of_timm_are_encoders_of_timm(
     assert isinstance(encoder, VitEncoder)
     trunk = {k.removeprefix("visual.trunk."): t for k, t in load_file(path).items() if k.startswith("visual.trunk.")}
     write_tensors(tmp_path / "timm.safetensors", trunk)
-    same = timm_encoder(model, weights=str(tmp_path / "timm.safetensors"))
+    expected = timm_encoder(model, weights=str(tmp_path / "timm.safetensors"))
     assert encoder.vit.state_dict().keys() == trunk.keys()
-    load_weights(same)
+    load_weights(expected)
     pixels = images(160)
-    same.mean, same.std = encoder.mean, encoder.std
-    assert torch.equal(encoder(pixels), same.eval()(pixels))
+    expected.mean, expected.std = encoder.mean, encoder.std
+    assert torch.equal(encoder(pixels), expected.eval()(pixels))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_keeps_the_contract_of_encoders(name: str) -> None:
+def test_satisfies_the_contract_of_encoders(name: str) -> None:
     check_encoder(lambda: open_clip_encoder(name))
 
 
@@ -116,17 +116,17 @@ def test_published_sizes_build_on_meta(name: str, count: int, width: int, spec: 
     assert (encoder.width, encoder.image_spec, encoder.grid) == (width, spec, grid)
 
 
-def test_no_text_tower_of_full_size_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+def test_no_full_size_text_tower_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
     init = nn.Embedding.__init__
 
     def count(self: nn.Embedding, num_embeddings: int, embedding_dim: int, **options: Any) -> None:
-        made.append(num_embeddings * embedding_dim)
+        sizes.append(num_embeddings * embedding_dim)
         init(self, num_embeddings, embedding_dim, **options)
 
     monkeypatch.setattr(nn.Embedding, "__init__", count)
     open_clip_encoder("small-siglip")
-    assert sum(made) <= 1
+    assert sum(sizes) <= 1
 
 
 @pytest.mark.parametrize(
@@ -139,17 +139,19 @@ def test_no_text_tower_of_full_size_is_built(monkeypatch: pytest.MonkeyPatch) ->
         ("small-clip", "none", CLIP_MEAN),
     ],
 )
-def test_mean_and_std_are_the_tags_or_the_models_first(model: str, weights: str, mean: tuple[float, ...]) -> None:
+def test_mean_and_std_are_those_of_the_tag_or_of_the_first_tag(
+    model: str, weights: str, mean: tuple[float, ...]
+) -> None:
     with torch.device("meta"):
         assert open_clip_encoder(model, weights=weights).mean == mean
 
 
-def test_a_letterbox_has_the_encoders_mean_colour() -> None:
+def test_a_letterbox_has_the_encoders_mean_color() -> None:
     spec = open_clip_encoder("small-clip", resize="letterbox", image_size=96).image_spec
     assert spec == ImageSpec(96, "letterbox", (122, 116, 104))
 
 
-def test_features_of_clip_are_the_second_to_last_block_without_the_class_token(
+def test_features_of_clip_equal_the_second_to_last_block_without_the_class_token(
     written: Written, loaded: Loaded
 ) -> None:
     encoder = loaded("small-clip", written("small-clip"))
@@ -163,39 +165,43 @@ def test_features_of_clip_are_the_second_to_last_block_without_the_class_token(
     torch.testing.assert_close(encoder(pixels), x[:, 1:])
 
 
-def test_bf16_and_no_image(written: Written, loaded: Loaded) -> None:
+def test_bf16_and_zero_images(written: Written, loaded: Loaded) -> None:
     encoder = loaded("small-clip", written("small-clip"))
     exact = encoder(images(SIZE)[:0])
     assert exact.shape == (0, 16, WIDTH)
     pixels = images(SIZE)
     expected = encoder(pixels)
-    found = encoder.to(torch.bfloat16)(pixels)
-    assert found.dtype == torch.bfloat16
-    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
+    actual = encoder.to(torch.bfloat16)(pixels)
+    assert actual.dtype == torch.bfloat16
+    assert (actual.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
     ("model", "options", "match"),
     [
-        ("small-clp", {}, "no model 'small-clp'; similar names there: small-clip"),
-        ("local-dir:/a", {}, "no model 'local-dir'"),
-        ("small-clip:mine", {}, "no weights 'mine' of 'small-clip'"),
-        ("ViT-L-14:openai", {"weights": "laion2b_s32b_b82k"}, "name two tags"),
-        ("ViT-L-14", {"weights": "laion2b_s32b"}, r"nor a tag of 'ViT-L-14'\. Did you mean 'laion2b_s32b_b82k'"),
-        ("ViT-L-14", {"weights": "clip.pt"}, "reading a pickle can run any code"),
-        ("ViTamin-S", {"weights": "datacomp1b"}, "as a pickle only"),
-        ("RN50", {}, "ModifiedResNet is no ViT"),
-        ("convnext_base", {}, "ConvNeXt is no ViT"),
+        ("small-clp", {}, r"unknown open_clip model 'small-clp'\. Similar names: small-clip"),
+        ("local-dir:/a", {}, "unknown open_clip model 'local-dir'"),
+        ("small-clip:mine", {}, "unknown tag 'mine' of open_clip model 'small-clip'"),
+        ("ViT-L-14:openai", {"weights": "laion2b_s32b_b82k"}, "name different tags"),
+        (
+            "ViT-L-14",
+            {"weights": "laion2b_s32b"},
+            r"or a tag of 'ViT-L-14', received 'laion2b_s32b'\. Did you mean 'laion2b_s32b_b82k'",
+        ),
+        ("ViT-L-14", {"weights": "clip.pt"}, "a pickle can run arbitrary code"),
+        ("ViTamin-S", {"weights": "datacomp1b"}, "only as a pickle"),
+        ("RN50", {}, "ModifiedResNet is not a ViT"),
+        ("convnext_base", {}, "ConvNeXt is not a ViT"),
         ("small-clip", {"image_size": 15}, "images of 15 px are smaller than one patch"),
     ],
 )
-def test_what_cannot_be_an_encoder_is_refused(model: str, options: dict[str, Any], match: str) -> None:
+def test_invalid_models_and_options_are_rejected(model: str, options: dict[str, Any], match: str) -> None:
     with torch.device("meta"), pytest.raises(ContractError, match=match):
         open_clip_encoder(model, **options)
 
 
 @pytest.mark.parametrize(("name", "model"), [("open_clip", "ViT-L-14-336-quickgelu"), ("timm", "test_vit")])
-def test_a_recipe_says_the_same_with_options(name: str, model: str) -> None:
+def test_options_of_a_recipe(name: str, model: str) -> None:
     node = {"name": name, "model": model, "image_size": 96, "resize": "resize-crop", "weights": "none"}
     bound, problems = bind_part(node, "encoder", "model.encoders.a")
     assert not problems

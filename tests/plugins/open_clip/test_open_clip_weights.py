@@ -1,4 +1,4 @@
-"""Weights of open_clip's towers: files, folders and tags, read strictly."""
+"""Weights of open_clip's towers: strict loading from files, directories and tags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ssmvl.checkpoints import hub, write_tensors
 from ssmvl.errors import CheckpointError, ContractError
 from ssmvl.interfaces import Grid
 
-Refused = Callable[[nn.Module, str], None]
+AssertRejected = Callable[[nn.Module, str], None]
 Written = Callable[[str], Path]
 Loaded = Callable[..., Any]
 
@@ -37,19 +37,19 @@ def images(size: int) -> Tensor:
     return torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
 
 
-def changed(place: Path, part: str, **values: Any) -> None:
-    path = place / "open_clip_config.json"
+def change_config(directory: Path, part: str, **values: Any) -> None:
+    path = directory / "open_clip_config.json"
     config = json.loads(path.read_text())
-    inside = config
+    section = config
     for key in filter(None, part.split(".")):
-        inside = inside[key]
-    inside.update(values)
+        section = section[key]
+    section.update(values)
     path.write_text(json.dumps(config))
 
 
 @pytest.fixture
 def tagged(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A small model whose tags differ in mean and std, and in QuickGELU."""
+    """A small model whose tags differ in mean, std and QuickGELU."""
     halves = {"mean": HALF, "std": HALF}
     tags: dict[str, Any] = {"default": {}, "halves": halves, "quick": {**halves, "quick_gelu": True}}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small-clip", tags)
@@ -57,7 +57,7 @@ def tagged(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("size", [48, 64, 96])
-def test_positions_of_clip_are_resampled_as_open_clip_does(size: int, written: Written, loaded: Loaded) -> None:
+def test_positions_of_clip_are_resampled_as_in_open_clip(size: int, written: Written, loaded: Loaded) -> None:
     path = written("small-clip")
     encoder = loaded("small-clip", path, image_size=size)
     side = size // PATCH
@@ -71,20 +71,20 @@ def test_positions_of_clip_are_resampled_as_open_clip_does(size: int, written: W
     assert encoder(images(size)).shape == (2, side * side, WIDTH)
 
 
-def test_positions_of_a_trunk_are_resampled_as_timm_does(written: Written, loaded: Loaded) -> None:
+def test_positions_of_a_trunk_are_resampled_as_in_timm(written: Written, loaded: Loaded) -> None:
     path = written("small-siglip")
     encoder = loaded("small-siglip", path, image_size=96)
     overlay = {"file": str(path)}
     expected = timm.create_model(
         "test_vit3", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, img_size=96
     ).state_dict()
-    found = encoder.vit.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    actual = encoder.vit.state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
     assert encoder(images(96)).shape == (2, 36, 96)
 
 
-def test_weights_are_loaded_when_asked_and_not_before(written: Written) -> None:
+def test_weights_are_loaded_only_on_request(written: Written) -> None:
     path, pixels = written("small-clip"), images(SIZE)
     encoder = open_clip_encoder("small-clip", weights=str(path)).eval()
     before = encoder(pixels)
@@ -101,119 +101,128 @@ def test_weights_are_loaded_when_asked_and_not_before(written: Written) -> None:
 
 @pytest.fixture(params=["small-clip", "small-siglip"])
 def folder(tmp_path: Path, request: pytest.FixtureRequest, written: Written) -> tuple[str, Path]:
-    """A model's name, and a folder as open_clip writes them for the hub."""
-    name, place = request.param, tmp_path / "folder"
-    place.mkdir()
-    written(name).rename(place / "open_clip_model.safetensors")
-    (place / "open_clip_pytorch_model.bin").write_bytes(b"no pickle is read")
+    """A model's name, and a directory as open_clip writes it for the Hub."""
+    name, directory = request.param, tmp_path / "folder"
+    directory.mkdir()
+    written(name).rename(directory / "open_clip_model.safetensors")
+    (directory / "open_clip_pytorch_model.bin").write_bytes(b"pickles are not read")
     config = open_clip.get_model_config(name)
-    config["vision_cfg"].setdefault("mlp_ratio", 4.0)  # what one config writes and another leaves to the default
+    config["vision_cfg"].setdefault("mlp_ratio", 4.0)  # a default that configs may state or omit
     preprocess = {"mean": list(CLIP_MEAN), "std": [0.26862954, 0.26130258, 0.27577711]}
-    (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
-    return name, place
+    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    return name, directory
 
 
-def test_reads_a_folder_without_a_network(
+def test_reads_a_directory_without_a_network(
     folder: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, loaded: Loaded
 ) -> None:
-    name, place = folder
+    name, directory = folder
     monkeypatch.setattr(hub, "hf_hub_download", None)
-    encoder = open_clip_encoder(name, weights=f"local-dir:{place}").eval()
+    encoder = open_clip_encoder(name, weights=f"local-dir:{directory}").eval()
     load_weights(encoder)
     pixels = images(encoder.image_spec.size)
-    assert torch.equal(encoder(pixels), loaded(name, place / "open_clip_model.safetensors")(pixels))
+    assert torch.equal(encoder(pixels), loaded(name, directory / "open_clip_model.safetensors")(pixels))
 
 
-def test_a_folder_of_another_model_is_refused(folder: tuple[str, Path], assert_refused: Refused) -> None:
-    name, place = folder
-    encoder = open_clip_encoder(name, weights=f"local-dir:{place}")
-    changed(place, "model_cfg.vision_cfg", head_width=8)
-    changed(place, "model_cfg", quick_gelu=True)
-    assert_refused(encoder, "those of another model: quick_gelu is True, .* has False; vision_cfg.head_width is 8")
+def test_a_directory_of_another_model_is_rejected(folder: tuple[str, Path], assert_rejected: AssertRejected) -> None:
+    name, directory = folder
+    encoder = open_clip_encoder(name, weights=f"local-dir:{directory}")
+    change_config(directory, "model_cfg.vision_cfg", head_width=8)
+    change_config(directory, "model_cfg", quick_gelu=True)
+    match = "contains weights of another model: quick_gelu is True, but .* has False; vision_cfg.head_width is 8"
+    assert_rejected(encoder, match)
 
 
-def test_a_folder_of_another_size_and_other_dropout_is_taken(folder: tuple[str, Path]) -> None:
-    name, place = folder
-    changed(place, "model_cfg.vision_cfg", image_size=500, patch_dropout=0.5, timm_drop=0.1, timm_drop_path=0.1)
-    encoder = open_clip_encoder(name, weights=f"local-dir:{place}", image_size=80)
+def test_a_directory_with_another_image_size_and_dropout_is_accepted(folder: tuple[str, Path]) -> None:
+    name, directory = folder
+    change_config(
+        directory, "model_cfg.vision_cfg", image_size=500, patch_dropout=0.5, timm_drop=0.1, timm_drop_path=0.1
+    )
+    encoder = open_clip_encoder(name, weights=f"local-dir:{directory}", image_size=80)
     load_weights(encoder)
     assert encoder.grid == Grid(1, 5, 5)
 
 
-def test_a_folder_with_other_statistics_is_refused(folder: tuple[str, Path], assert_refused: Refused) -> None:
-    name, place = folder
-    changed(place, "preprocess_cfg", mean=[0.5, 0.5, 0.5])
-    encoder = open_clip_encoder(name, weights=f"local-dir:{place}")
-    assert_refused(encoder, rf"config beside it says mean \(0\.5, 0\.5, 0\.5\).*no tag {name}:TAG has those$")
+def test_a_directory_with_other_statistics_is_rejected(
+    folder: tuple[str, Path], assert_rejected: AssertRejected
+) -> None:
+    name, directory = folder
+    change_config(directory, "preprocess_cfg", mean=[0.5, 0.5, 0.5])
+    encoder = open_clip_encoder(name, weights=f"local-dir:{directory}")
+    assert_rejected(encoder, rf"config next to it states mean \(0\.5, 0\.5, 0\.5\).*no tag {name}:TAG has these values$")
 
 
-def test_other_statistics_name_the_tags_that_have_them(folder: tuple[str, Path], tagged: str) -> None:
-    place = folder[1]
+def test_other_statistics_name_the_matching_tags(folder: tuple[str, Path], tagged: str) -> None:
+    directory = folder[1]
     config = {"model_cfg": open_clip.get_model_config(tagged), "preprocess_cfg": {"mean": HALF, "std": HALF}}
-    (place / "open_clip_config.json").write_text(json.dumps(config))
-    encoder = open_clip_encoder(tagged, weights=f"local-dir:{place}")
+    (directory / "open_clip_config.json").write_text(json.dumps(config))
+    encoder = open_clip_encoder(tagged, weights=f"local-dir:{directory}")
     with pytest.raises(CheckpointError, match=f"write model: {tagged}:TAG with one of halves$"):
         load_weights(encoder)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_cfg": 3}', '{"model_cfg": {"vision_cfg": {"x": 1}}}'])
-def test_a_folder_whose_config_is_none_is_refused(folder: tuple[str, Path], text: str, assert_refused: Refused) -> None:
-    name, place = folder
-    (place / "open_clip_config.json").write_text(text)
-    assert_refused(
-        open_clip_encoder(name, weights=f"local-dir:{place}"),
-        r"open_clip_config\.json(: | must lie)|config beside it does not describe",
+def test_a_directory_with_an_invalid_config_is_rejected(
+    folder: tuple[str, Path], text: str, assert_rejected: AssertRejected
+) -> None:
+    name, directory = folder
+    (directory / "open_clip_config.json").write_text(text)
+    assert_rejected(
+        open_clip_encoder(name, weights=f"local-dir:{directory}"),
+        r"open_clip_config\.json(: | must be in)|config next to it does not describe",
     )
 
 
-def test_a_folder_without_safetensors_is_refused(folder: tuple[str, Path], assert_refused: Refused) -> None:
-    name, place = folder
-    (place / "open_clip_model.safetensors").unlink()
-    encoder = open_clip_encoder(name, weights=f"local-dir:{place}")
-    assert_refused(encoder, r"open_clip_model\.safetensors: no such file .*holds .*open_clip_pytorch_model\.bin")
+def test_a_directory_without_safetensors_is_rejected(folder: tuple[str, Path], assert_rejected: AssertRejected) -> None:
+    name, directory = folder
+    (directory / "open_clip_model.safetensors").unlink()
+    encoder = open_clip_encoder(name, weights=f"local-dir:{directory}")
+    assert_rejected(encoder, r"open_clip_model\.safetensors: no such file .*contains .*open_clip_pytorch_model\.bin")
 
 
 @pytest.mark.parametrize("name", ["small-clip", "small-siglip"])
-def test_a_cut_file_and_wrong_tensors_are_refused(name: str, written: Written, assert_refused: Refused) -> None:
+def test_a_truncated_file_and_wrong_tensors_are_rejected(
+    name: str, written: Written, assert_rejected: AssertRejected
+) -> None:
     path = written(name)
     encoder = open_clip_encoder(name, weights=str(path))
     raw = path.read_bytes()
-    tensors = safetensors.torch.load(raw)  # in memory: a file that is cut may not be mapped
+    tensors = safetensors.torch.load(raw)  # in memory, because a file that is truncated below must not be mapped
     first = min(key for key in tensors if key.startswith("visual.") and "blocks." in key)
     short = first.removeprefix("visual.").removeprefix("trunk.")
     path.write_bytes(raw[: len(raw) // 2])
-    assert_refused(encoder, r"small-.*\.safetensors: cannot be read")
+    assert_rejected(encoder, r"small-.*\.safetensors: cannot be read")
     write_tensors(path, {key: tensor for key, tensor in tensors.items() if key != first})
-    assert_refused(encoder, rf"does not fit[\s\S]*missing .*{short}")
+    assert_rejected(encoder, rf"does not fit[\s\S]*missing .*{short}")
     write_tensors(path, {**tensors, f"{first}s": torch.zeros(1)})
-    assert_refused(encoder, rf"does not fit[\s\S]*surplus {short}s")
+    assert_rejected(encoder, rf"does not fit[\s\S]*unexpected {short}s")
     write_tensors(path, {**tensors, first: torch.zeros(1)})
-    assert_refused(encoder, rf"does not fit[\s\S]*{short}.* is \(1,\)")
+    assert_rejected(encoder, rf"does not fit[\s\S]*{short}.* is \(1,\)")
     write_tensors(path, {key: tensor for key, tensor in tensors.items() if not key.startswith("visual.")})
-    assert_refused(encoder, r"holds no tensor named visual\.")
+    assert_rejected(encoder, r"has no tensor named visual\.")
 
 
-def test_positions_that_cannot_be_resampled_are_refused(written: Written, assert_refused: Refused) -> None:
+def test_positions_that_cannot_be_resampled_are_rejected(written: Written, assert_rejected: AssertRejected) -> None:
     path = written("small-clip")
     write_tensors(path, {**load_file(path), "visual.positional_embedding": torch.zeros(13, WIDTH)})
     encoder = open_clip_encoder("small-clip", weights=str(path))
-    assert_refused(encoder, r"small-.*\.safetensors: does not fit the model")
+    assert_rejected(encoder, r"small-.*\.safetensors: does not fit the model")
 
 
-def test_a_tag_is_fetched_when_weights_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
+def test_a_tag_is_downloaded_when_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads: list[tuple[str, str]] = []
 
     def fail(repo: str, name: str) -> str:
-        asked.append((repo, name))
+        downloads.append((repo, name))
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(hub, "hf_hub_download", fail)
     with torch.device("meta"):
         encoder = open_clip_encoder("ViT-L-14-336-quickgelu", weights="openai")
-    assert not asked
-    with pytest.raises(CheckpointError, match=r"cannot be fetched from the hub .*local-dir:FOLDER"):
+    assert not downloads
+    with pytest.raises(CheckpointError, match=r"cannot be downloaded from the Hub .*local-dir:DIRECTORY"):
         load_weights(encoder)
-    assert asked == [("timm/vit_large_patch14_clip_336.openai", "open_clip_model.safetensors")]
+    assert downloads == [("timm/vit_large_patch14_clip_336.openai", "open_clip_model.safetensors")]
 
 
 @pytest.mark.parametrize(
@@ -231,17 +240,18 @@ def test_weights_without_quickgelu_name_the_model_without(monkeypatch: pytest.Mo
         open_clip_encoder("small-clip-quickgelu", weights="mine")
 
 
-def test_a_file_needs_the_tag_where_tags_differ(tagged: str) -> None:
+def test_a_file_needs_the_tag_if_tags_differ(tagged: str) -> None:
     match = rf"the tags of '{tagged}' differ .* model: {tagged}:TAG with one of default, halves, quick$"
     with pytest.raises(ContractError, match=match):
         open_clip_encoder(tagged, weights="a.safetensors")
     assert open_clip_encoder(f"{tagged}:halves", weights="a.safetensors").mean == HALF
 
 
-def test_patches_of_another_size_are_refused_in_trunks_too(written: Written, assert_refused: Refused) -> None:
+def test_other_patch_sizes_are_rejected_in_trunks_too(written: Written, assert_rejected: AssertRejected) -> None:
     path = written("small-siglip")
     weight = torch.zeros(96, 3, 8, 8)
     write_tensors(path, {**load_file(path), "visual.trunk.patch_embed.proj.weight": weight})
-    assert_refused(
-        open_clip_encoder("small-siglip", weights=str(path)), "patches of 8 x 8 px, the encoder's are 16 x 16"
+    assert_rejected(
+        open_clip_encoder("small-siglip", weights=str(path)),
+        "has 8 x 8-pixel patches, but the encoder uses 16 x 16-pixel patches",
     )

@@ -1,4 +1,4 @@
-"""Causal LMs of transformers behind the contract: each row as transformers reads it alone, unpadded, uncached."""
+"""`CausalLM` compared with transformers, which reads each row alone, without padding or cache."""
 
 from __future__ import annotations
 
@@ -77,17 +77,17 @@ def embeds(lm: CausalLM, *shape: int) -> Tensor:
 
 @torch.no_grad()
 def alone(lm: CausalLM, row: Tensor) -> Tensor:
-    """Logits (T, V) of one row (T, D), by transformers."""
+    """Transformers' logits (T, V) of one row (T, D)."""
     return lm.model(inputs_embeds=row[None], use_cache=False, return_dict=True).logits[0]
 
 
-def assert_near(found: Tensor, expected: Tensor) -> None:
+def assert_near(actual: Tensor, expected: Tensor) -> None:
     tolerance = 1e-10 if expected.dtype == torch.float64 else 1e-4
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 def read(lm: CausalLM, state: KeyValueState, x: Tensor, counts: list[int], length: int) -> list[Tensor]:
-    """The next `counts` positions of each row of x, padded to `length` with what is no number; their logits."""
+    """Prefill the next `counts` positions of each row of x, padded to `length` with NaN; return their logits."""
     starts = state.lengths.tolist()
     padded = torch.full_like(x[:, :length], torch.nan)
     for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
@@ -102,21 +102,21 @@ def step(lm: CausalLM, state: KeyValueState, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("length", [7, 11])
-def test_each_row_is_as_alone_however_it_is_padded_and_cut(lm: CausalLM, length: int) -> None:
+def test_rows_do_not_depend_on_padding_or_chunking(lm: CausalLM, length: int) -> None:
     x = embeds(lm, 3, 18)
     state = lm.new_state(3)
     parts = [read(lm, state, x, [5, 2, 7], length)]
     parts += [step(lm, state, x)]
     parts += [read(lm, state, x, [3, 6, 0], length)]
     parts += [step(lm, state, x), step(lm, state, x)]
-    parts += [read(lm, state, x, [7, 1, 0], length)]  # the first row is at its 18th position, others are not
+    parts += [read(lm, state, x, [7, 1, 0], length)]  # only the first row reaches position 18
     lengths = [18, 12, 10]
     assert state.lengths.tolist() == lengths
     for row, count in enumerate(lengths):
         assert_near(torch.cat([part[row] for part in parts]), alone(lm, x[row, :count]))
 
 
-def test_a_row_may_begin_in_a_later_prefill(lm: CausalLM) -> None:
+def test_a_row_may_start_in_a_later_prefill(lm: CausalLM) -> None:
     x = embeds(lm, 2, 9)
     state = lm.new_state(2)
     parts = [read(lm, state, x, [4, 0], 4), read(lm, state, x, [1, 5], 5), step(lm, state, x)]
@@ -125,7 +125,7 @@ def test_a_row_may_begin_in_a_later_prefill(lm: CausalLM) -> None:
 
 
 @pytest.mark.parametrize("cut", range(8))
-def test_a_prefill_cut_anywhere_is_as_one(lm: CausalLM, cut: int) -> None:
+def test_a_split_prefill_equals_an_unsplit_one(lm: CausalLM, cut: int) -> None:
     x = embeds(lm, 2, 8)
     state = lm.new_state(2)
     parts = [
@@ -134,26 +134,26 @@ def test_a_prefill_cut_anywhere_is_as_one(lm: CausalLM, cut: int) -> None:
     assert_near(lm.head(torch.cat(parts, dim=1)), torch.stack([alone(lm, row) for row in x]))
 
 
-def test_steps_are_as_the_backbone(lm: CausalLM) -> None:
+def test_steps_equal_the_backbone(lm: CausalLM) -> None:
     x = embeds(lm, 2, 6)
     state = lm.new_state(2)
-    stepped = torch.stack([lm.step(x[:, at], state) for at in range(6)], dim=1)
+    stepped = torch.stack([lm.step(x[:, position], state) for position in range(6)], dim=1)
     assert_near(stepped, lm.backbone(x).detach())
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "gpt_neox", "sliding"])
-def test_gradients_are_those_of_transformers(kind: str) -> None:
+def test_gradients_equal_those_of_transformers(kind: str) -> None:
     lm = make(kind)
     ids = torch.randint(20, (2, 7))
     logits = lm.head(lm.backbone(lm.embed(ids)))
     F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    found = {name: parameter.grad for name, parameter in lm.model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in lm.model.named_parameters()}
     lm.zero_grad()
     lm.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     for name, parameter in lm.model.named_parameters():
         assert parameter.grad is not None
-        assert found[name] is not None
-        torch.testing.assert_close(found[name], parameter.grad, atol=1e-7, rtol=1e-6)  # their loss is in fp32
+        assert gradients[name] is not None
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-7, rtol=1e-6)  # transformers' loss is fp32
 
 
 def test_training_rows_do_not_see_their_padding(llama: CausalLM) -> None:
@@ -163,7 +163,7 @@ def test_training_rows_do_not_see_their_padding(llama: CausalLM) -> None:
         assert_near(logits[row, :length], alone(llama, x[row, :length]))
 
 
-def test_training_attends_without_a_mask_of_all_positions(llama: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_uses_causal_attention_without_a_mask(llama: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, calls = F.scaled_dot_product_attention, []
 
     def recorded(*args: Any, **options: Any) -> Tensor:
@@ -176,7 +176,7 @@ def test_training_attends_without_a_mask_of_all_positions(llama: CausalLM, monke
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_keeps_the_contract(kind: str) -> None:
+def test_satisfies_the_contract(kind: str) -> None:
     make_lm = functools.partial(CausalLM, config=CONFIGS[kind], num_tokens=20)
     check_language_model(make_lm)
     lm = make_lm(weights="some/model")
@@ -185,7 +185,7 @@ def test_keeps_the_contract(kind: str) -> None:
     assert [type(unit).__name__ for unit in lm.shard_units()] == [type(lm.shard_units()[0]).__name__] * 2
 
 
-def test_no_prefill_or_step_keeps_a_graph(llama: CausalLM) -> None:
+def test_prefill_and_step_build_no_graph(llama: CausalLM) -> None:
     x, state = embeds(llama, 1, 3).requires_grad_(), llama.new_state(1)
     assert not llama.prefill(x, torch.tensor([3]), state).requires_grad
     assert not llama.step(x[:, 0], state).requires_grad
@@ -220,11 +220,11 @@ def test_rows_of_a_state_are_copies(lm: CausalLM, index: Any, rows: list[int]) -
         assert_near(logits, alone(lm, x[row, : [4, 1, 3][row] + 1])[-1:])
 
 
-def test_a_state_says_what_it_cannot_do(llama: CausalLM) -> None:
+def test_misuse_of_a_state_raises_an_error(llama: CausalLM) -> None:
     state, x = llama.new_state(2), embeds(llama, 2, 3)
-    with pytest.raises(ShapeError, match=r"cannot be overwritten \(recurrent is False\); choose rows with rows\(\)"):
+    with pytest.raises(ShapeError, match=r"cannot be overwritten \(recurrent is False\); select rows with rows\(\)"):
         state.write([0], llama.new_state(1))
-    with pytest.raises(ShapeError, match="rows are chosen by a list of numbers or a mask"):
+    with pytest.raises(ShapeError, match="rows must be selected by a list of integers or a mask"):
         state.rows([0.5])
     with pytest.raises(ShapeError, match=r"a state of 2 rows cannot take 1; make one with new_state\(1\)"):
         llama.step(x[:1, 0], state)
@@ -232,26 +232,26 @@ def test_a_state_says_what_it_cannot_do(llama: CausalLM) -> None:
         llama.step(x[:, 0], llama.new_state(2, "meta"))
     with pytest.raises(ShapeError, match=r"a state of causal LM llama, .* cannot be used by causal LM gpt_neox"):
         make("gpt_neox").step(x[:, 0], state)
-    with pytest.raises(ShapeError, match=r"prefill: lengths\[1\] is 4; rows have 0…3 positions"):
+    with pytest.raises(ShapeError, match=r"prefill: lengths\[1\] must be in 0…3, received 4"):
         llama.prefill(x, torch.tensor([3, 4]), state)
 
 
-def test_segments_are_refused(llama: CausalLM) -> None:
-    with pytest.raises(ShapeError, match="reads rows padded, not packed"):
+def test_segments_are_rejected(llama: CausalLM) -> None:
+    with pytest.raises(ShapeError, match="reads padded rows, not packed ones"):
         llama.backbone(embeds(llama, 1, 4), torch.zeros(1, 4, dtype=torch.int32))
 
 
-def test_a_model_that_ignores_the_cache_is_found_out(llama: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_ignores_the_cache_is_detected(llama: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     body = llama.model.model
     monkeypatch.setattr(body, "forward", lambda **given: type(body).forward(body, inputs_embeds=given["inputs_embeds"]))
-    with pytest.raises(ContractError, match="keeps its keys and values elsewhere"):
+    with pytest.raises(ContractError, match="does not store its keys and values in the cache"):
         llama.prefill(embeds(llama, 1, 2), torch.tensor([2]), llama.new_state(1))
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "gpt_neox", "sliding"])
 def test_meta_gives_shapes_without_values(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading a value back, which a device would wait for, is an error on meta."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # torch has none for meta
+    """Reading a value, which would synchronize with a device, raises an error on `meta`."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # torch lacks one for meta
     with torch.device("meta"):
         lm = CausalLM(config=CONFIGS[kind], num_tokens=20)
         assert {t.device.type for t in (*lm.parameters(), *lm.buffers())} == {"meta"}
@@ -278,7 +278,7 @@ def test_the_first_model_of_a_process_may_be_on_meta() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
-def test_positions_are_turned_as_exactly_in_another_dtype(kind: str) -> None:
+def test_rotary_frequencies_keep_their_precision_in_another_dtype(kind: str) -> None:
     lm = CausalLM(config=CONFIGS[kind], num_tokens=20)
     before = {name: buffer.clone() for name, buffer in lm.named_buffers()}
     assert before
@@ -288,8 +288,8 @@ def test_positions_are_turned_as_exactly_in_another_dtype(kind: str) -> None:
     assert half.backbone(half.embed(torch.zeros(1, 3, dtype=torch.long))).dtype == torch.bfloat16
 
 
-def test_what_was_built_on_meta_can_be_given_memory() -> None:
-    """As ranks other than the first are, before they receive its parameters and buffers."""
+def test_a_model_built_on_meta_can_be_materialized() -> None:
+    """Ranks other than the first do so before they receive parameters and buffers."""
     with torch.device("meta"):
         lm = CausalLM(config=CONFIGS["llama"], num_tokens=20)
     lm.to_empty(device="cpu")

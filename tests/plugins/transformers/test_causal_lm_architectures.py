@@ -1,4 +1,4 @@
-"""Each architecture that `causal_lm` takes: its rows are as alone, and no position sees a later one."""
+"""All supported architectures of `causal_lm`: independent rows, causality, tied heads."""
 
 from __future__ import annotations
 
@@ -60,42 +60,43 @@ CONFIGS: dict[str, dict[str, Any]] = {
 CONFIGS["opt"] = {key: value for key, value in CONFIGS["opt"].items() if key != "intermediate_size"}
 
 
-def test_every_architecture_that_is_taken_is_here() -> None:
+def test_every_supported_architecture_is_tested() -> None:
     assert sorted(CONFIGS) == sorted(TESTED)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @torch.no_grad()
-def test_rows_are_as_alone_and_no_position_sees_a_later_one(kind: str) -> None:
+def test_rows_are_independent_and_causal(kind: str) -> None:
     lm = CausalLM(config={"model_type": kind, **CONFIGS[kind]}, num_tokens=20).eval()
     for parameter in lm.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.2)
     x, lengths = torch.randn(3, 12, lm.width), [5, 2, 7]
     logits = lm.head(lm.backbone(x))
-    later = torch.cat([x[:, :7], torch.randn(3, 5, lm.width)], 1)
-    near = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(lm.head(lm.backbone(later))[:, :7], logits[:, :7], **near)
+    changed = torch.cat([x[:, :7], torch.randn(3, 5, lm.width)], 1)
+    tolerances = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(lm.head(lm.backbone(changed))[:, :7], logits[:, :7], **tolerances)
     for row, expected in zip(x, logits, strict=True):
-        torch.testing.assert_close(lm.model(inputs_embeds=row[None], use_cache=False).logits[0], expected, **near)
+        alone = lm.model(inputs_embeds=row[None], use_cache=False).logits[0]
+        torch.testing.assert_close(alone, expected, **tolerances)
     state = lm.new_state(3)
-    read = lm.head(lm.prefill(x[:, :7], torch.tensor(lengths), state))
+    prefilled = lm.head(lm.prefill(x[:, :7], torch.tensor(lengths), state))
     for row, length in enumerate(lengths):
-        torch.testing.assert_close(read[row, :length], logits[row, :length], **near)
+        torch.testing.assert_close(prefilled[row, :length], logits[row, :length], **tolerances)
     for t in range(4):
-        at = torch.arange(3), torch.tensor(lengths) + t
-        torch.testing.assert_close(lm.head(lm.step(x[at], state)), logits[at], **near)
+        index = torch.arange(3), torch.tensor(lengths) + t
+        torch.testing.assert_close(lm.head(lm.step(x[index], state)), logits[index], **tolerances)
     assert logits.std() > 0.1
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_config_that_ties_the_head_is_held_to(kind: str, tmp_path: Path) -> None:
-    """transformers would use the embedding in place of the file's other head; an untied model would not."""
+def test_a_head_that_contradicts_a_tied_config_is_rejected(kind: str, tmp_path: Path) -> None:
+    """transformers would replace the file's head by the embedding; an untied model would load it."""
     config = {"model_type": kind, **CONFIGS[kind]}
     model = CausalLM(config={**config, "tie_word_embeddings": True}, num_tokens=20).model
-    ours = CausalLM(config={**config, "tie_word_embeddings": False}, num_tokens=20)
+    untied = CausalLM(config={**config, "tie_word_embeddings": False}, num_tokens=20)
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.save({**tensors, f"{head}.weight": tensors[f"{head}.weight"] + 1}, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
     with pytest.raises(CheckpointError, match=rf"{head}\.weight differs from .*, but the config\.json .* ties them"):
-        open_weights(tmp_path, "language").load(ours)
+        open_weights(tmp_path, "language").load(untied)

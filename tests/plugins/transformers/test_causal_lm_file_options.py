@@ -1,4 +1,4 @@
-"""Which options of a file's config count, in whichever way they are written."""
+"""Options of a file's config that must match the recipe, in every notation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LLAMA3 |= {"original_max_position_embeddings": 32}
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "yarn", "factor": 4.0}, {"rope_type": "linear", "factor": 2.0}, LLAMA3])
-def test_the_longest_position_counts_for_yarn(rope: dict[str, Any], tmp_path: Path) -> None:
+def test_max_position_embeddings_must_match_for_yarn(rope: dict[str, Any], tmp_path: Path) -> None:
     scaling, yarn = {"rope_scaling": rope}, rope["rope_type"] == "yarn"
     make(1, **CONFIGS["llama"], **scaling, max_position_embeddings=64).model.save_pretrained(tmp_path)
     load(make(2, **CONFIGS["llama"], **scaling, max_position_embeddings=64), tmp_path)
@@ -39,7 +39,7 @@ GEMMA = {"sliding_attention": {"rope_type": "default", "rope_theta": 7.0}}
 
 
 @pytest.mark.parametrize(
-    ("kind", "parameters", "here", "wrong"),
+    ("kind", "parameters", "options", "wrong"),
     [
         ("llama", {"rope_type": "default"}, {"rope_theta": 5e5}, {}),
         ("mistral", {"rope_type": "default"}, {"rope_theta": 5e5}, {}),
@@ -59,17 +59,17 @@ GEMMA = {"sliding_attention": {"rope_type": "default", "rope_theta": 7.0}}
     ],
 )
 def test_rotary_options_as_transformers_5_writes_them(
-    kind: str, parameters: dict[str, Any], here: dict[str, Any], wrong: dict[str, Any], tmp_path: Path
+    kind: str, parameters: dict[str, Any], options: dict[str, Any], wrong: dict[str, Any], tmp_path: Path
 ) -> None:
     more = {"head_dim": 4, "num_key_value_heads": 4}
     base = {"model_type": kind, **SIZES, **(more if kind in ("mistral", "gemma3_text") else {})}
-    written = make(1, **base, **here)
+    written = make(1, **base, **options)
     written.model.save_pretrained(tmp_path)
     theta = {"rope_type": "default", "rope_theta": 5e5}
     parameters = {**parameters, "full_attention": theta} if kind == "gemma3_text" else {**parameters, "rope_theta": 5e5}
     (tmp_path / "config.json").write_text(json.dumps({**base, "rope_parameters": parameters}))
-    for own in ({"rope_parameters": parameters}, here):
-        lm = make(2, **base, **own)
+    for notation in ({"rope_parameters": parameters}, options):
+        lm = make(2, **base, **notation)
         load(lm, tmp_path)
         embeds = torch.randn(1, 5, 16)
         assert torch.equal(lm.backbone(embeds), written.backbone(embeds))
@@ -78,7 +78,7 @@ def test_rotary_options_as_transformers_5_writes_them(
 
 
 @pytest.mark.parametrize(
-    ("there", "here"),
+    ("in_file", "in_recipe"),
     [
         ({"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
         ({"rope_type": "linear", "factor": 2.0}, {"type": "linear", "factor": 2.0}),
@@ -87,13 +87,13 @@ def test_rotary_options_as_transformers_5_writes_them(
     ],
 )
 @pytest.mark.parametrize("kind", ["llama", "falcon"])
-def test_one_rope_scaling_written_in_two_ways(
-    kind: str, there: dict[str, Any] | None, here: dict[str, Any] | None, tmp_path: Path
+def test_one_rope_scaling_in_two_notations(
+    kind: str, in_file: dict[str, Any] | None, in_recipe: dict[str, Any] | None, tmp_path: Path
 ) -> None:
     base = CONFIGS[kind]
     make(1, **base).model.save_pretrained(tmp_path)
-    rewrite(tmp_path, rope_scaling=there)
-    load(make(2, **base, rope_scaling=here), tmp_path)
+    rewrite(tmp_path, rope_scaling=in_file)
+    load(make(2, **base, rope_scaling=in_recipe), tmp_path)
     with pytest.raises(CheckpointError, match=r"rope_\w+ is .*, the checkpoint needs"):
         load(make(2, **base, rope_scaling={"rope_type": "linear", "factor": 3.0}), tmp_path)
 
@@ -106,7 +106,7 @@ def test_a_rope_scaling_that_the_architecture_does_not_have(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("kind", "idle"),
+    ("kind", "options"),
     [
         ("opt", {"init_std": 0.5}),
         ("gpt2", {"summary_type": "last", "summary_use_proj": False}),
@@ -114,16 +114,16 @@ def test_a_rope_scaling_that_the_architecture_does_not_have(tmp_path: Path) -> N
         ("qwen2", {"max_window_layers": 1}),
     ],
 )
-def test_options_that_no_answer_depends_on(kind: str, idle: dict[str, Any], tmp_path: Path) -> None:
+def test_options_without_effect_may_differ(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     base = CONFIGS.get(kind, {"model_type": kind, **SIZES, "num_key_value_heads": 4})
-    written = make(1, **base, **idle)
+    written = make(1, **base, **options)
     written.model.save_pretrained(tmp_path)
-    read = make(2, **base)
-    load(read, tmp_path)
-    assert all(torch.equal(tensor, written.state_dict()[name]) for name, tensor in read.state_dict().items())
+    lm = make(2, **base)
+    load(lm, tmp_path)
+    assert all(torch.equal(tensor, written.state_dict()[name]) for name, tensor in lm.state_dict().items())
 
 
-def test_which_layers_have_a_window_counts_where_there_is_one(tmp_path: Path) -> None:
+def test_max_window_layers_must_match_with_sliding_windows(tmp_path: Path) -> None:
     base = {"model_type": "qwen2", **SIZES, "num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 3}
     make(1, **base, max_window_layers=1).model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"max_window_layers is 2, the checkpoint needs 1"):

@@ -36,7 +36,7 @@ GRID = Grid(1, 2, 3)
 
 
 def vss(p: Parameters, x: Tensor, paths: list[Path]) -> Tensor:
-    """Each sequence through the whole layer, put back in raster order, averaged."""
+    """The complete layer over each path, back in raster order, averaged."""
     return sum(put_back(mamba1(under(p, "layers.0.mixer."), read(x, path)), path) for path in paths) / len(paths)
 
 
@@ -65,7 +65,7 @@ def test_vss_equals_naive_loops_forward_and_backward(
     assert_same(connector, functools.partial(written_out, paths(grid)), x, grid, 1e-9)
 
 
-def test_vlmamba_mlp_written_out_straight() -> None:
+def test_vlmamba_mlp_equals_a_straight_line_rewrite() -> None:
     connector = trained(vlmamba_mlp(6, 10, GRID)).double()
     shapes = [tuple(p.shape) for name, p in connector.named_parameters() if name.endswith("weight")]
     assert shapes == [(10, 6), (10, 10)]
@@ -82,7 +82,7 @@ def test_vlmamba_mlp_written_out_straight() -> None:
 )
 @pytest.mark.parametrize("order", [bsm, csm])
 def test_number_of_parameters_from_siglip_to_mamba(build: Callable[..., Any], count: int, order: Any) -> None:
-    """Added up by hand from the widths; paths share the mixer, so the scan order changes nothing."""
+    """The expected number is computed by hand; paths share the mixer, so it does not depend on the scan order."""
     options = {} if build is vlmamba_mlp else {"scan_order": order}
     with torch.device("meta"):
         connector = build(1152, 2560, Grid(1, 27, 27), **options)
@@ -112,8 +112,8 @@ def test_the_input_is_cast_to_the_weights(build: Callable[..., Any], images: int
 
 
 @pytest.mark.parametrize("build", [vss_mlp, vss_l2])
-def test_another_number_of_positions_is_refused(build: Callable[..., Any]) -> None:
-    with pytest.raises(ShapeError, match=r"paths \(2, 6\) must run over the 5 positions of the input"):
+def test_a_wrong_number_of_positions_is_rejected(build: Callable[..., Any]) -> None:
+    with pytest.raises(ShapeError, match=r"paths must have shape \(2, 5\) for this input, received \(2, 6\)"):
         build(6, 10, GRID)(torch.randn(1, 5, 6), GRID)
 
 

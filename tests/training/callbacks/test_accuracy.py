@@ -1,4 +1,4 @@
-"""The share of right answers while a model trains."""
+"""Training accuracy, by type of question."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # Composer warns at import
 
 
 class Recorder:
-    """A logger that keeps what it is given."""
+    """A logger that records metrics."""
 
     def __init__(self) -> None:
         self.logged: list[dict[str, float]] = []
@@ -28,14 +28,14 @@ class Recorder:
         self.logged.append(metrics)
 
 
-def state(types: list[str], right: list[list[bool]], batch: int) -> State:
-    """What Composer shows after a micro-batch whose answers have these tokens right or wrong."""
+def state(types: list[str], correct: list[list[bool]], batch: int) -> State:
+    """State after a micro-batch whose answers have these correct and wrong tokens."""
     samples = [
         {"ids": torch.zeros(len(r) + 1), "labels": torch.tensor([-100] + [1] * len(r)), "images": {"": torch.zeros(0)}}
-        for r in right
+        for r in correct
     ]
-    flat = torch.tensor([token for answer in right for token in answer])
-    logits = torch.nn.functional.one_hot(flat.long(), 3).float()  # the likeliest is 1 where right, else 0
+    flat = torch.tensor([token for answer in correct for token in answer])
+    logits = torch.nn.functional.one_hot(flat.long(), 3).float()  # the most likely token is 1 if correct, else 0
     return cast(
         State,
         SimpleNamespace(
@@ -48,21 +48,21 @@ def state(types: list[str], right: list[list[bool]], batch: int) -> State:
 
 def run(steps: list[tuple[list[str], list[list[bool]]]]) -> list[dict[str, float]]:
     callback, recorder = AnswerAccuracy(), Recorder()
-    for number, (types, right) in enumerate(steps, start=1):
-        now = state(types, right, number)
-        callback.after_loss(now, cast(Logger, recorder))
-        callback.batch_end(now, cast(Logger, recorder))
+    for number, (types, correct) in enumerate(steps, start=1):
+        current = state(types, correct, number)
+        callback.after_loss(current, cast(Logger, recorder))
+        callback.batch_end(current, cast(Logger, recorder))
     return recorder.logged
 
 
-def test_an_answer_counts_if_all_its_tokens_are_right() -> None:
+def test_an_answer_is_correct_if_all_its_tokens_are() -> None:
     step = (["a", "a", "b", "a"], [[True], [True, False], [True, True], [False]])
     assert run([step] * WINDOW) == [{"accuracy/a": 1 / 3, "accuracy/b": 1.0}]
 
 
-def test_each_window_counts_for_itself() -> None:
-    right, wrong = (["a"], [[True]]), (["a"], [[False]])
-    logged = run([right] * WINDOW + [wrong] * (WINDOW - 1) + [right])
+def test_windows_are_counted_separately() -> None:
+    correct, wrong = (["a"], [[True]]), (["a"], [[False]])
+    logged = run([correct] * WINDOW + [wrong] * (WINDOW - 1) + [correct])
     assert logged == [{"accuracy/a": 1.0}, {"accuracy/a": 1 / WINDOW}]
 
 
@@ -75,7 +75,7 @@ def test_questions_without_a_type() -> None:
 
 
 @pytest.mark.long
-def test_a_run_logs_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_logs_accuracy(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssmvl.training.callbacks.accuracy.WINDOW", 2)
     folder = ssmvl.train(tiny, "stages.finetune.microbatch=3")
     logged: dict[str, Any] = read_scalars(folder / "tensorboard" / "tiny-finetune")

@@ -1,4 +1,4 @@
-"""A stage's evaluation set: one rank and two sharded ones find the same, and what is trained after it is unharmed."""
+"""Evaluation during a stage: same results on one rank and on two sharded ranks, and no effect on training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ssmvl.evaluation.runner import Answered
 from ssmvl.model import vlm
 from ssmvl.training.callbacks import evaluator
 
-pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed warn on their own
+pytestmark = pytest.mark.filterwarnings("default")  # Composer, streaming and torch.distributed warn by themselves
 ONE_STAGE = (
     "stages.align=null",
     "stages.order=null",
@@ -45,11 +45,11 @@ def logged(run: str) -> dict[str, list[float]]:
 
 
 @pytest.mark.long
-def test_two_sharded_ranks_find_what_one_finds(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_sharded_ranks_give_the_results_of_one(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[list[Answered]] = []
     results = evaluator.results
 
-    def kept(answered: Iterable[Answered]) -> dict[str, Row]:
+    def record(answered: Iterable[Answered]) -> dict[str, Row]:
         answers.append(list(answered))
         return results(answers[-1])
 
@@ -58,15 +58,15 @@ def test_two_sharded_ranks_find_what_one_finds(tiny: Path, monkeypatch: pytest.M
         ssmvl.train(tiny, f"run={run}", *ONE_STAGE, *options)
         Path(f"{run}.json").write_text(json.dumps(answers))
 
-    monkeypatch.setattr(evaluator, "results", kept)
+    monkeypatch.setattr(evaluator, "results", record)
     monkeypatch.setattr(vlm, "CHUNK", 4)  # inputs of unequal lengths take unequal numbers of chunks
     two_ranks(lambda: train("two", *ASKED), tiny.parent)
     train("one", *ASKED)
     train("none")
     assert Path("one.json").read_text() == Path("two.json").read_text()
-    times = json.loads(Path("one.json").read_text())
-    assert [len(found) for found in times] == [15, 15]
-    assert len({len(answer[3]) for answer in times[-1]}) > 1
+    evaluations = json.loads(Path("one.json").read_text())
+    assert [len(answered) for answered in evaluations] == [15, 15]
+    assert len({len(answer[3]) for answer in evaluations[-1]}) > 1
     one, two, none = logged("one"), logged("two"), logged("none")
     assert {"evaluation/loss", "evaluation/accuracy/counting", "evaluation/blind/reading"} <= one.keys() == two.keys()
     assert one["evaluation/loss"][1] < one["evaluation/loss"][0]
@@ -75,7 +75,7 @@ def test_two_sharded_ranks_find_what_one_finds(tiny: Path, monkeypatch: pytest.M
     assert one["loss/train/total"] == none["loss/train/total"]
 
 
-def test_what_an_evaluation_cannot_be_asked_is_said_before_training(tiny: Path) -> None:
+def test_invalid_evaluation_options_are_reported_before_training(tiny: Path) -> None:
     data = "{name: mix, streams: {a: {data: {name: digit_scenes}, proportion: 1}}}"
     with pytest.raises(RecipeError, match=r"stages\.finetune\.evaluation\.data\.streams\.a\.proportion"):
         ssmvl.train(tiny, f"stages.finetune.evaluation.data={data}")
@@ -83,24 +83,22 @@ def test_what_an_evaluation_cannot_be_asked_is_said_before_training(tiny: Path) 
         ssmvl.train(tiny, *ASKED, "stages.finetune.evaluation.interval=soon")
 
 
-def test_a_set_is_asked_once_where_steps_and_epoch_end_together(
+def test_the_end_of_an_epoch_does_not_repeat_the_evaluation_of_its_last_step(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[int] = []
+    evaluations: list[int] = []
     results = evaluator.results
-    monkeypatch.setattr(evaluator, "results", lambda found: asked.append(1) or results(found))
+    monkeypatch.setattr(evaluator, "results", lambda answered: evaluations.append(1) or results(answered))
     ssmvl.train(
         tiny, *ONE_STAGE, *ASKED, "stages.finetune.data.train_size=32", "stages.finetune.evaluation.interval=4ba"
     )
-    assert len(asked) == 1  # four steps are an epoch
-    said = r"^evaluation after step 4: loss \d\.\d{4}, right: .*counting \d+\.\d%"
-    assert re.search(said, capfd.readouterr().out, re.MULTILINE)
+    assert len(evaluations) == 1  # an epoch has four steps
+    line = r"^evaluation after step 4: loss \d\.\d{4}, accuracy: .*counting \d+\.\d%"
+    assert re.search(line, capfd.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("where", ["evaluation", "stages.finetune.evaluation"])
-def test_a_record_that_cannot_be_asked_is_named_before_training(
-    tiny: Path, where: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unusable_record_is_named_before_training(tiny: Path, where: str, capfd: pytest.CaptureFixture[str]) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (9, 9)).save(buffer, "PNG")
     talk = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "the longest of all"}]
@@ -113,5 +111,5 @@ def test_a_record_that_cannot_be_asked_is_named_before_training(
         ssmvl.train(tiny, *ONE_STAGE, bad)
     assert "started" not in capfd.readouterr().out
     ssmvl.train(tiny, *ONE_STAGE, fine, "stages.finetune.duration=1ba")
-    note = f"{where}: 1 of 1 answers are longer than max_new_tokens=2; they can only count as wrong"
+    note = f"{where}: 1 of 1 answers are longer than max_new_tokens=2; they always count as wrong"
     assert note in capfd.readouterr().out

@@ -1,4 +1,4 @@
-"""Losses, gradients or weights that are not finite, and losses that jump, end a stage before a checkpoint is made."""
+"""Non-finite losses, gradients or weights, and jumps of the loss, end a stage before a checkpoint is saved."""
 
 from __future__ import annotations
 
@@ -20,37 +20,39 @@ from ssmvl.errors import RecipeError, RunError
 from ssmvl.training import run
 from ssmvl.training.callbacks import loss_guard
 from ssmvl.training.composer_model import ComposerVLM
-from ssmvl.training.optimizer import Optimizer, adamw
+from ssmvl.training.optimizer import Optimizer, make_optimizer
 
-pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn on their own account
+pytestmark = pytest.mark.filterwarnings("default")  # Composer and streaming warn by themselves
 ONE_STAGE = ("stages.align=null", "stages.order=null", "evaluation=null", "stages.finetune.duration=8ba")
 
 
 @pytest.mark.long
-def test_a_loss_that_is_no_number_ends_both_ranks(tiny: Path) -> None:
+def test_a_loss_of_nan_ends_both_ranks(tiny: Path) -> None:
     def train() -> None:
-        with patch("ssmvl.training.trainer.adamw", lambda model, options: adamw(model, replace(options, lr=1e30))):
+        diverging = lambda model, options: make_optimizer(model, replace(options, lr=1e30))  # noqa: E731
+        with patch("ssmvl.training.trainer.make_optimizer", diverging):
             assert run.main(["tiny.yaml", *ONE_STAGE]) == 2
 
-    for said in two_ranks(train, tiny.parent):
-        error = said[said.index("error: ") :]
+    for output in two_ranks(train, tiny.parent):
+        error = output[output.index("error: ") :]
         step = int(error.removeprefix("error: step ").partition(":")[0])
         assert "the gradient is not finite (norm nan); the samples of this step: train-" in error
-        assert error.count("train-") == 8  # of both ranks
-        assert "Traceback" not in said
-    left = [path.name for path in Path("runs/tiny/finetune/checkpoints").glob("ep*")]
-    assert left
-    assert all(f"ba{step}" not in name for name in left)
+        assert error.count("train-") == 8  # samples of both ranks
+        assert "Traceback" not in output
+    checkpoints = [path.name for path in Path("runs/tiny/finetune/checkpoints").glob("ep*")]
+    assert checkpoints
+    assert all(f"ba{step}" not in name for name in checkpoints)
 
 
 @pytest.mark.long
-def test_a_jump_ends_it_unless_any_is_allowed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_guard, "BEFORE", 2)
+def test_a_jump_of_the_loss_ends_the_stage_unless_any_is_allowed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_guard, "HISTORY", 2)
     loss, calls = ComposerVLM.loss, itertools.count()
-    monkeypatch.setattr(ComposerVLM, "loss", lambda self, *given: loss(self, *given) + 9 * (next(calls) % 8 == 4))
-    for first in (0, 4):  # of this launch, which goes on at the checkpoint of the fourth
+    monkeypatch.setattr(ComposerVLM, "loss", lambda self, *inputs: loss(self, *inputs) + 9 * (next(calls) % 8 == 4))
+    for first in (0, 4):  # steps before this launch; the second resumes after the fourth
         calls = itertools.count(first)
-        with pytest.raises(RunError, match=r"step 5: the loss is 1\d\.\d+, at most 2 more than the largest of the 2 s"):
+        expected = r"step 5: the loss is 1\d\.\d+; loss_jump allows at most 2 more than .* of the 2 preceding s"
+        with pytest.raises(RunError, match=expected):
             ssmvl.train(tiny, *ONE_STAGE)
         assert not Path("runs/tiny/finetune/checkpoints/ep0-ba5-rank0.pt").exists()
     calls = itertools.count()
@@ -60,11 +62,11 @@ def test_a_jump_ends_it_unless_any_is_allowed(tiny: Path, monkeypatch: pytest.Mo
 
 
 def bad_gradients(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """Have backward overflow in these steps, counted from the launch, while the loss stays finite."""
+    """Make backward overflow in these steps, counted from the launch, while the loss stays finite."""
     loss, calls = ComposerVLM.loss, itertools.count(1)
 
-    def overflowing(self: ComposerVLM, *given: Any) -> Tensor:
-        total = loss(self, *given) * 1.0
+    def overflowing(self: ComposerVLM, *inputs: Any) -> Tensor:
+        total = loss(self, *inputs) * 1.0
         if next(calls) in steps:
             total.register_hook(lambda gradient: gradient * float("inf"))
         return total
@@ -86,26 +88,26 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
         with pytest.raises(RunError, match=r"step 4: the gradient is not finite \(norm \w+\); .*: train-"):
             ssmvl.train(tiny, *ONE_STAGE)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["ep0-ba2-rank0.pt", "ep0-ba3-rank0.pt"]
-    # a checkpoint of an older version, which had been saved after such a step
-    newest = checkpoints / "ep0-ba3-rank0.pt"
-    state = torch.load(newest, weights_only=False)
+    # a checkpoint that an older version saved after such a step
+    latest = checkpoints / "ep0-ba3-rank0.pt"
+    state = torch.load(latest, weights_only=False)
     state["state"]["model"]["model.language.norm_f.weight"][0] = float("nan")
-    torch.save(state, newest)
+    torch.save(state, latest)
     ssmvl.train(tiny, *ONE_STAGE)
-    said = capfd.readouterr().out
-    assert f"passes over a checkpoint: {newest} holds weights that are not finite: language.norm_f.weight" in said
-    assert "resumed at step 2," in said
+    output = capfd.readouterr().out
+    assert f"skipping a checkpoint: {latest} holds weights that are not finite: language.norm_f.weight" in output
+    assert "resumed at step 2," in output
     assert finite("runs/tiny/model")
 
 
-def test_steps_in_a_row_are_skipped_up_to_a_number(
+def test_consecutive_steps_are_skipped_up_to_a_limit(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
         bad_gradients(patch, 2, 3, 6)
         ssmvl.train(tiny, *ONE_STAGE, "stages.finetune.max_skipped_steps=2")
-    said = capfd.readouterr().out
-    assert [line.partition(", skipped ")[2][:26] for line in said.splitlines() if ", skipped (" in line] == [
+    output = capfd.readouterr().out
+    assert [line.partition(", skipped ")[2][:26] for line in output.splitlines() if ", skipped (" in line] == [
         "(1 of at most 2 in a row):", "(2 of at most 2 in a row):", "(1 of at most 2 in a row):",
     ]  # fmt: skip
     assert finite("runs/tiny/model")
@@ -130,11 +132,11 @@ def test_both_sharded_ranks_skip_the_same_step(tiny: Path, monkeypatch: pytest.M
 
 def test_weights_that_are_not_finite_are_not_saved(tiny: Path) -> None:
     def overflowing(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
-        return adamw(model, replace(options, lr=1e30, weight_decay=1e10))
+        return make_optimizer(model, replace(options, lr=1e30, weight_decay=1e10))
 
     with (
-        patch("ssmvl.training.trainer.adamw", overflowing),
-        pytest.raises(RunError, match=r"step 1: the weights are not finite after it; .*: train-"),
+        patch("ssmvl.training.trainer.make_optimizer", overflowing),
+        pytest.raises(RunError, match=r"step 1: the weights are not finite after this step, .*: train-"),
     ):
         ssmvl.train(tiny, *ONE_STAGE)
     assert not [*Path("runs/tiny/finetune/checkpoints").iterdir()]

@@ -1,4 +1,4 @@
-"""A checkpoint in a bucket becomes a folder that loads bit-equal, and nothing stays of what was fetched."""
+"""Export of a checkpoint in a bucket: the saved model is bit-equal, and downloaded files are removed."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from ssmvl.recipes.merge import load_recipe
 from ssmvl.training.checkpoints.export import export
 from ssmvl.training.checkpoints.stores import BucketStore
 
-pytestmark = pytest.mark.filterwarnings("default")  # torch warns where it saves shards of one rank
+pytestmark = pytest.mark.filterwarnings("default")  # torch warns when it saves shards of one rank
 OUT, RUN = Path("out"), "runs/quickstart"
 
 
 @pytest.fixture
 def tensors(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Tensor]]:
-    """Of the quickstart, whose run folder lies in the working folder; no temporary file is left."""
-    (tmp_path / "made").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "made"))
+    """Tensors of the quickstart's model, whose run folder is in the working directory. No temporary file may remain."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.chdir(tmp_path)
     yield run_of("quickstart")[1]
-    assert not list((tmp_path / "made").iterdir())
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def upload(bucket: str, folder: str = "all/quickstart/align/") -> str:
-    """The run's checkpoints, as `checkpoints: s3://…` would have them, and what else may lie there; their URL."""
+    """Upload the run's checkpoints as with `checkpoints: s3://…`, and unrelated objects; return their URL."""
     client, name = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"]), bucket.removeprefix("s3://")
     for path in filter(Path.is_file, CHECKPOINTS.rglob("*")):
         client.upload_file(str(path), name, f"{folder}{path.relative_to(CHECKPOINTS)}")
@@ -48,20 +48,20 @@ def upload(bucket: str, folder: str = "all/quickstart/align/") -> str:
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_the_newest_whole_one_or_the_one_that_is_named(kind: str, tensors: dict[str, Tensor], bucket: str) -> None:
-    whole = WRITERS[kind](state(tensors))
-    newer = whole.rename(whole.with_name(whole.name.replace("ba4", "ba5")))
+def test_the_latest_complete_or_the_named_checkpoint(kind: str, tensors: dict[str, Tensor], bucket: str) -> None:
+    complete = WRITERS[kind](state(tensors))
+    newer = complete.rename(complete.with_name(complete.name.replace("ba4", "ba5")))
     WRITERS[kind](state(tensors))
-    os.truncate(max(newer.rglob("*"), default=newer), 1000)  # the largest name is that of a shard
+    os.truncate(max(newer.rglob("*"), default=newer), 1000)  # the last name is that of a shard
     url = upload(bucket)
-    name, (odd, passed) = export(url, OUT, recipe=RUN)
-    assert name == f"{url}/{whole.name}"
-    assert odd.startswith(f"{url}/ep0-ba40 cannot be read")
-    assert passed.startswith(f"{url}/{newer.name} ")
+    name, (unreadable, damaged) = export(url, OUT, recipe=RUN)
+    assert name == f"{url}/{complete.name}"
+    assert unreadable.startswith(f"{url}/ep0-ba40 cannot be read")
+    assert damaged.startswith(f"{url}/{newer.name} ")
     assert equal(weights(OUT), tensors)
-    assert export(f"{url}/{whole.name}/", "one", recipe=RUN) == (name, [])
+    assert export(f"{url}/{complete.name}/", "one", recipe=RUN) == (name, [])
     assert equal(weights(Path("one")), tensors)
-    with pytest.raises(CheckpointError, match=rf"^{re.escape(passed)}$"):
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(damaged)}$"):
         export(f"{url}/{newer.name}", "none", recipe=RUN)
     with pytest.raises(CheckpointError, match=rf"^{name}, with the recipe .*, does not fit the model"):
         export(url, "none", recipe=load_recipe("quickstart", "model.language.num_layers=3"))
@@ -72,19 +72,19 @@ def test_at_the_top_of_a_bucket(tensors: dict[str, Tensor], bucket: str) -> None
     write_file(FILE, state(tensors))
     url = upload(bucket, "")
     assert export(f"{url}/{FILE.name}", OUT, recipe=RUN) == (f"{bucket}/{FILE.name}", [])
-    assert export(f"{url}/", "newest", recipe=RUN)[0] == f"{bucket}/{FILE.name}"
+    assert export(f"{url}/", "latest", recipe=RUN)[0] == f"{bucket}/{FILE.name}"
 
 
-def test_what_is_wrong_is_said_before_anything_is_fetched(tensors: dict[str, Tensor], bucket: str) -> None:
+def test_mistakes_are_reported_before_any_download(tensors: dict[str, Tensor], bucket: str) -> None:
     url = f"{bucket}/all"
     with patch.object(BucketStore, "fetch") as fetch:
-        with pytest.raises(CheckpointError, match=rf"^{url} does not lie in a run folder, .*--recipe: the run folder"):
+        with pytest.raises(CheckpointError, match=rf"^{url} is not in a run folder, .*--recipe .*: the run folder"):
             export(url, OUT)
-        with pytest.raises(RecipeError, match=r"no mixer named 'none'"):
+        with pytest.raises(RecipeError, match=r"unknown mixer 'none'"):
             export(url, OUT, recipe=load_recipe("quickstart", "model.language.mixer.name=none"))
-        with pytest.raises(CheckpointError, match=rf"^{url} holds no checkpoint of a run; .*s3://BUCKET/FOLDER/NAME"):
+        with pytest.raises(CheckpointError, match=rf"^{url} holds no checkpoint of a run; .*s3://BUCKET/DIR/NAME"):
             export(f"{url}/", OUT, recipe=RUN)
-        with pytest.raises(CheckpointError, match=rf"^{url}/ep0-ba4: no such file or folder$"):
+        with pytest.raises(CheckpointError, match=rf"^{url}/ep0-ba4: no such file or directory$"):
             export(f"{url}/ep0-ba4", OUT, recipe=RUN)
         with pytest.raises(RunError, match=r"^s3://nowhere/x cannot be used \(.*NoSuchBucket"):
             export("s3://nowhere/x", OUT, recipe=RUN)
@@ -93,42 +93,43 @@ def test_what_is_wrong_is_said_before_anything_is_fetched(tensors: dict[str, Ten
     fetch.assert_not_called()
 
 
-def test_a_network_that_fails_is_no_full_disk(tensors: dict[str, Tensor], bucket: str) -> None:
+def test_a_network_error_is_not_reported_as_a_full_disk(tensors: dict[str, Tensor], bucket: str) -> None:
     """Some of botocore's errors are OSErrors."""
-    endpoint = os.environ["S3_ENDPOINT_URL"].replace("http:", "https:")  # which the server does not speak
-    expected = rf"^{bucket}/all cannot be used \(SSL .*\); look at the name of the bucket, .* and S3_ENDPOINT_URL$"
+    endpoint = os.environ["S3_ENDPOINT_URL"].replace("http:", "https:")  # a protocol that the server does not speak
+    expected = rf"^{bucket}/all cannot be used \(SSL .*\); check the bucket's name, .* and S3_ENDPOINT_URL$"
     with patch.dict(os.environ, S3_ENDPOINT_URL=endpoint), pytest.raises(RunError, match=expected):
         export(f"{bucket}/all", OUT, recipe=RUN)
 
 
-@pytest.mark.parametrize("when", ["looked at", "fetched"])
-def test_no_room_for_temporary_files(
+@pytest.mark.parametrize("when", ["listing", "download"])
+def test_no_space_for_temporary_files(
     when: str, tensors: dict[str, Tensor], bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_file(FILE, state(tensors))
     url, fetch, (soft, hard) = upload(bucket), BucketStore.fetch, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fetch_until_full(store: BucketStore, path: Path) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a writer is told so as it is of a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # writing then fails like on a full disk
         fetch(store, path)
 
-    if when == "fetched":
+    if when == "download":
         monkeypatch.setattr(BucketStore, "fetch", fetch_until_full)
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    place = url if when == "looked at" else f"{url}/{FILE.name}"
+    location = url if when == "listing" else f"{url}/{FILE.name}"
+    expected = rf"^{location}: it cannot be written to a temp.*too large.*room in .*temporary, or set TMPDIR"
     try:
-        with pytest.raises(RunError, match=rf"^{place}: what is read of it .*too large.*room in .*made, or let TMPDIR"):
+        with pytest.raises(RunError, match=expected):
             export(url, OUT, recipe=RUN)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not OUT.exists()
 
 
-def test_one_that_goes_while_it_is_fetched(
+def test_a_checkpoint_removed_during_the_download(
     tensors: dict[str, Tensor], bucket: str, delete: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a run removes old ones."""
+    """A run removes old checkpoints."""
     write_file(FILE, state(tensors))
     url, fetch = upload(bucket), BucketStore.fetch
 

@@ -1,4 +1,4 @@
-"""Plans: what is run in small against what is run whole, autocast against torch's own, and the switches."""
+"""Plans: shortened models against full ones, emulated autocast against torch's, and the effects of settings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plan(*overrides: str, gpus: int = 1) -> StagePlan:
     return stage_plans(recipe(*overrides), gpus)["finetune"]
 
 
-def fullest(moments: list[Counter[str]]) -> int:
+def peak_bytes(moments: list[Counter[str]]) -> int:
     return max(moment.total() for moment in moments)
 
 
@@ -62,31 +62,31 @@ def test_three_blocks_stand_for_all(language: str, checkpointing: bool, gpu: boo
     planned = plan(LANGUAGE[language], f"stages.finetune.activation_checkpointing={str(checkpointing).lower()}")
     batch = WorstBatch(3, 64, packed=language == "mamba2")
 
-    def most() -> int:
+    def peak() -> int:
         with planned.as_trained(checkpointing):
-            return fullest(peaks(planned.model, batch, gpu=gpu, shards=1, again=again))
+            return peak_bytes(peaks(planned.model, batch, gpu=gpu, shards=1, again=again))
 
-    short = most()
+    shortened = peak()
     with patch.object(dry_run, "RUN", 100):
-        whole = most()
-    assert short == pytest.approx(whole, rel=0.02)
-    assert len(planned.model.language.shard_units()) == 8  # all are there again
+        full = peak()
+    assert shortened == pytest.approx(full, rel=0.02)
+    assert len(planned.model.language.shard_units()) == 8  # all blocks are restored
 
 
 @pytest.mark.parametrize("overrides", [(), (CHECKPOINTING,), ("stages.finetune.packed=true",)])
 @pytest.mark.parametrize("samples", [8, 64])
-def test_what_two_samples_need_says_what_many_do(overrides: tuple[str, ...], samples: int) -> None:
+def test_extrapolation_matches_a_run_of_all_samples(overrides: tuple[str, ...], samples: int) -> None:
     planned = plan(f"stages.finetune.batch={samples}", *overrides)
     with planned.as_trained(bool(CHECKPOINTING in overrides)):
         batch = WorstBatch(samples, 64, bool("stages.finetune.packed=true" in overrides))
-        direct = fullest(peaks(planned.model, batch, gpu=True, shards=1, again=False))
+        direct = peak_bytes(peaks(planned.model, batch, gpu=True, shards=1, again=False))
     static = planned.memory()[PARAMETERS] + planned.memory()[OPTIMIZER]
     assert planned.memory().total() - static == pytest.approx(direct, rel=0.03)
 
 
 @pytest.mark.parametrize("language", LANGUAGE)
-def test_autocast_keeps_what_torchs_own_keeps(language: str) -> None:
-    """The CPU's, whose lists of operations agree in what is run here. It has no tiled attention for shared heads."""
+def test_emulated_autocast_keeps_the_bytes_of_torchs(language: str) -> None:
+    """Compared on a CPU, where autocast covers the same ops here. It has no tiled attention for shared key heads."""
     language = LANGUAGE[language].replace("key_value_heads: 2", "key_value_heads: 4")
     batch, kept = WorstBatch(3, 64, packed=language == LANGUAGE["mamba2"]), []
     meta = ssmvl.build_model(recipe(language), device="meta")
@@ -95,8 +95,8 @@ def test_autocast_keeps_what_torchs_own_keeps(language: str) -> None:
     values = {key: torch.zeros_like(value, device="cpu") for key, value in inputs.items() if key != "images"}
     values["image_positions"] = torch.arange(3 * meta.tokens_per_image)
     values["images"] = {spec: torch.zeros_like(pixels, device="cpu") for spec, pixels in inputs["images"].items()}
-    as_gpu = Device(True, Ledger((0, 0)))
-    with as_gpu.ledger, as_gpu, patch.object(torch, "autocast", autocast_on_meta):
+    emulated = Device(True, Ledger((0, 0)))
+    with emulated.ledger, emulated, patch.object(torch, "autocast", autocast_on_meta):
         kept.append(bytes_kept(meta, inputs))
     with torch.autocast("cpu", torch.bfloat16):
         kept.append(bytes_kept(real, values))
@@ -104,13 +104,13 @@ def test_autocast_keeps_what_torchs_own_keeps(language: str) -> None:
 
 
 def bytes_kept(model: VisionLanguageModel, inputs: dict[str, Any]) -> int:
-    """Of what a forward keeps for backward, weights apart."""
+    """Return the bytes that a forward keeps for backward, except weights."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith("encoders"))
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # held: no other comes to stand there
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # kept, so that its address is not reused
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -120,21 +120,21 @@ def bytes_kept(model: VisionLanguageModel, inputs: dict[str, Any]) -> int:
     return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
 
 
-def test_what_is_held_of_each_parameter() -> None:
+def test_bytes_of_parameters_gradients_and_optimizer() -> None:
     planned, model = plan("stages.finetune.microbatch=8"), ssmvl.build_model("quickstart", device="meta")
     trained = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith("encoders"))
     memory = planned.memory()
     assert memory[PARAMETERS] == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     assert memory[OPTIMIZER] == 2 * trained
-    assert memory[GRADIENTS] == trained  # those of the micro-batches before
+    assert memory[GRADIENTS] == trained  # those of earlier micro-batches
     assert memory[GATHERED] == memory[BUCKETS] == 0
     assert memory[LOGITS] >= 2 * 8 * 64 * 352  # in bf16
 
 
-def test_fsdp2_shares_and_gathers_ddp_does_neither() -> None:
-    alone, shared = plan("stages.finetune.microbatch=4"), plan("stages.finetune.microbatch=4", gpus=4)
-    copied = plan("stages.finetune.microbatch=4", "stages.finetune.sharding=ddp", gpus=4)
-    one, fsdp2, ddp = (planned.memory() for planned in (alone, shared, copied))
+def test_fsdp2_shards_and_gathers_ddp_does_neither() -> None:
+    single, sharded = plan("stages.finetune.microbatch=4"), plan("stages.finetune.microbatch=4", gpus=4)
+    replicated = plan("stages.finetune.microbatch=4", "stages.finetune.sharding=ddp", gpus=4)
+    one, fsdp2, ddp = (planned.memory() for planned in (single, sharded, replicated))
     for kind in (OPTIMIZER, GRADIENTS):
         assert ddp[kind] == one[kind]
         assert fsdp2[kind] == pytest.approx(one[kind] / 4, rel=0.02)
@@ -162,19 +162,19 @@ def test_the_largest_microbatch_fits_and_twice_it_does_not() -> None:
 
 
 @pytest.mark.long
-def test_remedies_fit_and_change_least_first() -> None:
+def test_remedies_fit_and_come_with_fewest_changes_first() -> None:
     planned = plan("stages.finetune.sharding=ddp", gpus=4)
     limit = 0.5 * planned.memory().total()
-    found = list(planned.remedies(limit))
-    assert [(s.sharding, s.activation_checkpointing) for s in found] == [
+    remedies = list(planned.remedies(limit))
+    assert [(s.sharding, s.activation_checkpointing) for s in remedies] == [
         *(("ddp", False), ("ddp", True), ("fsdp2", False), ("fsdp2", True))
     ]
-    assert all(planned.memory(setting).total() <= limit for setting in found)
-    assert {setting.gpus for setting in found} == {4}
+    assert all(planned.memory(setting).total() <= limit for setting in remedies)
+    assert {setting.gpus for setting in remedies} == {4}
 
 
 @pytest.mark.slow
-def test_more_gpus_where_nothing_else_fits() -> None:
+def test_more_gpus_if_nothing_else_fits() -> None:
     planned = plan("model.language.width=512")
     one_sample = replace(planned.setting, microbatch=1, activation_checkpointing=True)
     (remedy,) = planned.remedies(planned.memory(one_sample).total() - 1)
@@ -186,7 +186,7 @@ def test_more_gpus_where_nothing_else_fits() -> None:
     assert list(planned.remedies(least - 1)) == []
 
 
-def test_what_was_planned_leaves_the_model_as_it_was() -> None:
+def test_planning_leaves_the_model_unchanged() -> None:
     planned = plan(CHECKPOINTING)
     planned.memory()
     assert all("forward" not in vars(unit) for unit in planned.model.shard_units())
@@ -196,7 +196,7 @@ def test_what_was_planned_leaves_the_model_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(("duration", "steps"), [("250ba", 250), ("129sp", 3), ("2ep", None), ("5tok", None)])
-def test_steps_are_known_where_the_duration_says_them(duration: str, steps: int | None) -> None:
+def test_steps_are_known_if_the_duration_states_them(duration: str, steps: int | None) -> None:
     unit = "".join(filter(str.isalpha, duration))
     assert plan(f"stages.finetune.duration={duration}", f"stages.finetune.warmup=1{unit}").steps() == steps
 
@@ -204,7 +204,7 @@ def test_steps_are_known_where_the_duration_says_them(duration: str, steps: int 
 @pytest.mark.parametrize(
     ("overrides", "gpus", "expected"),
     [
-        ((), 7, r"stages\.align\.batch: 64 samples cannot be shared by 7 GPUs; choose a multiple of 7"),
+        ((), 7, r"stages\.align\.batch: 64 samples cannot be split evenly across 7 GPUs; choose a multiple of 7"),
         (("stages.align=null", "stages.finetune=null", "stages.order=null"), 1, r"stages: expected a mapping with at"),
     ],
 )

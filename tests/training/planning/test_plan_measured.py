@@ -1,4 +1,4 @@
-"""Plans against what the system says that a step of Composer's Trainer held, in fp32 on the CPU."""
+"""Plans against the memory that the system reports for a step of Composer's Trainer, in fp32 on a CPU."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ from ssmvl.processing.batch import collate, num_samples, num_tokens, split_batch
 from ssmvl.recipes.merge import Recipe
 from ssmvl.training.checked import check
 from ssmvl.training.composer_model import ComposerVLM
-from ssmvl.training.optimizer import adamw
+from ssmvl.training.optimizer import make_optimizer
 from ssmvl.training.planning.plan import StagePlan
 from ssmvl.training.schema import Stage
 
-pytestmark = pytest.mark.filterwarnings("default")  # Composer and torch.distributed warn on their own account
-TEXT = 96  # tokens of a sample
+pytestmark = pytest.mark.filterwarnings("default")  # Composer and torch.distributed emit warnings
+TEXT = 96  # text tokens per sample
 STAGE = ("stages.align=null", "stages.order=null", f"stages.finetune.max_text_tokens={TEXT}")
-ONE_BLOCK = 64 * 2**10  # bytes from which freed memory goes back to the system, so that resident is what is held
-M_MMAP_THRESHOLD = -3  # of malloc.h
+MMAP_BYTES = 64 * 2**10  # blocks of this size are returned to the system when freed: resident memory is live memory
+M_MMAP_THRESHOLD = -3  # from malloc.h
 
 
 class Peak(Callback):
-    """The most that this process had resident during a step."""
+    """Peak resident memory of this process during a step."""
 
-    found = 0
+    bytes = 0
 
     def batch_start(self, state: object, logger: object) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the present resident size
 
     def batch_end(self, state: object, logger: object) -> None:
-        self.found = resident("VmHWM")
+        self.bytes = resident("VmHWM")
 
 
 def resident(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return 1024 * int(found[1]) if found else 0
+    match = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * int(match[1]) if match else 0
 
 
 def step(recipe: Recipe, stage: Stage, steps: int = 3) -> int:
-    """Bytes at the peak of the last of three steps: from the third on, DDP has the buckets that it stays with."""
+    """Return the bytes at the peak of the last of three steps: DDP has its final buckets from the third step on."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     model = ssmvl.build_model(recipe)
-    places = torch.full((model.tokens_per_image,), -1)
+    image_places = torch.full((model.tokens_per_image,), -1)
     text = torch.arange(TEXT)
     sample = {
-        "ids": torch.cat([places, text]),
-        "labels": torch.cat([torch.full_like(places, -100), text]),
+        "ids": torch.cat([image_places, text]),
+        "labels": torch.cat([torch.full_like(image_places, -100), text]),
         "images": {s: torch.zeros(1, 3, s.size, s.size, dtype=torch.uint8) for s in model.image_specs},
     }
     data = [sample] * (steps * stage.batch)
@@ -66,7 +66,7 @@ def step(recipe: Recipe, stage: Stage, steps: int = 3) -> int:
     peak, sharded = Peak(), world > 1 and stage.sharding == "fsdp2"
     trainer = Trainer(
         model=vlm,
-        optimizers=adamw(vlm, stage.optimizer),
+        optimizers=make_optimizer(vlm, stage.optimizer),
         train_dataloader=DataSpec(
             DataLoader(data, stage.batch // world, sampler=dist.get_sampler(data), collate_fn=collate),
             split_batch=split_batch,
@@ -81,22 +81,22 @@ def step(recipe: Recipe, stage: Stage, steps: int = 3) -> int:
     )
     del model
     trainer.fit()
-    return peak.found
+    return peak.bytes
 
 
 def measure(runs: Sequence[tuple[str, ...]]) -> None:
-    """Print, for each, the bytes that a step held beyond what a small one left."""
+    """Print, for each run, the bytes at the peak of a step minus those resident before, after a small warmup run."""
     libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, ONE_BLOCK)
+    libc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
     for overrides in (SMALL, *runs):
         recipe = ssmvl.load_recipe("quickstart", *STAGE, *overrides)
         stage = check(recipe, weights=False).plan.stages["finetune"]
         gc.collect()
         libc.malloc_trim(0)
         before = resident("VmRSS")
-        most = step(recipe, stage)
+        peak = step(recipe, stage)
         gc.collect()
-        print("bytes:", most - before)
+        print("bytes:", peak - before)
 
 
 def planned(overrides: tuple[str, ...], gpus: int) -> int:
@@ -105,9 +105,9 @@ def planned(overrides: tuple[str, ...], gpus: int) -> int:
     return StagePlan(model, check(recipe).plan.stages["finetune"], gpus, on_gpu=False).memory().total()
 
 
-def assert_near_the_plan(said: str, runs: Sequence[tuple[str, ...]], gpus: int) -> None:
-    found = [int(size) for size in re.findall(r"bytes: (\d+)", said)][1:]
-    assert found == [pytest.approx(planned(overrides, gpus), rel=0.15) for overrides in runs]
+def assert_near_the_plan(output: str, runs: Sequence[tuple[str, ...]], gpus: int) -> None:
+    measured = [int(size) for size in re.findall(r"bytes: (\d+)", output)][1:]
+    assert measured == [pytest.approx(planned(overrides, gpus), rel=0.15) for overrides in runs]
 
 
 CHECKPOINTING = "stages.finetune.activation_checkpointing=true"
@@ -128,21 +128,21 @@ MORE_ON_TWO = [
 
 @pytest.mark.long
 @pytest.mark.parametrize("runs", [ONE_RANK, pytest.param(MORE_ON_ONE, marks=pytest.mark.slow)])
-def test_one_rank_holds_what_is_planned(runs: Sequence[tuple[str, ...]], tmp_path: Path) -> None:
-    """In a process of its own: what it held at most is what the system says."""
-    said = tmp_path / "said.txt"
+def test_one_rank_needs_the_planned_memory(runs: Sequence[tuple[str, ...]], tmp_path: Path) -> None:
+    output = tmp_path / "output.txt"
+    torch.multiprocessing.spawn(measure_alone, (runs, output))
+    assert_near_the_plan(output.read_text(), runs, gpus=1)
 
-    def alone(_: int) -> None:
-        torch.set_num_threads(1)
-        with said.open("w") as file, redirect_stdout(file):
-            measure(runs)
 
-    torch.multiprocessing.start_processes(alone, nprocs=1, start_method="fork")
-    assert_near_the_plan(said.read_text(), runs, gpus=1)
+def measure_alone(_: int, runs: Sequence[tuple[str, ...]], output: Path) -> None:
+    """Run `measure` in a new process: the heap of a forked one has gaps where earlier tests freed memory."""
+    torch.set_num_threads(1)
+    with output.open("w") as file, redirect_stdout(file):
+        measure(runs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runs", [TWO_RANKS, MORE_ON_TWO])
-def test_each_of_two_ranks_holds_what_is_planned(runs: Sequence[tuple[str, ...]], tmp_path: Path) -> None:
-    for said in two_ranks(lambda: measure(runs), tmp_path):
-        assert_near_the_plan(said, runs, gpus=2)
+def test_each_of_two_ranks_needs_the_planned_memory(runs: Sequence[tuple[str, ...]], tmp_path: Path) -> None:
+    for output in two_ranks(lambda: measure(runs), tmp_path):
+        assert_near_the_plan(output, runs, gpus=2)
