@@ -12,7 +12,7 @@ LINE_INTERVAL = 30.0  # seconds between lines where there is no terminal
 LINE = "{desc}: {n_fmt}/{total_fmt}, {elapsed} elapsed, {remaining} left{postfix}"
 
 
-class _Lines(tqdm[Any]):
+class _Lines(tqdm):
     """tqdm that writes a line every `LINE_INTERVAL` seconds instead of redrawing a bar."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
