@@ -30,6 +30,7 @@ from ssmvl.model.build import opened_weights
 from ssmvl.model.loading import StartingWeights
 from ssmvl.model.saved import save_folder
 from ssmvl.processing.processor import Processor
+from ssmvl.training.callbacks.interruption import Interruption
 from ssmvl.training.checked import Checked
 from ssmvl.training.checkpoints.pruning import remove_old
 from ssmvl.training.composer_classes import unknown_types
@@ -198,6 +199,11 @@ class Session:
             trainer.close()  # waits until the checkpoint is uploaded
             step = trainer.state.timestamp.batch.value
             self._say(f"stage {name}: interrupted after step {step}. Run the same command again to resume.")
+            raise
+        except Exception as error:
+            (interruption,) = (one for one in trainer.state.callbacks if isinstance(one, Interruption))
+            if interruption.received == signal.SIGTERM:  # the launcher ends this rank because another one failed
+                raise SystemExit(128 + signal.SIGTERM) from error
             raise
 
     def trainer(self, name: str, checkpoint: str | None = None) -> Trainer:

@@ -209,16 +209,46 @@ def test_generate_prints_the_answer(capsys: Capture, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     Path("runs/x").mkdir(parents=True)
     Path("x.png").touch()
+    Path("y.png").touch()
 
     class FakeAssistant:
-        def generate(self, prompts: list[str], images: list[str | None], *, max_new_tokens: int) -> list[str]:
+        def generate(self, prompts: list[str], images: list[list[str]], *, max_new_tokens: int) -> list[str]:
             calls.append((prompts, images, max_new_tokens))
             return ["a digit"]
 
     monkeypatch.setattr("ssmvl.generation.assistant.load", lambda folder: calls.append(folder) or FakeAssistant())
     assert main(["generate", "runs/x", "--prompt", "What?", "--image", "x.png", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out == "a digit\n"
-    assert calls == ["runs/x", (["What?"], ["x.png"], 5)]
+    assert calls == ["runs/x", (["What?"], [["x.png"]], 5)]
+    assert main(["generate", "runs/x", "--prompt", "What?", "--image", "x.png", "--image", "y.png"]) == 0
+    assert calls[2:] == ["runs/x", (["What?"], [["x.png", "y.png"]], 64)]
+    assert main(["generate", "runs/x", "--prompt", "What?"]) == 0
+    assert calls[4:] == ["runs/x", (["What?"], [[]], 64)]
+
+
+@pytest.mark.parametrize("count", ["-3", "0", "1.5", "x"])
+def test_generate_rejects_counts_that_are_not_positive(count: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "runs/x", "--prompt", "What?", "--max-new-tokens", count])
+    assert f"must be an integer, at least 1; received '{count}'" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"ssmvl {ssmvl.__version__}\n"
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "data/train"), UnicodeError("no text")])
+def test_an_unreadable_directory_gives_one_message(
+    error: Exception, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    assert main(["data", "verify", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_train_passes_on_recipe_and_overrides(monkeypatch: pytest.MonkeyPatch) -> None:

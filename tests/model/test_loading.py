@@ -100,7 +100,8 @@ def test_two_layouts_recognize_a_file_and_others_fail(
     components.cache_clear()
     expected = (
         r"(?s)no registered layout.*checkpoint 'bad' failed: KeyError: 'missing'.*'odd' failed: .* must return a "
-        r"Layout or None, returned 5.*'part' failed: .* must be one of 'language', 'encoder', 'model', received 'langage'"
+        r"Layout or None, returned 5.*'part' failed: .* must be one of 'language', 'encoder', 'model', "
+        r"received 'langage'"
     )
     with pytest.raises(CheckpointError, match=expected):
         open_weights(tmp_path / "x.safetensors", "language")

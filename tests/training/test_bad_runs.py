@@ -18,7 +18,7 @@ from killed_script import ranks, record
 from torch import multiprocessing
 
 import ssmvl
-from ssmvl.errors import MissingDependencyError, RunError
+from ssmvl.errors import MissingDependencyError, RecipeError, RunError
 from ssmvl.recipes.merge import load_recipe
 from ssmvl.training import run, session, trainer
 from ssmvl.training.checkpoints.identity import resuming
@@ -111,7 +111,7 @@ def test_a_full_disk_while_a_model_is_written(tiny: Path, monkeypatch: pytest.Mo
         patch.setattr(session, "save_folder", lambda *arguments: (disk_is_full(), save(*arguments)))
         code, (output,) = train(1)
     assert code == 2
-    assert "a file cannot be written" in one_message(output)
+    assert "the directory runs/tiny/model cannot be written" in one_message(output)
     assert [path.name for path in ROOT.iterdir() if "model" in path.name] == []
     assert_resumes(1, 6)
 
@@ -261,7 +261,13 @@ def test_external_causes_are_told_from_bugs() -> None:
 
 
 def test_a_logger_that_is_not_installed_is_named(tiny: Path) -> None:
-    with pytest.raises(MissingDependencyError, match=r"stages\.align\.loggers\.MLFlowLogger: .*mlflow"):
+    with pytest.raises(MissingDependencyError, match=r"stages\.align\.loggers\.CometMLLogger: .*comet_ml"):
+        ssmvl.train(tiny, "stages.align.loggers.CometMLLogger={}")
+
+
+def test_a_logger_whose_extra_is_not_installed_is_named_with_the_extra(tiny: Path) -> None:
+    path, fix = r"stages\.align\.loggers\.MLFlowLogger", r"pip install 'ssmvl\[mlflow\]'"
+    with pytest.raises(RecipeError, match=rf"{path}: needs .*mlflow.*: {fix}"):
         ssmvl.train(tiny, "stages.align.loggers.MLFlowLogger={}")
 
 
@@ -272,5 +278,8 @@ def test_an_option_that_a_callback_rejects_is_named(tiny: Path) -> None:
 
 def test_a_run_folder_that_a_node_cannot_see_is_named(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "runs" / "x", ["align"], "elsewhere")
-    with pytest.raises(RunError, match=r"recipe\.yaml does not exist on .*, although the first rank created it; run folder and checkpoints must be on storage"):
+    message = (
+        r"recipe\.yaml does not exist on .*, although the first rank created it; run folder and checkpoints must be"
+    )
+    with pytest.raises(RunError, match=rf"{message} on storage"):
         folder.require_seen()

@@ -66,7 +66,10 @@ def test_duration_learning_rate_and_batches_may_change(folder: RunFolder, overri
         ("model.connector.scan_order=csm", "model.connector.scan_order: was 'bsm', is now 'csm'"),
         ("model.language.d_state=16", "model.language.d_state: was None, is now 16"),
         ("stages.align.data.train_size=99", "stages.align.data.train_size: was '8_000', is now 99"),
-        ("stages.finetune.train=[connector]", "stages.finetune.train: was ['connector', 'language'], is now ['connector']"),
+        (
+            "stages.finetune.train=[connector]",
+            "stages.finetune.train: was ['connector', 'language'], is now ['connector']",
+        ),
         ("seed=1", "seed: was 0, is now 1"),
         ("stages.third={data: digit_scenes, train: [language]}", "stages.third"),
     ],

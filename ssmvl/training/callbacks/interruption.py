@@ -21,6 +21,9 @@ class Interruption(Callback):
     Args:
         interval: Composer time between other checkpoints.
 
+    Attributes:
+        received: number of the signal that this rank received; 0 if none.
+
     Raises:
         KeyboardInterrupt: after the checkpoint, for SIGINT.
         SystemExit: after the checkpoint, for SIGTERM, with code 143.
@@ -28,8 +31,8 @@ class Interruption(Callback):
 
     def __init__(self, interval: str) -> None:
         self._scheduled = create_interval_scheduler(interval)
-        self._received = 0  # number of a signal that this rank received
-        self._agreed = 0  # and of one that any rank had received at the end of the step
+        self.received = 0
+        self._agreed = 0  # the largest number that any rank had received at the end of the step
         self._previous: dict[int, Any] = {}
 
     def due(self, state: State, event: Event) -> bool:
@@ -43,7 +46,7 @@ class Interruption(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Agree with the other ranks on whether this is the last step."""
-        received = torch.tensor(self._received, device=next(state.model.parameters()).device)
+        received = torch.tensor(self.received, device=next(state.model.parameters()).device)
         dist.all_reduce(received, reduce_operation="MAX")
         self._agreed = int(received)
 
@@ -65,8 +68,8 @@ class Interruption(Callback):
         self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._received == number == signal.SIGINT:
+        if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self._received and dist.get_global_rank() == 0:
+        if not self.received and dist.get_global_rank() == 0:
             print("stopping after this step to write a checkpoint", flush=True)
-        self._received = max(self._received, number)
+        self.received = max(self.received, number)

@@ -217,7 +217,7 @@ def test_the_padding_index_of_xglm_must_match(tmp_path: Path) -> None:
         ({"model_type": None}, "model_type is 'llama', the checkpoint needs None"),
         ({"hidden_size": "16"}, r"rejects its llama config\.json \(TypeError"),
         ({"intermediate_size": "24"}, "intermediate_size is 24, the checkpoint needs '24'"),
-        ({"rope_scaling": 3}, "rope_scaling is None, the checkpoint needs 3|rejects the llama config"),
+        ({"rope_scaling": 3}, "rope_scaling is None, the checkpoint needs 3|rejects its llama config"),
         ({"torch_dtype": "float5"}, r"model\.safetensors: transformers rejects its llama config\.json \("),
         ({"id2label": 3}, r"model\.safetensors: transformers rejects its llama config\.json \("),
     ],

@@ -183,5 +183,7 @@ def checkpoint(run: str) -> dict[str, Any]:
 
 def test_one_damaged_sample_in_a_small_epoch_is_too_many(tiny: Path) -> None:
     scenes(Path("data/train"), 40, 5)
-    with pytest.raises(DataError, match=r"1 of 40 samples were damaged \(2\.50%\) and replaced: train-5; at most 1\.00%"):
+    with pytest.raises(
+        DataError, match=r"1 of 40 samples were damaged \(2\.50%\) and replaced: train-5; at most 1\.00%"
+    ):
         ssmvl.train(tiny, *only("{name: shards, folder: data}", "duration=1ep"))
