@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import signal
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -18,6 +20,7 @@ from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.distributed import get_local_world_size, get_world_size
 from streaming.base.format import reader_from_json
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ssmvl.data.cache import ShardError, fetch_shard
 from ssmvl.data.mix import Loader
@@ -220,7 +223,7 @@ def train_loader(
     if len(stream) < batch:
         raise DataError(f"{describe(data)}: {len(stream)} samples for this rank are fewer than its batch of {batch}")
     workers = _default_workers() if loader.workers is None else at_most_cores(loader.workers)
-    return TrainLoader(
+    train = TrainLoader(
         stream,
         batch_size=batch,
         collate_fn=_collate,
@@ -228,12 +231,21 @@ def train_loader(
         worker_init_fn=_ignore_signals,
         persistent_workers=workers > 0,
     )
+    atexit.register(_stop_workers, weakref.ref(train))
+    return train
 
 
 def _ignore_signals(_: int) -> None:
     """Leave Ctrl-C and SIGTERM, which reach every process of a group, to the training process: it stops the workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _stop_workers(loader: weakref.ref[TrainLoader]) -> None:
+    """End the workers at exit, where multiprocessing would send a SIGTERM, which they ignore, and wait for them."""
+    iterator = getattr(loader(), "_iterator", None)
+    if isinstance(iterator, _MultiProcessingDataLoaderIter):
+        iterator._shutdown_workers()
 
 
 def read_records(data: Data) -> list[dict[str, Any]]:

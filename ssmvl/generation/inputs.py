@@ -23,8 +23,6 @@ def check_lists(prompts: object, images: object, max_new_tokens: object) -> None
         if not isinstance(prompt, str | list | tuple):
             what = f"prompt {number} has type {type(prompt).__name__}: {prompt!r}"
             raise DataError(f"prompts must be a list of texts or conversations; {what}")
-        if isinstance(prompt, str) and prompt != prompt.encode(errors="replace").decode():
-            raise DataError(f"prompt {number} contains an unpaired surrogate, which is not valid text: {prompt!r}")
         if not isinstance(prompt, str) and len(prompt) % 2 == 0:
             raise DataError(f"prompt {number} must end with a user message; it has {len(prompt)} messages")
     if isinstance(images, str | bytes) or not (images is None or isinstance(images, Sequence)):

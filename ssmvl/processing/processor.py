@@ -93,6 +93,10 @@ class Processor:
     ) -> tuple[Tensor, Tensor]:
         """The ids and labels of a conversation, without decoding its images; see `encode`."""
         pieces = self.prompt.pieces(conversation, self.end)  # rejects an invalid conversation
+        for number, message in enumerate(conversation):
+            text = message["content"]
+            if text != text.encode(errors="replace").decode():
+                raise DataError(f"message {number} contains an unpaired surrogate, which is not valid text: {text!r}")
         marks = sum(message["content"].count(IMAGE) for message in conversation if message["role"] == "user")
         if marks not in (0, len(images)):
             raise DataError(f"{marks} {IMAGE} marks in the text, but {len(images)} images; they must match in number")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -76,6 +78,18 @@ def test_the_writer_writes_the_same_bytes_as_streaming(tmp_path: Path, size: int
     ours, expected = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("ours", "streaming"))
     assert ours == expected
     assert (len(ours) > 2) == (size == 200)
+
+
+def test_intact_shards_on_read_only_storage_are_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(lock: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    assert ensure(tmp_path / "train") == 1
+    monkeypatch.setattr("filelock.FileLock.__enter__", fail)
+    assert ensure(tmp_path / "train") == 0
+    with pytest.raises(DataError, match=f"cannot write shards .*{os.strerror(errno.EROFS)}"):
+        ensure(tmp_path / "other")
+
 
 
 def shard(folder: Path) -> Path:

@@ -226,6 +226,8 @@ def test_inputs_that_would_be_misread_are_rejected(assistant: Assistant) -> None
         assistant.generate(cast(Any, [[{"role": "user", "content": "q", "images": ["a.png"]}]]))
     with pytest.raises(DataError, match="unpaired surrogate"):
         assistant.generate(["a\ud800b"])
+    with pytest.raises(DataError, match="unpaired surrogate"):
+        assistant.generate([[{"role": "user", "content": "a\ud800b"}]])
     broken = copy.deepcopy(assistant)
     with torch.no_grad():
         broken.model.language.norm_f.weight[0] = float("nan")

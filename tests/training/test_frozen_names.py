@@ -18,6 +18,7 @@ OURS = {
     "DamagedSamples",
     "GradientClipping",
     "Identity",
+    "Interruption",
     "LossGuard",
     "Norms",
     "OldCheckpoints",

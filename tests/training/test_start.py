@@ -36,8 +36,10 @@ def test_data_of_a_finished_stage_is_not_opened(tiny: Path) -> None:
     model = Path("runs/tiny/align/model")
     model.mkdir(parents=True)
     (model / "ssmvl.json").touch()
+    recipe = load_recipe(tiny, no_data("stages.align"), no_data("stages.finetune"))
+    (model / "recipe.yaml").write_text(recipe.to_yaml())
     with pytest.raises(DataError, match="no_finetune"):
-        ssmvl.train(tiny, no_data("stages.align"), no_data("stages.finetune"))
+        ssmvl.train(recipe)
 
 
 def test_a_tokenizer_on_the_hub_is_downloaded_and_compared_before_weights_are(tiny: Path, hub: Hub) -> None:

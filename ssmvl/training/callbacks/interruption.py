@@ -15,7 +15,7 @@ from composer.utils import create_interval_scheduler, dist
 class Interruption(Callback):
     """Writes a checkpoint after the step in which any rank received a signal, and ends training on every rank.
 
-    Composer calls callbacks in order, so this one must come after `CheckpointSaver`, which asks `due`. A second SIGINT
+    Composer calls callbacks in order, so this one must come after `CheckpointSaver`, which calls `due`. A second SIGINT
     ends the process at once.
 
     Args:

@@ -25,7 +25,7 @@ class LossGuard(Callback):
         clipping: computes the norm of the gradients.
         jump: largest allowed excess, in nats, of a loss over the largest of the `HISTORY` preceding ones; None: any.
         skips: consecutive steps that may be skipped because a gradient is not finite; one more stops the stage.
-        due: whether a checkpoint is written at an event.
+        due: returns True if a checkpoint is due at an event.
 
     Raises:
         RunError: gradients, loss or weights are not finite, or the loss jumps. Raised on every rank, before such a step

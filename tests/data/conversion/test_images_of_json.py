@@ -48,7 +48,7 @@ def test_skipped_records_state_reason_and_position(tmp_path: Path) -> None:
     assert [(item.reason, item.detail.removeprefix(item.id).partition(", beginning")[0]) for item in skipped[:6]] == [
         ("missing image", " not found"),
         ("missing image", " is outside of the image directory"),
-        ("missing image", " is outside of the image directory"),
+        ("missing image", f" is in none of the image directories; give --images {tmp_path}=DIRECTORY"),
         ("damaged image", f": not a valid JPEG ({len(IMAGE) - 9} bytes"),
         ("damaged image", ": not a valid image (6 bytes"),
         ("missing image", " not found"),

@@ -149,7 +149,9 @@ def test_a_directory_with_other_statistics_is_rejected(
     name, directory = folder
     change_config(directory, "preprocess_cfg", mean=[0.5, 0.5, 0.5])
     encoder = open_clip_encoder(name, weights=f"local-dir:{directory}")
-    assert_rejected(encoder, rf"config next to it states mean \(0\.5, 0\.5, 0\.5\).*no tag {name}:TAG has these values$")
+    assert_rejected(
+        encoder, rf"config next to it states mean \(0\.5, 0\.5, 0\.5\).*no tag {name}:TAG has these values$"
+    )
 
 
 def test_other_statistics_name_the_matching_tags(folder: tuple[str, Path], tagged: str) -> None:
