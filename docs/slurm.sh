@@ -4,8 +4,8 @@
 #   sbatch --nodes=2 docs/slurm.sh recipes/ml_mamba.yaml [overrides]
 #
 # Submit it from the directory that holds data/ and runs/, on storage that every node sees, with ssmvl's environment
-# active. Submitting it again, or Slurm's requeueing after a lost node, resumes from the latest complete checkpoint. A
-# mistake in the recipe, or a process that fails, ends the job with its exit code.
+# active. Submitting it again, or Slurm's requeueing after a lost node, resumes from the latest complete checkpoint. If
+# the recipe has a mistake or a process fails, the job ends with the exit code of that process.
 #SBATCH --job-name=ssmvl
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1          # one launcher per node, which starts one process per GPU
@@ -30,7 +30,7 @@ export WORLD_SIZE=$((SLURM_JOB_NUM_NODES * LOCAL_WORLD_SIZE))
 
 requeue() {
   echo "The time limit is near: job $SLURM_JOB_ID is requeued and will resume from its latest checkpoint."
-  scontrol requeue "$SLURM_JOB_ID"                                 # ends the step, then this script
+  scontrol requeue "$SLURM_JOB_ID"                                 # ends srun's job step, then this script
   wait
   exit 0
 }
@@ -41,4 +41,4 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_
   exec composer -n "$LOCAL_WORLD_SIZE" --world_size "$WORLD_SIZE" --node_rank "$SLURM_NODEID" \
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
 ' composer "$@" &
-wait $!                                                            # `wait` returns when a signal arrives, before srun ends
+wait $!                                                            # returns when a signal arrives, before srun ends

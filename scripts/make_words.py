@@ -3,7 +3,7 @@
     python scripts/make_words.py
 
 A digit or word includes the space before it, punctuation the space after it. The merges are learned from the training
-questions; run the script again when the questions change.
+questions and answers; rerun the script when they change.
 """
 
 import tempfile

@@ -54,7 +54,7 @@ PASS_THROUGH = ("<", contextlib.__file__, str(Path(importlib.__file__).parent)) 
 
 
 class SsmvlError(Exception):
-    """Base of all errors raised on purpose. The CLI prints them without a traceback and exits with code 2."""
+    """Base class of all errors raised on purpose. The CLI prints them without a traceback and exits with code 2."""
 
 
 class Problem(NamedTuple):

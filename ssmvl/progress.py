@@ -1,4 +1,4 @@
-"""Progress bars: a bar on a terminal, a line from time to time in a log."""
+"""Progress display: a bar on a terminal, periodic lines in a log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-LINE_INTERVAL = 30.0  # seconds between lines where there is no terminal
+LINE_INTERVAL = 30.0  # seconds between lines when stderr is not a terminal
 LINE = "{desc}: {n_fmt}/{total_fmt}, {elapsed} elapsed, {remaining} left{postfix}"
 
 
@@ -27,7 +27,7 @@ class _Lines(tqdm):
 
 
 def progress(*args: Any, **options: Any) -> tqdm[Any]:
-    """A `tqdm` with these arguments, shown by the first rank only; in a log, lines in the format `LINE`."""
+    """Return a `tqdm` with these arguments, shown on the first rank only. Lines in a log have the format `LINE`."""
     disable = os.environ.get("RANK", "0") != "0"
     if sys.stderr.isatty():
         return tqdm(*args, **options, disable=disable, dynamic_ncols=True)

@@ -1,4 +1,4 @@
-"""Prompt of the released ML-Mamba."""
+"""Prompt format of the released ML-Mamba."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ZephyrPrompt:
 
     Texts are stripped of leading and trailing whitespace; an empty answer becomes one space.
 
-    Source: the released code of ML-Mamba (arXiv 2407.19832), and of Cobra (arXiv 2403.14520).
+    Source: the released code of ML-Mamba (arXiv 2407.19832) and of Cobra (arXiv 2403.14520).
     """
 
     image_placement: Literal["before_all_text", "in_place"] = "before_all_text"
@@ -23,7 +23,7 @@ class ZephyrPrompt:
         r"""The text of the conversation; it ends with `<|assistant|>\n` if the last message is the user's.
 
         Raises:
-            DataError: there is no message, or the messages do not alternate, starting with the user's.
+            DataError: see `ssmvl.processing.prompts.turns`.
         """
         pieces, opening = [], "<|user|>\n"
         for question, answer in stripped(conversation):

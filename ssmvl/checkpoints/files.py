@@ -1,4 +1,4 @@
-"""Safetensors files and directories of them, written atomically. No pickles."""
+"""Read and write safetensors files and directories of them. Writes are atomic; pickles are not supported."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ssmvl.errors import CheckpointError
 from ssmvl.files import ABOUT_FILE, flush, written_whole
 
 WEIGHTS_FILE, SHARD_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-DIGESTS_FILE = "SHA256SUMS"  # digests of a directory's tensor files, in the format of `sha256sum --check`
-SHARD = 5 * 10**9  # maximum size of one file in bytes, as on the Hub
-BYTES = "surrogateescape"  # error handler that reads and writes any bytes unchanged
+DIGESTS_FILE = "SHA256SUMS"  # digests of a directory's tensor files, in the format that `sha256sum --check` reads
+SHARD = 5 * 10**9  # maximum size of one file in bytes; the default of huggingface_hub
+BYTES = "surrogateescape"  # error handler with which bytes that are not UTF-8 survive decoding and encoding
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -32,7 +32,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read all tensors of a safetensors file to the CPU, and its metadata.
+    """Read a safetensors file: all tensors, on the CPU, and the metadata.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -45,10 +45,10 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def check_digest(path: Path) -> None:
-    """Compare a file with its digest in `DIGESTS_FILE` of the same directory, if there is one.
+    """Check a file against its digest in its directory's `DIGESTS_FILE`, if there is one.
 
     Raises:
-        CheckpointError: the digests differ or cannot be read.
+        CheckpointError: the digests differ or cannot be read, or a saved model's `DIGESTS_FILE` does not list the file.
     """
     digests_file = path.with_name(DIGESTS_FILE)
     try:
@@ -56,14 +56,14 @@ def check_digest(path: Path) -> None:
         digests = {name.lstrip(" *"): digest for digest, _, name in (line.partition(" ") for line in lines)}
         damaged = path.name in digests and _digest(path) != digests[path.name].lower()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be compared with {digests_file} ({error})") from error
+        raise CheckpointError(f"{path} cannot be checked against {digests_file} ({error})") from error
     saved_model = path.with_name(ABOUT_FILE).is_file() and digests_file.is_file()
     if saved_model and path.name not in digests:
         advice = "copy or download the directory again"
-        raise CheckpointError(f"{digests_file}: is damaged: it does not list {path.name}; {advice}")
+        raise CheckpointError(f"{digests_file} is damaged: it does not list {path.name}; {advice}")
     if damaged:
         raise CheckpointError(
-            f"{path}: is damaged: its SHA-256 digest does not match {DIGESTS_FILE}; copy or download it again (or "
+            f"{path} is damaged: its SHA-256 digest does not match {DIGESTS_FILE}; copy or download it again (or "
             f"delete {DIGESTS_FILE} if you changed the file yourself)"
         )
 
@@ -71,13 +71,14 @@ def check_digest(path: Path) -> None:
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
     """Write a directory of tensor and text files. An existing one is replaced once the new one is complete.
 
-    Up to `SHARD` bytes of tensors are written to `WEIGHTS_FILE`, more to several files that `SHARD_INDEX_FILE` lists.
+    Tensors of up to `SHARD` bytes in total are written to `WEIGHTS_FILE`. Larger models are split into several files,
+    which `SHARD_INDEX_FILE` lists.
     `DIGESTS_FILE` contains the SHA-256 digest of each tensor file.
 
     Args:
-        folder: directory that contains only such files, or does not exist.
-        tensors: by name; a tensor with two names is written under the first.
-        texts: contents by file name.
+        folder: the directory; it must contain only such files, or not exist.
+        tensors: name -> tensor; a tensor with several names is written under the first.
+        texts: file name -> content.
 
     Raises:
         CheckpointError: the directory contains other files, which would be lost.
@@ -130,7 +131,7 @@ def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         seen.add(view)
     split = split_torch_state_dict_into_shards(unique, max_shard_size=SHARD)
     for name, keys in split.filename_to_tensors.items():
-        # transformers requires the metadata `format`.
+        # transformers requires the metadata key `format`.
         write_tensors(folder / name, {key: unique[key] for key in keys}, {"format": "pt"})
     digests = "".join(f"{_digest(folder / name)}  {name}\n" for name in split.filename_to_tensors)
     with written_whole(folder / DIGESTS_FILE) as file:

@@ -22,7 +22,7 @@ VALUES = (bool, int, float, str, torch.dtype)
 
 
 def module_settings(module: nn.Module) -> dict[str, object]:
-    """Collect the type of each submodule and its plain attributes, by dotted name.
+    """Collect each submodule's type and plain attributes, by dotted name.
 
     Plain values are booleans, numbers, strings, dtypes, tuples, lists (as tuples), and functions with their bound
     options (as strings). Mappings and other objects are traversed once, at the first reference. Tensors and private
@@ -46,7 +46,7 @@ def require_same(
     advice: str = "",
     other: str = "the checkpoint",
 ) -> None:
-    """Compare the settings of a model with those that weights need.
+    """Check that a model has the settings that its weights need.
 
     Args:
         what: first line of the message.
@@ -56,7 +56,7 @@ def require_same(
         other: source of `needed`, for the message.
 
     Raises:
-        CheckpointError: settings differ. Lists every difference.
+        CheckpointError: settings differ; lists the first `SHOWN` differences and counts the others.
     """
     if lines := differing(own, needed, other):
         more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
@@ -65,7 +65,7 @@ def require_same(
 
 
 def differing(own: Mapping[str, object], needed: Mapping[str, object], other: str = "the checkpoint") -> list[str]:
-    """Describe each setting that differs in one line, except those inside a module that differs itself."""
+    """Describe each differing setting in one line. Skip settings inside a module whose own type differs."""
     different: list[str] = []
     for name in dict.fromkeys([*own, *needed]):
         if own.get(name) != needed.get(name) and not name.startswith(tuple(f"{outer}." for outer in different)):
@@ -123,6 +123,6 @@ def _with_options(function: Any) -> str:
 
 
 def _name(kind: Any) -> str:
-    """Name a class or function with its module; without it for torch and timm, whose GELUs are equivalent."""
+    """Name a class or function with its Python module, except in torch and timm, whose GELUs are equivalent."""
     package, name = getattr(kind, "__module__", None) or "", str(getattr(kind, "__qualname__", kind))
     return name if package.partition(".")[0] in ("", "torch", "timm") else f"{package}.{name}"

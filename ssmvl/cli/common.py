@@ -18,13 +18,13 @@ NESTED = {"mixer": "mixer", "scan_order": "scan_order"}  # options that hold com
 
 
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a recipe and its overrides."""
-    parser.add_argument("recipe", help="a name (`ssmvl list`) or a YAML file")
+    """Add the arguments for a recipe and its overrides."""
+    parser.add_argument("recipe", help="name of a recipe (see `ssmvl list`), or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides, applied one by one")
 
 
 def merged_recipe(options: argparse.Namespace) -> Recipe:
-    """Load the recipe of the command line with its overrides, and check that its components and files exist.
+    """Load the recipe given on the command line with its overrides; check that its components and files exist.
 
     Raises:
         RecipeError: the recipe cannot be read, or names an unknown component or a missing file.
@@ -39,13 +39,13 @@ def merged_recipe(options: argparse.Namespace) -> Recipe:
 
 
 def positive_integer(text: str) -> int:
-    """An argument that is an integer from 1.
+    """Parse an argument that must be an integer of at least 1.
 
     Raises:
-        argparse.ArgumentTypeError: it is not.
+        argparse.ArgumentTypeError: it is anything else.
     """
     if not (text.isdecimal() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"must be an integer, at least 1; received {text!r}")
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, received {text!r}")
     return int(text)
 
 
@@ -57,14 +57,14 @@ def require_packages(extra: str, *packages: str) -> None:
     """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise MissingDependencyError(f"this needs {' and '.join(missing)}: pip install 'ssmvl[{extra}]'")
+        raise MissingDependencyError(f"this command requires {' and '.join(missing)}: pip install 'ssmvl[{extra}]'")
 
 
 def require_path(name: str, what: str) -> None:
     """Check that a local file or directory exists. URLs and Hub ids are not checked.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: it does not exist.
     """
     if _is_missing(name):
         raise CheckpointError(f"{short(name)}: no such {what}")
@@ -96,7 +96,7 @@ def _unknown_components(data: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _unknown(path: str, kind: str, node: Any) -> Iterator[Problem]:
-    """Yield the problem of an unregistered component, and those of the components in its options."""
+    """Yield a problem for a component that is not registered, or for each such component in its options."""
     from ssmvl.plugins import components
 
     node = {"name": node} if isinstance(node, str) else node
@@ -107,13 +107,16 @@ def _unknown(path: str, kind: str, node: Any) -> Iterator[Problem]:
     except SsmvlError as error:
         yield Problem(path, str(error))
         return
-    if entry.plugin is None or entry.plugin.distribution == "ssmvl":  # other packages' options may differ
+    if entry.plugin is None or entry.plugin.distribution == "ssmvl":  # in a plugin, these options may differ
         for key in NESTED.keys() & node.keys():
             yield from _unknown(f"{path}.{key}", NESTED[key], node[key])
 
 
 def _missing_files(data: dict[str, Any]) -> Iterator[Problem]:
-    """Yield paths of weights that do not exist. Relative ones are not checked: they may be Hub ids."""
+    """Yield a problem for each path of weights that does not exist.
+
+    Only paths with a leading `/`, `~`, `./` or `../` are checked; all others may be Hub ids.
+    """
     model, stages = data["model"], data.get("stages")
     encoders = model.get("encoders") if isinstance(model.get("encoders"), dict) else {}
     nodes = {f"model.encoders.{name}": node for name, node in (encoders or {}).items()}

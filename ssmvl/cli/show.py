@@ -23,7 +23,7 @@ MAX_CELLS = 10_000
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: a recipe and its overrides, or a scan order and a grid."""
     exclusive = parser.add_mutually_exclusive_group(required=True)
-    exclusive.add_argument("recipe", nargs="?", help="a name (`ssmvl list`) or a YAML file")
+    exclusive.add_argument("recipe", nargs="?", help="name of a recipe (see `ssmvl list`), or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides, applied one by one")
     # It takes overrides too, because argparse assigns words after a flag to no other argument.
     parser.add_argument(

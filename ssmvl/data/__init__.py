@@ -1,1 +1,1 @@
-"""Streams of samples from shards. The only room that imports mosaicml-streaming."""
+"""Streams of samples from shards. The only package that imports mosaicml-streaming."""

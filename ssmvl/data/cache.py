@@ -22,8 +22,8 @@ class ShardError(DataError):
 def cached(url: str, split: str, cache: str | None) -> Path:
     """Return the directory that caches the shards of `url/split`, with the bucket's current index.
 
-    If the index has changed, all cached shards are deleted. Only the first process of a node fetches the index; the
-    others must call this after it.
+    If the index has changed, all cached shards are deleted. Only the first rank of a node fetches the index; the other
+    ranks must call this function after the first has returned.
 
     Args:
         url: URL of the directory that contains the splits.
@@ -52,7 +52,7 @@ def cached(url: str, split: str, cache: str | None) -> Path:
 
 
 def _renew(local: Path, fresh: Path, url: str) -> None:
-    """Install a fresh index. Deletes the shards of a different index, and partial files of killed runs."""
+    """Install a fresh index. Deletes shards cached under a different index, and partial files left by killed runs."""
     index, is_cache = local / "index.json", (local / SOURCE).is_file()
     old = local.with_name(f".{local.name}.old")  # renamed first, so that a half-deleted cache is never read
     shutil.rmtree(old, ignore_errors=True)
@@ -70,7 +70,7 @@ def _renew(local: Path, fresh: Path, url: str) -> None:
 
 
 def fetch_shard(url: str, folder: Path, file: Mapping[str, Any]) -> None:
-    """Fetch one file of an index from the directory `url`, atomically and only if it matches the index.
+    """Fetch one file listed in an index from the directory `url`, atomically; discard it unless it matches the index.
 
     Args:
         url: URL of the directory.

@@ -1,4 +1,4 @@
-"""Runs test questions, each three times: with its images, with black images and with another record's images."""
+"""Ask each test question three times: with its images, with black images, and with another record's images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ssmvl.progress import progress
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The `evaluation:` of a recipe. Its fields are the schema.
+    """The `evaluation:` section of a recipe. Its fields are the schema.
 
     Args:
         data: its `test` split is used.
@@ -33,7 +33,7 @@ class Evaluation:
 
 
 class Answered(NamedTuple):
-    """A test question, the true answer as the prompt teaches it, and the model's three answers."""
+    """A test question, the training target of its answer (see `Processor.taught`), and the model's three answers."""
 
     type: str
     question: str
@@ -44,10 +44,10 @@ class Answered(NamedTuple):
 
 
 def require_answerable(records: Sequence[Mapping[str, Any]], processor: Processor, max_new_tokens: int) -> str:
-    """Check that every record can be asked and scored, decoding its images. Called before training.
+    """Check that every record can be asked and scored, which decodes its images. Called before training.
 
     Returns:
-        A note on answers longer than `max_new_tokens`, which always count as wrong, or an empty string.
+        A note on answers longer than `max_new_tokens`, which always count as wrong; empty if there are none.
 
     Raises:
         DataError: the set is empty, or a record cannot be asked or scored. Names the record.
@@ -67,17 +67,17 @@ def require_answerable(records: Sequence[Mapping[str, Any]], processor: Processo
                 processor.read(single["conversation"][:-1], single["images"])
                 lengths.append(len(processor.answer_ids(single["conversation"])))
         except (ValueError, LookupError, TypeError) as error:  # a DataError is a ValueError
-            name = record.get("id", "without an id")
-            raise DataError(f"the evaluation set's sample {name!r} cannot be used: {error}") from error
+            name = repr(record["id"]) if "id" in record else "without an id"
+            raise DataError(f"the evaluation set's sample {name} cannot be used: {error}") from error
     cut = sum(length > max_new_tokens for length in lengths)
     longer = f"{cut:,} of {len(lengths):,} answers are longer than max_new_tokens={max_new_tokens}"
     return f"{longer}; they always count as wrong" if cut else ""
 
 
 def one_question_each(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Split each record into one per answer, with the preceding turns and images.
+    """Split each record into one per answer, with all turns up to that answer and their images.
 
-    `source` is the index of the original record.
+    The field `source` of a new record is the index of the original record.
     """
     single = []
     for source, record in enumerate(records):
@@ -92,14 +92,13 @@ def one_question_each(records: Iterable[Mapping[str, Any]]) -> list[dict[str, An
 def ask(
     assistant: Assistant, records: Sequence[Mapping[str, Any]], chosen: Sequence[int], options: Evaluation
 ) -> list[Answered]:
-    """Ask the last question of the chosen records, three times each.
-
-    Answers are compared with the true answer as the prompt teaches it; see `Processor.taught`.
+    """Ask the last question of each chosen record three times.
 
     Args:
         assistant: the model.
-        records: all test records; see `one_question_each`. The swapped images come from the record half the list away,
-            repeated if it has fewer; a single record keeps its own. Questions of one `source` count as one record.
+        records: all test records; see `one_question_each`. Swapped images come from the record half the list away,
+            where only records with images count, and those of one `source` count as one. They are repeated if there
+            are too few. If only one record has images, it keeps its own.
         chosen: indices of `records`.
         options: batch size and maximum length of the answers.
     """

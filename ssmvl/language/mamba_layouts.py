@@ -45,10 +45,11 @@ SSM_OPTIONS = {
 def state_spaces(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
     """Layout of `state-spaces/mamba-*` and `mamba2-*`, as written by mamba-ssm.
 
-    A Mamba-1 file needs no config, because its shapes show everything.
+    A Mamba-1 file needs no config, because all sizes follow from its shapes.
 
     Raises:
-        CheckpointError: a Mamba-2 file has no config, or the config contradicts the tensors or has unknown options.
+        CheckpointError: a Mamba-2 file has no config, or the config contradicts the tensors or has an
+            unknown or unsupported option.
     """
     if "backbone.embedding.weight" not in names:
         return None
@@ -94,8 +95,8 @@ def transformers_mamba(names: Collection[str], config: Mapping[str, Any]) -> Lay
     """Layout of transformers' `MambaForCausalLM` and `Mamba2ForCausalLM`.
 
     Raises:
-        CheckpointError: the file has no config, without which it could be FalconMamba's, or its config is that of
-            another model or contradicts its tensors.
+        CheckpointError: the config is missing (the file could then be FalconMamba's), describes another model or
+            contradicts the tensors.
     """
     if "backbone.embeddings.weight" not in names:
         return None
@@ -112,7 +113,7 @@ def transformers_mamba(names: Collection[str], config: Mapping[str, Any]) -> Lay
         need(config, ["n_groups", "state_size", "head_dim", "time_step_limit"], "Mamba-2")
         expects = {
             "num_groups": config["n_groups"],
-            # transformers normalizes the whole width up to version 4.57 and each group from version 5 on
+            # transformers 4.57 and earlier normalize the whole width, 5 and later each group
             "norm.groups": _OneOf(1, config["n_groups"]),
             "d_state": config["state_size"],
             "head_dim": config["head_dim"],
@@ -127,7 +128,7 @@ def transformers_mamba(names: Collection[str], config: Mapping[str, Any]) -> Lay
 
 
 class _OneOf:
-    """Equal to any of several values."""
+    """A value that equals any of several values."""
 
     def __init__(self, *values: object) -> None:
         self.values = tuple(dict.fromkeys(values))
@@ -140,7 +141,7 @@ class _OneOf:
 
 
 def _require_model_options(config: Mapping[str, Any], names: Collection[str]) -> None:
-    """Check the options of a state-spaces config other than `ssm_cfg`.
+    """Check all options in a state-spaces config except `ssm_cfg`.
 
     Raises:
         CheckpointError: an option is unknown, contradicts the tensors, or has an unsupported value.
@@ -154,7 +155,7 @@ def _require_model_options(config: Mapping[str, Any], names: Collection[str]) ->
         raise CheckpointError(f"its config.json has n_layer {depth}, but the tensors have {layers} layers")
     if not str(config.get("model_type", "mamba")).startswith("mamba"):
         raise CheckpointError(
-            f"its config.json has model_type {config['model_type']!r}, but mamba-ssm's start with 'mamba'"
+            f"its config.json has model_type {config['model_type']!r}, but mamba-ssm's model types start with 'mamba'"
         )
     for key, allowed in FIXED_OPTIONS.items():
         if config.get(key, allowed) != allowed:
@@ -162,7 +163,7 @@ def _require_model_options(config: Mapping[str, Any], names: Collection[str]) ->
 
 
 def _kind(names: Collection[str]) -> str:
-    """Layer type of the tensors; only Mamba-2 has a separate step size bias."""
+    """Layer type of the tensors; only Mamba-2 has a separate step-size bias."""
     return "Mamba2" if any(name.endswith(".mixer.dt_bias") for name in names) else "Mamba1"
 
 

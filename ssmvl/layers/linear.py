@@ -1,4 +1,4 @@
-"""Calls of layers that adapters, quantization, parametrizations or hooks may have changed, without bypassing them."""
+"""Use of layers that adapters, quantization, parametrizations or hooks may modify, without bypassing the changes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["cast_for", "conv_taps", "is_plain"]
 
 
 def cast_for(x: Tensor, module: nn.Module) -> Tensor:
-    """Cast x to the compute dtype of a layer: that of its weight, or of a container's first floating-point parameter.
+    """Cast x to a layer's compute dtype: that of its weight or, for a container, its first floating-point parameter.
 
-    A layer with a quantized weight (4 or 8 bits) casts its input itself; x is returned unchanged.
+    A layer with a quantized weight (4 or 8 bits) casts its input itself, so x is returned unchanged.
     """
     weight = getattr(module, "weight", None)
     for parameter in [weight] if isinstance(weight, Tensor) else module.parameters():
@@ -27,7 +27,7 @@ def cast_for(x: Tensor, module: nn.Module) -> Tensor:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Return True if using a Linear's weight is equivalent to calling it: nothing wraps, replaces or hooks it."""
+    """Return True if a Linear's weight may be applied directly: nothing wraps, replaces or hooks the layer."""
     hooks = (
         layer._forward_pre_hooks,
         layer._forward_hooks,
@@ -40,7 +40,8 @@ def is_plain(layer: nn.Module) -> bool:
 def conv_taps(conv: nn.Conv1d) -> Tensor:
     """Return the taps (C, W) of a depthwise convolution. The op uses them directly, so the layer is not called.
 
-    The layer's forward and backward hooks do not run. They raise no error, because they may only observe.
+    The layer's forward and backward hooks do not run. They are accepted anyway, because they might only observe;
+    forward pre-hooks are rejected.
 
     Raises:
         ContractError: something wraps the layer, or changes its weight during a call, and would be bypassed.
@@ -60,10 +61,10 @@ def conv_taps(conv: nn.Conv1d) -> Tensor:
 
 
 def per_path(x: Tensor, linear: nn.Module, count: int) -> Tensor:
-    """X (*, count*I) -> (*, count*O): each path's part of x times the path's rows of a Linear's weight (count*O, I).
+    """Multiply each path's part of x by that path's rows of a Linear's weight: (*, count*I) -> (*, count*O).
 
-    For a plain Linear, the weight is used directly and the bias is left to the caller, who adds it in fp32. Any other
-    layer is called, with its bias, and its outputs for the rows of other paths are dropped.
+    The weight is (count*O, I). For a plain Linear, it is used directly, and the caller adds the bias in fp32. Any other
+    layer is called and adds its own bias. It applies all rows to each path's part; the rows of other paths are dropped.
     """
     if not is_plain(linear):
         outputs = linear(x.unflatten(-1, (count, -1))).unflatten(-1, (count, -1))

@@ -1,7 +1,7 @@
-"""Adapters for the CUDA kernels of the papers' authors, mamba-ssm and causal-conv1d, imported on first use.
+"""Adapters for the CUDA kernels of the papers' authors (mamba-ssm and causal-conv1d), imported on first use.
 
-`dt` holds the final step sizes in fp32, so no kernel applies softplus. The table of `ssmvl.ops.backends` lists what the
-kernels do not support.
+`dt` holds the final step sizes in fp32, so no kernel applies softplus. The table in `ssmvl.ops.backends` lists
+unsupported features.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def selective_scan(
     segments: None,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """The op `ssmvl.ops.selective_scan.selective_scan`, in fp32: the kernel requires one dtype for x and dt.
+    """The op `ssmvl.ops.selective_scan.selective_scan`, in fp32: the kernel requires x and dt to have the same dtype.
 
-    The kernel starts from zero. The recurrence is linear in its state, so an initial state's contribution is computed
-    separately and added.
+    The kernel starts from a zero state. The recurrence is linear in its state, so an initial state's contribution is
+    computed separately and added.
     """
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 

@@ -1,4 +1,4 @@
-"""Apply scan orders: the checked path table of a grid, and the gather along its paths and back."""
+"""Apply scan orders: evaluate and check the paths over a grid, and reorder tensors along them and back."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["path_table", "along"]
 
 
 def path_table(order: ScanOrder, grid: Grid) -> Tensor:
-    """Evaluate and check a scan order: its paths over `grid`, (K, L) int64 on the CPU, rows permutations of range(L).
+    """Evaluate a scan order over `grid` and check its paths: (K, L) int64 on the CPU, each a permutation of range(L).
 
     Raises:
-        ContractError: the order raises or returns anything else; names the order and the first wrong position.
+        ContractError: the order raises an error or returns anything else. Names the order and the first wrong position.
     """
     name = str(order) if not hasattr(order, "__name__") else f"scan order {order.__name__!r}"
     where = f"{name} over grid {tuple(grid)}"
     try:
-        # In a meta context torch.arange would have no values; a table made in inference mode cannot be trained with.
+        # On meta, torch.arange would have no values. Tensors created in inference mode cannot be saved for backward.
         with torch.device("cpu"), torch.inference_mode(False):
             table = order(grid=grid)
     except Exception as error:  # a third-party order may raise anything
@@ -45,6 +45,6 @@ def path_table(order: ScanOrder, grid: Grid) -> Tensor:
 
 
 def along(x: Tensor, order: Tensor) -> Tensor:
-    """X (B, L, K, *) -> the same shape, path k in the order `order[k]`. `Paths.inverse` restores raster order."""
+    """Gather x (B, L, K, *) along L, path k by the indices `order[k]` (L,). `Paths.inverse` restores raster order."""
     index = order.t().reshape(1, *order.t().shape, *[1] * (x.ndim - 3)).expand(x.shape)
     return x.gather(1, index)

@@ -41,7 +41,7 @@ def selective_scan(
     chunk: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba-1's recurrence over whole sequences, forward and backward.
+    """Mamba-1's recurrence over whole sequences, differentiable.
 
     The torch backend computes in `promote_types(x.dtype, float32)`, with or without autocast; for the other backend see
     `ssmvl.ops.kernels`.
@@ -58,7 +58,7 @@ def selective_scan(
         dt_limit: lowest and highest step size.
         state: (B, E, S), the state before the first position; zeros if None. Not with `segments`.
         lengths: (B,) number of real positions in each right-padded row; values in the padding must be finite. The
-            returned state is the one after the real positions. Not with `segments`.
+            returned state is the one after the last real position. Not with `segments`.
         segments: (B, L); the state is reset where the segment changes. The returned state is that of the last segment.
         chunk: positions computed together; affects speed, not results. Chosen by shape if None.
         backend: see `ssmvl.ops.backends`.
@@ -67,7 +67,8 @@ def selective_scan(
         y (B, L, E) in the dtype of `x`, and the state (B, E, S) in the computing dtype.
 
     Raises:
-        ShapeError: shapes, lengths or segments do not fit, G does not divide E, or both a state and segments are given.
+        ShapeError: shapes, lengths, segments, `dt_limit` or `chunk` are invalid, x is not floating-point, G does not
+            divide E, or segments are given together with a state or lengths.
         BackendError: the requested backend does not support this call.
     """
     sequences = {"x": (x, "BLE"), "dt": (dt, "BLE"), "B": (B, "BLGS"), "C": (C, "BLGS")}
@@ -102,7 +103,7 @@ def selective_scan_step(
     The other arguments are as in `selective_scan`. Gradients are not computed.
 
     Raises:
-        ShapeError: shapes do not fit, or `state` is not contiguous.
+        ShapeError: shapes do not fit, G does not divide E, or `state` is not contiguous.
     """
     inputs = {"x": (x, "BE"), "dt": (dt, "BE"), "B": (B, "BGS"), "C": (C, "BGS"), "state": (state, "BES")}
     sizes = check_axes("selective_scan_step", {**inputs, "A": (A, "ES"), "D": (D, "E"), "dt_bias": (dt_bias, "E")})
@@ -110,7 +111,9 @@ def selective_scan_step(
     check_rows("selective_scan_step", rows, 1, None, None, x.device)
     check_groups("selective_scan_step", sizes["E"], groups)
     if not state.is_contiguous():
-        raise ShapeError("selective_scan_step: the state advances in place, but is not contiguous; call contiguous()")
+        raise ShapeError(
+            "selective_scan_step: state is updated in place but is not contiguous; first set state = state.contiguous()"
+        )
     dtype = state.dtype
     with without_autocast(x.device), torch.no_grad():
         x_cast, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))

@@ -1,4 +1,4 @@
-"""State-space duality (SSD) of Mamba-2: a sequence in chunks, or one step for decoding.
+"""State-space duality (SSD) of Mamba-2: over a sequence in chunks, or one step for decoding.
 
 The recurrence of each head, with B and C of its group:
 
@@ -41,7 +41,7 @@ def ssd(
     chunk: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba-2's recurrence over whole sequences, forward and backward.
+    """Mamba-2's recurrence over whole sequences, differentiable.
 
     The torch backend computes in `promote_types(x.dtype, float32)`, with or without autocast; for the other backend see
     `ssmvl.ops.kernels`.
@@ -58,7 +58,7 @@ def ssd(
         dt_limit: lowest and highest step size.
         state: (B, H, P, S), the state before the first position; zeros if None. Not with `segments`.
         lengths: (B,) number of real positions in each right-padded row; values in the padding must be finite. The
-            returned state is the one after the real positions. Not with `segments`.
+            returned state is the one after the last real position. Not with `segments`.
         segments: (B, L); the state is reset where the segment changes. The returned state is that of the last segment.
         chunk: positions per matrix product; affects speed, not results. Chosen by device and shape if None.
         backend: see `ssmvl.ops.backends`.
@@ -67,7 +67,8 @@ def ssd(
         y (B, L, H, P) in the dtype of `x`, and the state (B, H, P, S) in the computing dtype.
 
     Raises:
-        ShapeError: shapes, lengths or segments do not fit, G does not divide H, or both a state and segments are given.
+        ShapeError: shapes, lengths, segments, `dt_limit` or `chunk` are invalid, x is not floating-point, G does not
+            divide H, or segments are given together with a state or lengths.
         BackendError: the requested backend does not support this call.
     """
     sequences = {"x": (x, "BLHP"), "dt": (dt, "BLH"), "B": (B, "BLGS"), "C": (C, "BLGS")}
@@ -103,7 +104,7 @@ def ssd_step(
     The other arguments are as in `ssd`. Gradients are not computed.
 
     Raises:
-        ShapeError: shapes do not fit, or `state` is not contiguous.
+        ShapeError: shapes do not fit, G does not divide H, or `state` is not contiguous.
     """
     inputs = {"x": (x, "BHP"), "dt": (dt, "BH"), "B": (B, "BGS"), "C": (C, "BGS"), "state": (state, "BHPS")}
     sizes = check_axes("ssd_step", {**inputs, "A": (A, "H"), "D": (D, "H"), "dt_bias": (dt_bias, "H")})
@@ -111,7 +112,9 @@ def ssd_step(
     check_rows("ssd_step", rows, 1, None, None, x.device)
     check_groups("ssd_step", sizes["H"], groups)
     if not state.is_contiguous():
-        raise ShapeError("ssd_step: the state advances in place, but is not contiguous; call contiguous()")
+        raise ShapeError(
+            "ssd_step: state is updated in place but is not contiguous; first set state = state.contiguous()"
+        )
     dtype = state.dtype
     with without_autocast(x.device), torch.no_grad():
         x_cast, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
@@ -119,7 +122,7 @@ def ssd_step(
         u = x_cast * dt[..., None]
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
         decay = (dt * A).clamp_(min=LOWEST).exp_()[..., None, None]
-        # On a CPU one row at a time, so that each row's state is read from memory once and written once.
+        # A CPU processes one row at a time, so that each row's state is read from and written to memory only once.
         views = state, decay, u, y, B, C
         for h, through, u_, y_, B_, C_ in zip(*(t.split(rows if x.is_cuda else 1) for t in views), strict=True):
             matrix = h.mul_(through).view(len(h) * groups, -1, sizes["S"])

@@ -12,27 +12,30 @@ from ssmvl.errors import ShapeError
 from ssmvl.ops.checks import check_floats, check_groups, check_rows
 from ssmvl.ops.precision import without_autocast
 
-LOWEST = -60.0  # smaller decays are raised to exp(-60) = 9e-27: arithmetic near 1e-40 (denormals) is many times slower
+# Lower bound of dt A: decays are at least exp(-60) = 9e-27, as arithmetic near 1e-40 (denormals) is many times slower.
+LOWEST = -60.0
 
 
 def step_sizes(
     dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float], lengths: Tensor | None
 ) -> Tensor:
-    """clamp(softplus(dt + bias), *limit), and 0 beyond each row's length, which leaves the state unchanged.
+    """Step sizes clamp(softplus(dt + bias), *limit); 0 beyond each row's length, which leaves the state unchanged.
 
     Args:
         dt: (B, L, *), or (B, *) for one position, in the computing dtype.
-        bias: (*,), added first.
+        bias: (*,), added to dt first.
         softplus: whether to apply softplus.
         limit: lowest and highest step size.
-        lengths: (B,), only if dt has positions; values beyond them must be finite.
+        lengths: (B,), only if dt has an axis L; values beyond the lengths must be finite.
 
     Raises:
-        ShapeError: `limit` is not an interval of numbers >= 0, or starts at infinity.
+        ShapeError: `limit` is not an interval of numbers >= 0, or its lower bound is infinite.
     """
     low, high = limit
     if not 0 <= low <= high or low == float("inf"):
-        raise ShapeError(f"dt_limit must be (lowest, highest) with 0 <= lowest <= highest, received {limit}")
+        raise ShapeError(
+            f"dt_limit must be (lowest, highest) with lowest < inf and 0 <= lowest <= highest, received {limit}"
+        )
     dt = dt if bias is None else dt + bias.to(dt.dtype)
     dt = F.softplus(dt) if softplus else dt
     if low > 0 or high < float("inf"):
@@ -58,7 +61,7 @@ def prepare(
     segments: Tensor | None,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Check everything but shapes; return dt as step sizes, and A, D and the state, in the computing dtype.
+    """Check all arguments except shapes; return the step sizes, A, D and the state, in the computing dtype.
 
     Args:
         op: the op's name, for messages.
@@ -67,8 +70,8 @@ def prepare(
         x, dt, A, D, dt_bias, softplus, limit, state, lengths, segments, chunk: the op's arguments.
 
     Raises:
-        ShapeError: the dtype of x, rows, lengths, segments, groups, limits or the chunk do not fit, or both a state and
-            segments are given.
+        ShapeError: x is not floating-point; rows, lengths, segments, groups, limits or chunk are invalid; or segments
+            are given together with a state or lengths.
     """
     check_floats(op, x)
     check_rows(op, sizes["B"], sizes["L"], lengths, segments, x.device)

@@ -1,1 +1,1 @@
-"""User files -> model inputs: images, prompts, tokenizers, batches. The only room that opens images."""
+"""User files -> model inputs: images, prompts, tokenizers, batches. The only package that opens images."""

@@ -1,4 +1,4 @@
-"""Tokenizers: two byte-level ones that need no download, any `tokenizer.json`, or a model's on the Hub."""
+"""Tokenizers: two byte-level ones that need no download, any `tokenizer.json`, or that of a model on the Hub."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, str]:
     """Load a tokenizer and its end token, which ends an answer.
 
     The end token is the `eos_token` of the `tokenizer_config.json` next to the `tokenizer.json`, or `<|endoftext|>` if
-    that sets none. Truncation, padding and dropout in the file are disabled with a warning. A BOS token that the
+    the config sets none. Truncation, padding and dropout in the file are disabled with a warning. A BOS token that the
     post-processor adds is kept, unless the config's `add_bos_token` is false.
 
     Args:
@@ -45,7 +45,8 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, str]:
             are downloaded unless they are cached.
 
     Raises:
-        CheckpointError: the file or model does not exist, a file is damaged, or the tokenizer has no end token.
+        CheckpointError: the file or model does not exist, a file is damaged, the token ids have gaps, the BOS token
+            cannot be added, or there is no end token.
     """
     if name == "bytes":
         return byte_tokenizer(), END
@@ -57,8 +58,8 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, str]:
     if not path.is_file():
         raise CheckpointError(
             f"cannot load the tokenizer {name!r}: {path} does not exist. {ALLOWED}. If a model has only a "
-            "tokenizer.model, convert it with AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY) "
-            "of transformers"
+            "tokenizer.model, convert it with transformers: "
+            "AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)"
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -85,7 +86,7 @@ def load_tokenizer(name: str) -> tuple[Tokenizer, str]:
 def local_tokenizer(name: str) -> Path | None:
     """Path from which `load_tokenizer` loads this tokenizer without a download: the path `name`, or the Hub cache.
 
-    None if `name` is a Hub id and one of the two files is not cached.
+    None if `name` is a Hub id and its `tokenizer.json` or `tokenizer_config.json` is not cached.
     """
     path = Path(name)
     if not ID.fullmatch(name) or path.exists() or path.parent.is_dir():
@@ -103,8 +104,8 @@ def config_text(end: str) -> str:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end,
-        "pad_token": end,  # transformers needs one to make batches
-        "model_input_names": ["input_ids", "attention_mask"],  # inputs of its single-text models
+        "pad_token": end,  # transformers needs one to pad batches
+        "model_input_names": ["input_ids", "attention_mask"],  # no token_type_ids, which are for pairs of texts
     }
     return json.dumps(config, indent=2) + "\n"
 
@@ -139,7 +140,7 @@ def _apply_add_bos_token(tokenizer: Tokenizer, config: dict[str, Any], path: Pat
     """Add or remove the BOS token according to the config's `add_bos_token`; change nothing if that is unset.
 
     Raises:
-        CheckpointError: the tokenizer does not have the config's `bos_token`, or its post-processor adds another token.
+        CheckpointError: the tokenizer does not have the config's `bos_token`, cannot prepend it, or adds another token.
     """
     add, bos, begin = config.get("add_bos_token"), config.get("bos_token"), bos_ids(tokenizer)
     id_ = tokenizer.token_to_id(bos or "")
@@ -163,7 +164,7 @@ def disable_bos(tokenizer: Tokenizer) -> None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Read a `tokenizer_config.json`, its `eos_token` and `bos_token` as strings; empty if the file is missing."""
+    """Read a `tokenizer_config.json`, with `eos_token` and `bos_token` as strings; return {} if there is none."""
     if not path.is_file():
         return {}
     try:

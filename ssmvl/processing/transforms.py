@@ -16,7 +16,7 @@ STRIP, LONGEST = 16, 4096  # limits of the aspect ratio and of the longer side i
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec) -> Tensor:
-    """An RGB image -> uint8 (3, S, S), resized as `spec` says, bicubic.
+    """An RGB image -> uint8 (3, S, S), resized bicubically as `spec` states.
 
     `resize-crop` and `letterbox` reproduce the encoder inputs of the papers' code. To bound memory, `resize-crop` first
     center-crops images more than 16 times as long as wide, and `letterbox` first reduces images longer than 4,096

@@ -18,7 +18,7 @@ from ssmvl.testing.common import name_of, require
 
 
 def check_dataset(dataset: Callable[..., Data], *, splits: Sequence[str] = ("train", "test")) -> None:
-    """Check that each split is shards of trainable records, and that a second call writes nothing.
+    """Check that each split consists of shards of trainable records, and that a second call writes nothing.
 
     Every record is read, so request a small dataset:
     `check_dataset(functools.partial(my_data, train_size=8, test_size=8, folder=str(tmp_path)))`.

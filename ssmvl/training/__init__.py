@@ -1,1 +1,1 @@
-"""Stages and runs; the only room that imports Composer."""
+"""Stages and runs; the only package that imports Composer."""

@@ -1,13 +1,13 @@
-"""The optimizer of a stage: its schema, parameter groups, learning-rate schedule, and resuming.
+"""The optimizer of a stage: schema, parameter groups, learning-rate schedule, and options after resuming.
 
-Composer is imported only where it is used.
+Composer is imported only in the functions that use it.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -29,8 +29,13 @@ def _fractions(numbers: tuple[float, ...]) -> bool:
 Rate = Annotated[float, Check("from 0 to 10", lambda rate: 0 <= rate <= 10)]
 Name = Literal["AdamW", "Adam", "NAdam", "RAdam", "RMSprop", "SGD", "Adafactor", "DecoupledAdamW", "DecoupledSGDW"]
 Schedule = Literal["cosine", "linear", "constant", "warmup-stable-decay"]
-OWN_KEYS = {"params", "lr", "weight_decay", "betas"}  # set by `Optimizer` itself
-UNUSABLE = {"maximize", "differentiable", "capturable"}  # raise the loss, or need a loop of their own
+OWN_KEYS = {"lr", "weight_decay", "betas"}  # fields of `Optimizer`
+UNUSABLE = {
+    "params",
+    "maximize",
+    "differentiable",
+    "capturable",
+}  # set by the stage, maximize the loss, or need a custom training loop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +43,11 @@ class Optimizer:
     """An optimizer of torch or Composer.
 
     Args:
-        name: class in `torch.optim`; the decoupled ones are in `composer.optim`.
+        name: class in `torch.optim` or, for Decoupled*, in `composer.optim`.
         lr: peak learning rate.
-        lr_of: peak learning rate by prefix of parameter names, where it differs; the longest prefix counts.
-        weight_decay: of matrices; never of A_log, D, dt_bias, norms and biases.
-        betas: of the Adam family; the class's default if None.
+        lr_of: peak learning rates that override `lr`, by prefix of parameter names; the longest matching prefix wins.
+        weight_decay: applies to parameters with at least two axes, but never to A_log, D, dt_bias, norms or biases.
+        betas: of the Adam family; None means the class's default.
         options: further arguments of the class, e.g. `{momentum: 0.9}` for SGD.
     """
 
@@ -50,25 +55,29 @@ class Optimizer:
     lr: Rate
     lr_of: dict[str, Rate] = field(default_factory=dict)
     weight_decay: Rate = 0.0
-    betas: Annotated[tuple[float, float], Check("two numbers from 0 to below 1", _fractions)] | None = None
+    betas: Annotated[tuple[float, float], Check("two numbers, each at least 0 and below 1", _fractions)] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def optimizer_problems(path: str, options: Optimizer) -> Iterator[Problem]:
-    """Find options that the optimizer's class does not take, by constructing it for one number."""
+def optimizer_problems(path: str, options: Optimizer) -> list[Problem]:
+    """Find options that the optimizer's class does not take, finally by constructing it for a tiny model."""
     known = set(inspect.signature(_class(options.name)).parameters)
+    problems = []
     for key in options.options:
         if key in OWN_KEYS:
-            yield Problem(f"{path}.options.{key}", f"write it as {path}.{key}")
+            problems.append(Problem(f"{path}.options.{key}", f"write it as {path}.{key}"))
         elif key in UNUSABLE or key not in known:
             allowed = known - OWN_KEYS - UNUSABLE
-            yield Problem(f"{path}.options.{key}", f"not an option of {options.name}.{nearest(key, allowed)}")
+            text = f"not an option of {options.name}.{nearest(key, allowed)}"
+            problems.append(Problem(f"{path}.options.{key}", text))
     if options.betas is not None and "betas" not in known:
-        yield Problem(f"{path}.betas", f"{options.name} has no betas; leave them out")
-    try:
-        make_optimizer(nn.Linear(1, 1), options)
-    except (TypeError, ValueError) as error:
-        yield Problem(path, f"{options.name} rejects its options: {error}")
+        problems.append(Problem(f"{path}.betas", f"{options.name} has no betas; leave them out"))
+    if not problems:
+        try:
+            make_optimizer(nn.Linear(1, 1), options)
+        except (TypeError, ValueError) as error:
+            problems.append(Problem(path, f"{options.name} rejects its options: {error}"))
+    return problems
 
 
 def make_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.Optimizer:
@@ -88,10 +97,10 @@ def make_optimizer(model: nn.Module, options: Optimizer) -> torch.optim.Optimize
 
 
 def state_of(options: Optimizer, parameter: Tensor) -> list[Tensor]:
-    """The state tensors of a parameter on `meta`, without scalars.
+    """Return the optimizer's state tensors for a parameter, on `meta`, without scalars.
 
-    Some optimizers cannot step on `meta`, so one steps on a small tensor whose sizes are primes. Its state's sizes then
-    tell which axes of the parameter they are.
+    Some optimizers cannot step on `meta`, so the optimizer steps on a small tensor whose axes have distinct prime
+    sizes. Each size in its state then identifies an axis of the parameter.
     """
     sizes = dict(zip((2, 3, 5, 7, 11), parameter.shape, strict=False))
     small = nn.Parameter(torch.zeros(tuple(sizes)))
@@ -111,10 +120,10 @@ def _class(name: str) -> Callable[..., torch.optim.Optimizer]:
 
 
 def _complete_state_after_first_step(optimizer: torch.optim.Optimizer) -> None:
-    """Give parameters without a gradient, such as layers behind the features of a ViT, the optimizer's state too.
+    """Create optimizer state even for parameters without a gradient, such as ViT layers after the feature layer.
 
-    torch demands the state of every parameter when it loads a checkpoint. So these take one step of their own, with a
-    gradient and a learning rate of zero, which changes no weight.
+    torch requires the state of every parameter when it loads a checkpoint. Therefore, these parameters take a separate
+    step after the first one, with a gradient and a learning rate of zero, which changes no weight.
     """
 
     def complete(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -137,24 +146,26 @@ def _complete_state_after_first_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def rate_schedule(schedule: Schedule, warmup: str, decay: str | None, batch: int) -> Callable[[State], float]:
-    """The learning rate of a step as a factor of its peak: a linear warm-up, then the schedule.
+    """Return a function: state -> multiplier of the peak learning rate. A linear warm-up precedes the schedule.
 
     `cosine` and `linear` fall to zero at the end of the stage. `constant` stays at the peak. `warmup-stable-decay` also
     stays at the peak, then falls linearly to zero over `decay`.
 
-    Progress is measured in the unit of the stage's duration. Epochs are counted in samples, so a run that resumes with
-    a different batch size continues the same schedule.
+    Progress is measured in the unit of the stage's duration. Progress within an epoch is counted in samples, so a run
+    that resumes with a different batch size continues the same schedule.
 
     Args:
         schedule: its name.
-        warmup: Composer time: a share of the duration, a time in its unit; or batches of epochs, epochs of batches.
-        decay: likewise; of `warmup-stable-decay` only, where None means a tenth of the stage.
-        batch: samples of one step, over all ranks.
+        warmup: Composer time: a share of the duration (`dur`), or a time in the duration's unit. If that unit is epochs
+            or batches, the time may be in either.
+        decay: length of the final decay, as for `warmup`. Only for `warmup-stable-decay`; None means a tenth of the
+            stage.
+        batch: samples per step, across all ranks.
     """
     from composer import Time, TimeUnit
 
     def multiplier(state: State) -> float:
-        """The factor of the peak learning rate at a state's timestamp."""
+        """Return the multiplier of the peak learning rate at a state's timestamp."""
         now, duration = state.timestamp, cast(Any, state.max_duration)
         epoch = int(cast(Any, state.dataloader_len)) * batch
         mean = now.sample.value / now.batch.value if now.batch.value else batch  # samples per step so far
@@ -188,9 +199,9 @@ def restore_options(trainer: Trainer, wanted: list[dict[str, Any]]) -> None:
     (optimizer,), (scheduler,) = trainer.state.optimizers, trainer.state.schedulers
     if len(wanted) != len(scheduler.base_lrs) or any("lr" not in group for group in optimizer.param_groups):
         what = "the optimizer's parameter groups differ from those in the checkpoint"
-        raise RunError(f"{what}; restore lr_of, and whether weight_decay is 0, or start a new run with run=NAME")
+        raise RunError(f"{what}; restore lr_of, and weight_decay if it was or is 0, or start a new run with run=NAME")
     for group, options, peak in zip(optimizer.param_groups, wanted, scheduler.base_lrs, strict=True):
-        if peak != options["lr"]:  # else keep it bit by bit
+        if peak != options["lr"]:  # otherwise lr stays bitwise identical
             group["lr"] *= options["lr"] / peak if peak else 0.0
         group |= {name: value for name, value in options.items() if name not in ("params", "lr", "initial_lr")}
     scheduler.base_lrs = [options["lr"] for options in wanted]

@@ -17,7 +17,7 @@ from ssmvl.evaluation.runner import Answered
 from ssmvl.processing.transforms import read_image
 from ssmvl.training.run_folder import RunFolder
 
-CELLS = 6  # cells per question type on the contact sheet: the first ones in the test set
+CELLS = 6  # questions per type on the contact sheet: the first ones with images in the test set
 
 
 def report(folder: RunFolder, records: Sequence[Mapping[str, Any]], answered: Sequence[Answered]) -> None:

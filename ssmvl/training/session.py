@@ -1,4 +1,4 @@
-"""Session: one process of a run. It trains the stages in order, saves their models and asks the test questions."""
+"""Session: one rank of a run. It trains the stages in order, saves their models and asks the test questions."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Session:
     def __init__(self, checked: Checked) -> None:
         self.checked, self.recipe, self.plan = checked, checked.recipe, checked.plan
         plan = self.plan
-        self._opened: dict[str, StartingWeights] = {}  # pretrained weights by stage; on the first rank
+        self._opened: dict[str, StartingWeights] = {}  # pretrained weights by stage; first rank only
         self._finished: list[str] = []  # stages that an earlier launch finished
         self.folder = RunFolder(Path("runs") / plan.run, list(plan.stages), plan.checkpoints)
         self.rank, self.world = dist.get_global_rank(), dist.get_world_size()
@@ -100,7 +100,7 @@ class Session:
         return Blueprint.of(self.folder.model(name)) if name in self._finished else self.checked.after(name)
 
     def _start(self, name: str) -> str | Path:
-        """The weights that a stage starts from, as `build_model` takes them."""
+        """The weights that a stage starts from, in a form that `build_model` accepts."""
         previous = self.folder.stages[: self.folder.stages.index(name)]
         return self.plan.stages[name].init_from or (self.folder.model(previous[-1]) if previous else "recipe")
 
@@ -132,7 +132,7 @@ class Session:
             raise RunError(f"stage {name} is finished and cannot be extended: {why}; start a new run with run=NAME")
 
     def _find_inputs(self, names: Sequence[str]) -> None:
-        """Open the data and weights of these stages before any training, so that a wrong path costs seconds."""
+        """Open the data and weights of these stages before any training, so that a wrong path costs only seconds."""
         processor = self.checked.processor
         for name in names:
             stage = self.plan.stages[name]
@@ -149,7 +149,7 @@ class Session:
             start = self._start(name)
             if isinstance(start, Path):
                 if name == self.plan.stage and not (start / ABOUT_FILE).is_file():
-                    advice = f"train that stage first, or give stages.{name}.init_from"
+                    advice = f"train that stage first, or set stages.{name}.init_from"
                     what = f"stage {name} starts from the previous stage's model, but {start} does not exist"
                     raise RunError(f"{what}; {advice}")
             elif start != "none":
@@ -161,7 +161,7 @@ class Session:
         records = read_records(open_data(options.data, "test"))
         types = sorted({str(record["type"]) for record in records})
         if unknown := unknown_types(callbacks, types):
-            what = f"early stopping monitors the unknown question type {unknown[0]!r}. Allowed: {', '.join(types)}"
+            what = f"early stopping monitors {unknown[0]!r}, but the question types are {', '.join(types)}"
             raise RecipeError([Problem(where, what)], self.recipe.source)
         if note := require_answerable(records, processor, options.max_new_tokens):
             self._say(f"{where}: {note}")
@@ -173,7 +173,7 @@ class Session:
         trainer = self.trainer(name, checkpoint)
         step = trainer.state.timestamp.batch.value
         how = f"resumed at step {step}" if step else "started"
-        self._say(f"stage {name}: {how}, trains {', '.join(self.plan.stages[name].train)}")
+        self._say(f"stage {name}: {how}, training {', '.join(self.plan.stages[name].train)}")
         if trainer.state.timestamp < trainer.state.max_duration:
             self._fit(trainer, name)
         dist.barrier(patient())  # another rank may still be uploading its last checkpoint
@@ -182,7 +182,7 @@ class Session:
             vlm.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
         if self.rank == 0:
-            tensors = {key: tensors[key] for key in NATIVE_LAYOUT.sources(vlm.model)}  # FSDP2 lists tied ones twice
+            tensors = {key: tensors[key] for key in NATIVE_LAYOUT.sources(vlm.model)}  # FSDP2 lists tied tensors twice
             after = self.checked.after(name)
             processor = replace(trainer.state.train_dataloader.dataset.processor, prompt=after.parts.prompt())
             save_folder(self.folder.model(name), tensors, after, processor)
@@ -192,7 +192,7 @@ class Session:
         dist.barrier(patient())
 
     def _fit(self, trainer: Trainer, name: str) -> None:
-        """Train; after a signal, say how to resume."""
+        """Train; after a signal, print how to resume."""
         try:
             trainer.fit()
         except (KeyboardInterrupt, SystemExit):

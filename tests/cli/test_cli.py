@@ -230,7 +230,7 @@ def test_generate_prints_the_answer(capsys: Capture, monkeypatch: pytest.MonkeyP
 def test_generate_rejects_counts_that_are_not_positive(count: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["generate", "runs/x", "--prompt", "What?", "--max-new-tokens", count])
-    assert f"must be an integer, at least 1; received '{count}'" in capsys.readouterr().err
+    assert f"must be an integer of at least 1, received '{count}'" in capsys.readouterr().err
 
 
 def test_the_version_is_printed(capsys: Capture) -> None:

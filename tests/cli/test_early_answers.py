@@ -43,7 +43,7 @@ CASES: list[tuple[str, list[str], int, str]] = [
     ("", ["plan", "quickstart", "model.fusion=chanel", "--gpus", "1", "--memory", "80"], 2, "Did you mean 'channel'?"),
     ("", ["show", "quickstart", "--params", "model.prompt=mambo"], 2, "Did you mean 'mamba'?"),
     ("", ["train", "quickstart", "stages.algin=null"], 2, "Did you mean 'align'?"),
-    ("composer", ["train", "quickstart"], 2, "this needs composer: pip install 'ssmvl[train]'"),
+    ("composer", ["train", "quickstart"], 2, "this command requires composer: pip install 'ssmvl[train]'"),
     ("", ["train", "quickstart", "stage=align"], 0, "stage align: already finished (runs/quickstart/align/model)"),
     ("", ["generate", "~unknown-user/x", "--prompt", "x"], 2, "~unknown-user/x: no such directory"),
     ("", ["check", "quickstart", f"model.language.weights=/{'x' * 300}"], 2, "no such file or directory"),

@@ -1,4 +1,4 @@
-"""Resuming is exact to the sample, also after the first epoch, with any stream weights (streaming#869)."""
+"""Resuming is exact to the sample, even after the first epoch and with any stream weights (streaming#869)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_script(root: Path, *specs: Any) -> Any:
-    """Run `resume_script.py` and return its output. Streaming frees shared memory only at the end of a process."""
+    """Run `resume_script.py` in a new process and return its output: streaming frees shared memory only at exit."""
     command = [sys.executable, str(SCRIPT), str(root), *map(json.dumps, specs)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -64,7 +64,7 @@ def test_a_new_process_resumes_at_the_saved_state(root: Path, weights: str, work
     assert order[0] != order[1]
     total = len(order[0])
     assert total >= 3
-    assert all(own in (composers, None) for own, composers in states.values())  # so that testing one of them is enough
+    assert all(own in (composers, None) for own, composers in states.values())  # so testing Composer's is enough
     positions = [(1, 0), (1, 2), (1, total), (2, 1)]
     chosen = [states[f"{epoch} {number}"][1] for epoch, number in positions]
     rest, _ = run_script(root, spec, chosen)

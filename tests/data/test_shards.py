@@ -91,7 +91,6 @@ def test_intact_shards_on_read_only_storage_are_usable(tmp_path: Path, monkeypat
         ensure(tmp_path / "other")
 
 
-
 def shard(folder: Path) -> Path:
     return folder / "shard.00000.mds"
 

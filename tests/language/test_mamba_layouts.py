@@ -235,7 +235,7 @@ def test_a_file_must_match_a_config_that_ties_the_head(tmp_path: Path, kind: str
         ({"norm_epsilon": 1e-6}, r"norm_f\.eps is 1e-05, the checkpoint needs 1e-06"),
         ({"d_model": 999}, f"width is {WIDTH}, the checkpoint needs 999"),
         ({"d_model": WIDTH, "expand": 3}, f"inner is {2 * WIDTH}, the checkpoint needs {3 * WIDTH}"),
-        ({"model_type": "falcon_mamba"}, "has model_type 'falcon_mamba', but mamba-ssm's start with 'mamba'"),
+        ({"model_type": "falcon_mamba"}, "'falcon_mamba', but mamba-ssm's model types start with 'mamba'"),
         ({"nlayer": 2}, r"unknown options: nlayer\. Allowed: .*n_layer"),
     ],
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ssmvl
 from ssmvl.checkpoints import read_tensors
-from ssmvl.errors import DataError, RecipeError
+from ssmvl.errors import DataError, RecipeError, RunError
 from ssmvl.interfaces import Grid
 from ssmvl.layers import paths
 from ssmvl.model import blueprint
@@ -140,19 +140,22 @@ def test_early_stopping_resumes_with_its_state(tiny: Path, capfd: pytest.Capture
 def test_a_finished_run_is_evaluated_with_the_prompt_it_was_trained_with(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ssmvl.train(tiny, *ONE_STAGE[:1])
+    overrides = (*ONE_STAGE[:1], "stages.finetune.prompt=vicuna")  # the model's is mamba
+    ssmvl.train(tiny, *overrides)
     assistants: list[Any] = []
     ask = session.ask
     monkeypatch.setattr(session, "ask", lambda assistant, *rest: assistants.append(assistant) or ask(assistant, *rest))
-    ssmvl.train(tiny, *ONE_STAGE[:1], "stages.finetune.prompt=vicuna")
-    assert [type(assistant.processor.prompt).__name__ for assistant in assistants] == ["MambaPrompt"]
+    ssmvl.train(tiny, *overrides)
+    assert [type(assistant.processor.prompt).__name__ for assistant in assistants] == ["VicunaPrompt"]
+    with pytest.raises(RunError, match=r"stages\.finetune\.prompt: was \{'name': 'vicuna'\}, is now None"):
+        ssmvl.train(tiny, *ONE_STAGE[:1])
 
 
 def test_a_metric_that_the_evaluation_does_not_have_is_found_before_the_first_stage(tiny: Path) -> None:
     evaluation = "stages.finetune.evaluation={data: {name: digit_scenes, test_size: 4}, interval: 1ba}"
     for monitor in ("accuracy/cats", "blind/readin"):
         stopper = f"{{EarlyStopper: {{monitor: evaluation/{monitor}, dataloader_label: evaluation}}}}"
-        with pytest.raises(RecipeError, match=f"monitors 'evaluation/{monitor}', but the types of question are "):
+        with pytest.raises(RecipeError, match=f"monitors 'evaluation/{monitor}', but the question types are "):
             ssmvl.train(tiny, evaluation, f"stages.finetune.callbacks={stopper}")
     assert not Path("runs/tiny/align/model").exists()
 

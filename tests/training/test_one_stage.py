@@ -40,7 +40,7 @@ def test_stages_in_two_launches_give_the_weights_of_one_launch(tiny: Path, capfd
 
 def test_a_stage_whose_previous_model_is_missing(tiny: Path) -> None:
     with pytest.raises(
-        RunError, match=r"runs/tiny/align/model does not exist; train that stage first, or give stages\.fin"
+        RunError, match=r"runs/tiny/align/model does not exist; train that stage first, or set stages\.fin"
     ):
         ssmvl.train(tiny, "stage=finetune")
     assert not Path("runs").exists()

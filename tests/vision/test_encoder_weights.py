@@ -64,7 +64,7 @@ def test_positions_are_resampled_as_in_timm(tmp_path: Path, model: str, size: in
 
 @pytest.fixture
 def folder(tmp_path: Path, moved: Moved) -> Path:
-    """A directory that timm wrote for the Hub, including the model's classifier."""
+    """A directory that timm saved for the Hub. Its weights include the classifier head."""
     save_for_hf(moved(timm.create_model("test_vit.r160_in1k")), str(tmp_path / "vit"), safe_serialization=True)
     return tmp_path / "vit"
 

@@ -1,4 +1,4 @@
-"""Parsing of the option `weights`, and checks of statistics."""
+"""Parsing of the `weights` option, and checks of normalization statistics."""
 
 from __future__ import annotations
 

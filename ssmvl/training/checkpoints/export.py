@@ -1,4 +1,4 @@
-"""Export of a run's checkpoint as a saved model, on one machine, without Composer or the run's ranks."""
+"""Export a run's checkpoint as a saved model, in one process (however many ranks wrote it) and without Composer."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from ssmvl.training.checkpoints.latest import CHECKPOINT, corruption, damage, la
 from ssmvl.training.checkpoints.stores import BucketStore
 from ssmvl.training.stage_prompts import prompts_of_stages, recipe_after
 
-GIVE_RECIPE = "pass --recipe (in Python recipe=): the run folder, such as runs/NAME, or a recipe"
+GIVE_RECIPE = "pass --recipe (in Python: recipe=) with the run folder, such as runs/NAME, or a recipe"
 
 
 def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path, list[str]]:
-    """Resolve a user's path to a checkpoint. Changes nothing.
+    """Resolve a user's path to a checkpoint. Writes nothing.
 
     Args:
-        name: a checkpoint, which is a file or a directory of shards; or a stage's directory of checkpoints, which
-            stands for the latest complete one.
+        name: a checkpoint (a file or a directory of shards), or a stage's directory of checkpoints, for its latest
+            complete one.
         trust_pickle: see `ssmvl.training.checkpoints.composer_files.read_index`.
 
     Returns:
-        The checkpoint, and what is wrong with newer ones.
+        The checkpoint, and the problem of each newer, damaged one.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
@@ -52,8 +52,9 @@ def find_checkpoint(name: str | Path, trust_pickle: bool = False) -> tuple[Path,
                 raise CheckpointError(f"{path} is already a saved model; load it with ssmvl.load")
             listed = "\n  ".join(skipped.values())
             what = f"no complete checkpoint:\n  {listed}" if skipped else "no checkpoint of a run"
-            stages = "runs/NAME/STAGE/checkpoints (in a bucket s3://BUCKET/DIR/NAME/STAGE)"
-            allowed = f"pass the directory of a stage's checkpoints, such as {stages}, or one in it, such as ep0-ba500"
+            stages = "runs/NAME/STAGE/checkpoints (in a bucket: s3://BUCKET/DIR/NAME/STAGE)"
+            one = "a checkpoint in it, such as ep0-ba500"
+            allowed = f"pass the directory of a stage's checkpoints, such as {stages}, or {one}"
             raise CheckpointError(f"{path} holds {what}\n{allowed}" if skipped else f"{path} holds {what}; {allowed}")
         return latest, list(skipped.values())
     if not path.exists():
@@ -72,15 +73,16 @@ def export(
     """Save a checkpoint's model as a directory that `ssmvl.load` reads.
 
     Args:
-        checkpoint: see `find_checkpoint`; or the URL of either in S3 (or on `S3_ENDPOINT_URL`), as the run names it.
-            From a bucket, the checkpoint is downloaded to a temporary directory (`TMPDIR`), and removed afterwards.
+        checkpoint: as in `find_checkpoint`, or the URL of either on S3 (or on `S3_ENDPOINT_URL`), such as
+            `s3://BUCKET/DIR/NAME/STAGE`. A checkpoint at a URL is downloaded to a temporary directory (in `TMPDIR`)
+            that is removed afterwards.
         out: the directory to write. It must be empty or new.
-        recipe: of the run; the default is the recipe of the run folder that holds the checkpoint. Required for a URL.
+        recipe: the run's recipe or run folder. Default: the recipe in the checkpoint's run folder. Required for a URL.
         trust_pickle: if True, the index of a sharded checkpoint, which is a pickle, is read without restrictions and
-            can execute arbitrary code. If False, an index with more than names, sizes and offsets is rejected.
+            can execute arbitrary code. If False, an index that contains more than names, sizes and offsets is rejected.
 
     Returns:
-        The checkpoint that was read, and what is wrong with newer ones.
+        The path or URL of the exported checkpoint, and the problem of each newer, damaged one.
 
     Raises:
         CheckpointError: there is no checkpoint or no recipe, the checkpoint is damaged or rejected, its tensors are not
@@ -112,7 +114,7 @@ def _with_stage_prompt(blueprint: Blueprint, checkpoint: str) -> Blueprint:
     recipe = blueprint.recipe
     folders = [name for name in checkpoint.split("/")[-3:-1] if name in (recipe.data.get("stages") or {})]
     if not folders and (prompts := prompts_of_stages(recipe)):
-        unknown = f"{checkpoint} is not in a stage's directory, so its prompt is unknown and model.prompt is saved"
+        unknown = f"{checkpoint} is not in a stage's directory, so its training prompt is unknown; saving model.prompt"
         warnings.warn(f"{unknown}; {'; '.join(prompts)}", stacklevel=3)
     node = recipe_after(recipe, folders[-1]).data["model"]["prompt"] if folders else recipe.data["model"]["prompt"]
     if node == recipe.data["model"]["prompt"]:
@@ -128,7 +130,7 @@ def _save(out: str | Path, tensors: dict[str, Tensor], blueprint: Blueprint) -> 
 
 
 def _tensors(path: Path, blueprint: Blueprint, trust_pickle: bool) -> dict[str, Tensor]:
-    """Return the tensors to save, from a checkpoint that must have exactly the model's."""
+    """Return the tensors to save. The checkpoint must contain exactly the model's tensors."""
     if problem := corruption(path):
         raise CheckpointError(f"{path} {problem}")
     tensors = model_tensors(path, trust_pickle)
@@ -138,7 +140,7 @@ def _tensors(path: Path, blueprint: Blueprint, trust_pickle: bool) -> dict[str, 
 
 @contextmanager
 def _downloaded(url: str, trust_pickle: bool) -> Iterator[tuple[Path, str, list[str]]]:
-    """Download a checkpoint from a bucket; yield its path, its URL, and what is wrong with newer ones."""
+    """Download a checkpoint from a bucket; yield its path, its URL, and the problem of each newer, damaged one."""
     parent, _, last = url.rstrip("/").rpartition("/")
     stage, name = (parent, last) if CHECKPOINT.fullmatch(last) else (url.rstrip("/"), "")
     store = BucketStore(stage)
@@ -155,7 +157,7 @@ def _downloaded(url: str, trust_pickle: bool) -> Iterator[tuple[Path, str, list[
 def _require_empty(out: str | Path) -> None:
     try:
         names = sorted(path.name for path in user_path(out).iterdir())
-    except (FileNotFoundError, NotADirectoryError):  # `save_folder` reports a file in the way
+    except (FileNotFoundError, NotADirectoryError):  # `save_folder` raises an error if a file is in the way
         return
     except OSError as error:
         raise CheckpointError(f"{out} cannot be read ({error})") from error
@@ -165,7 +167,7 @@ def _require_empty(out: str | Path) -> None:
 
 
 def _run_recipe(checkpoint: Path) -> Path:
-    """Return the path of the run's recipe for a checkpoint `RUN/STAGE/checkpoints/NAME`: `RUN/recipe.yaml`."""
+    """Return the path of the run's recipe, `RUN/recipe.yaml`, for a checkpoint `RUN/STAGE/checkpoints/NAME`."""
     parents = checkpoint.absolute().parents
     return parents[min(2, len(parents) - 1)] / "recipe.yaml"
 

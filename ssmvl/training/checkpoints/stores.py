@@ -1,4 +1,4 @@
-"""Stores of a stage's checkpoints, a directory or a bucket: find the latest, prune, download. No Composer."""
+"""Stores of a stage's checkpoints (directory or bucket): find the latest, prune, download. Does not import Composer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ssmvl.errors import MissingDependencyError, RunError
 from ssmvl.training.checkpoints.composer_files import METADATA_FILE
 from ssmvl.training.checkpoints.latest import CHECKPOINT, latest_complete, outdated
 
-TAIL = 1 << 20  # bytes at the end of a file that contain its zip directory
+TAIL = 1 << 20  # bytes at the end of a .pt file, a zip archive; they contain its central directory
 
 
 class FolderStore:
@@ -25,16 +25,17 @@ class FolderStore:
         folder: the directory.
     """
 
-    local_copies = -1  # number that Composer keeps: all, because `remove_old` prunes them
+    local_copies = -1  # checkpoints that Composer keeps: all (-1), because `remove_old` prunes them
 
     def __init__(self, folder: Path) -> None:
         self.location = str(folder)
         self._folder = folder
 
     def latest(self) -> tuple[str | None, list[str]]:
-        """Return the latest complete checkpoint, or None, and what is wrong with newer ones, whose indices are removed.
+        """Return the latest complete checkpoint, or None, and the problem of each newer one.
 
-        A checkpoint written over them is then incomplete until its own index is written.
+        Removes the indices of the newer ones, so that a checkpoint written over one of them is incomplete until its own
+        index is written.
         """
         if not self._folder.is_dir():
             return None, []
@@ -54,7 +55,7 @@ class FolderStore:
 
 
 class BucketStore:
-    """Checkpoints in a bucket of S3, or of the service at `S3_ENDPOINT_URL`.
+    """Checkpoints in a bucket on S3, or on the service at `S3_ENDPOINT_URL`.
 
     Args:
         url: URL of the directory.
@@ -64,25 +65,26 @@ class BucketStore:
         RunError: the bucket cannot be used with this machine's settings.
     """
 
-    local_copies = 0  # number that Composer keeps after uploading
+    local_copies = 0  # local checkpoints that Composer keeps after uploading them
 
     def __init__(self, url: str) -> None:
         try:
             import boto3
         except ImportError as error:
-            raise MissingDependencyError("checkpoints in a bucket need boto3: pip install 'ssmvl[train]'") from error
+            raise MissingDependencyError("checkpoints in a bucket require boto3: pip install 'ssmvl[train]'") from error
         self.location = url
         self._bucket, _, path = url.removeprefix("s3://").partition("/")
         self._prefix = f"{path}/" if path else ""
         try:
             self._client: Any = boto3.client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
-        except Exception as error:  # malformed endpoint, no region, no credentials: different types
+        except Exception as error:  # each cause has its own type: malformed endpoint, no region, no credentials
             raise RunError(f"{url} cannot be used ({error}){hint(url)}") from error
 
     def latest(self) -> tuple[str | None, list[str]]:
-        """Return the latest complete checkpoint, or None, and what is wrong with newer ones, whose shards are removed.
+        """Return the latest complete checkpoint, or None, and the problem of each newer one.
 
-        Uploads to a bucket begin with the index, which would make a checkpoint with old shards look complete.
+        Removes the newer ones if they are sharded: an upload starts with the index, which would make a checkpoint with
+        old shards look complete.
 
         Raises:
             RunError: the bucket cannot be reached.
@@ -111,7 +113,9 @@ class BucketStore:
 
     @contextmanager
     def outline(self, name: str = "") -> Iterator[Path]:
-        """Yield a temporary directory with files of the objects' sizes, filled only with indices and zip directories.
+        """Yield a temporary directory of sparse files with the names and sizes of the objects.
+
+        Only indices, and the ends of .pt files with their zip central directories, are downloaded.
 
         Args:
             name: the only checkpoint to include; all if empty.
@@ -126,7 +130,7 @@ class BucketStore:
                 pages = listing.paginate(Bucket=self._bucket, Prefix=self._prefix + name)
                 for item in [item for page in pages for item in page.get("Contents", [])]:
                     parts = PurePosixPath(item["Key"].removeprefix(self._prefix)).parts
-                    marker = item["Key"].endswith("/")  # consoles create such objects to show directories
+                    marker = item["Key"].endswith("/")  # consoles create such objects to represent directories
                     if not marker and len(parts) in (1, 2) and CHECKPOINT.fullmatch(parts[0]) and ".." not in parts:
                         self._add(folder.joinpath(*parts), item)
             yield folder
@@ -144,16 +148,16 @@ class BucketStore:
 
     @contextmanager
     def _as_run_errors(self, file: str = "") -> Iterator[None]:
-        """Raise failures of the bucket or of this machine's temporary directory as a `RunError`."""
+        """Convert errors of the bucket and of the local temporary directory to `RunError`."""
         from botocore.exceptions import BotoCoreError
 
         try:
             yield
         except Exception as error:  # botocore creates its error classes at runtime
-            if isinstance(error, OSError) and not isinstance(error, BotoCoreError):  # some of its errors are OSErrors
-                what = f"it cannot be written to a temporary file ({error})"
-                advice = f"make room in {tempfile.tempdir}, or set TMPDIR to another directory that exists"
-                raise RunError(f"{self.location}{file}: {what}; {advice}") from error
+            if isinstance(error, OSError) and not isinstance(error, BotoCoreError):  # some BotoCoreErrors are OSErrors
+                what = f"cannot be written to a temporary file ({error})"
+                advice = f"free up space in {tempfile.tempdir}, or set TMPDIR to another existing directory"
+                raise RunError(f"{self.location}{file} {what}; {advice}") from error
             cause = getattr(error, "last_exception", error)  # set by a download that ran out of retries
             raise RunError(f"{self.location}{file} cannot be used ({cause}){hint(self.location)}") from error
 

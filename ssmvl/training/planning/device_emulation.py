@@ -1,4 +1,4 @@
-"""Emulate a GPU or CPU on `meta`: autocast, tiled attention, and tiles sized for the cache."""
+"""Emulate a GPU or CPU on `meta`: autocast, tiled attention, and the tile sizes that ops use on that device."""
 
 from __future__ import annotations
 

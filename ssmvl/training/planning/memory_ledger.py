@@ -16,7 +16,7 @@ CASTS, ACTIVATIONS, LOGITS, GRADIENTS = "bf16 weights", "activations", "logits a
 
 
 class Ledger(TorchDispatchMode):
-    """Tracks live storages, and keeps the bytes at the peaks of each phase, by kind.
+    """Tracks live storages. Records the bytes by kind at two peaks of each phase: of all bytes, and without gradients.
 
     Args:
         logits: shape of the logits; tensors of this shape count as `LOGITS`.
@@ -25,7 +25,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self, logits: tuple[int, int]) -> None:
         super().__init__()
         self.moments: list[Counter[str]] = []
-        self.paused = False  # while the block that stands for others runs backward
+        self.paused = False  # True while the block that represents several runs backward
         self._now: Counter[str] = Counter()
         self._held: dict[int, tuple[str, int]] = {}
         self._counts: dict[nn.Parameter, int] = {}
@@ -56,7 +56,7 @@ class Ledger(TorchDispatchMode):
         self._change(_key(tensor), kind, self._held[_key(tensor)][1])
 
     def start_phase_in_backward(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Start a phase when backward reaches this unit; a forward hook."""
+        """Forward hook that starts a phase when the backward pass reaches this unit."""
         hidden = first(output)
         if hidden.requires_grad:
             hidden.register_hook(lambda _: self.begin())
@@ -66,17 +66,17 @@ class Ledger(TorchDispatchMode):
         return set(self._held)
 
     def multiply(self, live_before: set[int], count: int) -> None:
-        """Count every live storage that is not in `live_before` as those of `count` blocks."""
+        """Count every live storage that is not in `live_before` `count` times, once per block that it represents."""
         for key in self._held.keys() - live_before:
             kind, size = self._held[key]
             self._change(key, kind, size * count)
 
     def multiply_gradients(self, parameters: Iterator[nn.Parameter], count: int) -> None:
-        """Count the gradients of these parameters as those of `count` blocks."""
+        """Count the gradients of these parameters `count` times, once per block that they represent."""
         self._counts.update(dict.fromkeys(parameters, count))
 
     def complete(self, parameter: nn.Parameter, shards: int) -> None:
-        """Record that a gradient is accumulated: each rank keeps its shard only."""
+        """Record that a gradient is accumulated: each rank keeps only its shard."""
         grad = cast(Tensor, parameter.grad)
         if self._held[_key(grad)][1]:  # else it existed before, and is ignored
             self._change(_key(grad), GRADIENTS, -(-grad.nbytes // shards) * self._counts.get(parameter, 1))
@@ -108,5 +108,5 @@ def _key(tensor: Tensor) -> int:
 
 
 def first(output: Any) -> Tensor:
-    """Return the hidden states from the output of a unit: layers of transformers may return a tuple."""
+    """Return the hidden states from a unit's output, which may be a tuple for layers from the transformers library."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)

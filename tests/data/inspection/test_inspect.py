@@ -1,4 +1,4 @@
-"""Inspection: statistics match the data, and drawn texts match the ids and labels of the samples."""
+"""Inspection: statistics match the data, and sample cards match the ids and labels."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def recipe(tmp_path: Path) -> str:
 
 @pytest.fixture
 def inspected(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that runs `inspect` and returns its output, with repeated spaces joined."""
+    """Return a function that runs `inspect` and returns its output, with repeated spaces collapsed."""
     monkeypatch.setenv("COLUMNS", "400")
 
     def run(
@@ -161,7 +161,7 @@ def test_the_stage_determines_prompt_and_limit(folder: Path, inspected: Any, rec
         len(m["content"].strip()) + 1 for r in RECORDS[:4] for m in r["conversation"] if m["role"] == "assistant"
     ]
     images = PLACES * sum(len(r["images"]) for r in RECORDS[:4])
-    late, first_tokens = 2, 2  # a short caption; the first token of the two samples without an image is not supervised
+    late, first_tokens = 2, 2  # tokens of the caption of `late`; unsupervised first tokens of `none` and `late`
     expected = (sum(captions) + late - first_tokens) / (sum(captions) + late + images)
     text = inspected(folder, recipe)
     assert "As mine, stage align, reads them" in text
@@ -181,7 +181,7 @@ def test_invalid_arguments_are_errors(folder: Path, inspected: Any, recipe: str,
     with pytest.raises(DataError, match="nowhere does not exist; give the output directory"):
         inspected(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"neither index\.json nor a directory with one"):
-        inspected(tmp_path, "no recipe, which is not read yet")
+        inspected(tmp_path, "no-such-recipe")  # the recipe is read later
     with pytest.raises(DataError, match=r"--samples must be at least 0 \(0 means all\), received -5"):
         inspected(folder, samples=-5)
     with pytest.raises(
@@ -243,7 +243,7 @@ def test_a_sheet_without_usable_samples_is_an_error(tmp_path: Path, inspected: A
 
 
 def words_tokenizer() -> Tokenizer:
-    """Return a tokenizer like LLaMA's: a space belongs to the word after it, and decoding drops a leading space."""
+    """Return a tokenizer like LLaMA's: a space belongs to the next word, and decoding drops a leading space."""
     texts = ["▁", *map(chr, range(33, 127)), "\n", "▁A", "▁dog", "<s>", END]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(texts)}, merges=[("▁", "A")]))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -293,7 +293,7 @@ def test_the_middle_of_a_long_text_is_cut_and_its_tokens_are_counted() -> None:
     hidden = len(sample["ids"]) - 90
     assert runs[1].text == f" … {hidden:,} tokens … "
     assert len(runs[0].text) == 60
-    assert runs[2].text == "a" * 29 + END  # the end token is one token
+    assert runs[2].text == "a" * 29 + END  # END is a single token
     card = sample_card(record("x", "?"), sample, processor)
     assert len(wrapped(card.runs)) <= LINES
     assert card.note == f"{len(sample['ids']):,} tokens, 701 supervised"

@@ -117,7 +117,7 @@ def test_no_space_for_temporary_files(
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     location = url if when == "listing" else f"{url}/{FILE.name}"
-    expected = rf"^{location}: it cannot be written to a temp.*too large.*room in .*temporary, or set TMPDIR"
+    expected = rf"^{location} cannot be written to a temp.*too large.*space in .*temporary, or set TMPDIR"
     try:
         with pytest.raises(RunError, match=expected):
             export(url, OUT, recipe=RUN)
