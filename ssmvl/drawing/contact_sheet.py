@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from ssmvl.files import written_whole
+from ssmvl.drawing.saving import save_png
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
@@ -54,6 +53,4 @@ def draw_contact_sheet(rows: Mapping[str, Sequence[Cell]], png: Path) -> None:
                 0.5, -0.06, below, ha="center", va="top", transform=each.transAxes, fontsize=9,
                 color=RIGHT if right else WRONG, parse_math=False,
             )  # fmt: skip
-    with written_whole(png) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # characters missing in the font are drawn as boxes
-        figure.savefig(partial, dpi=110, format="png")
+    save_png(figure, png, dpi=110)

@@ -14,8 +14,8 @@ from rich.console import Group
 from rich.style import Style
 from rich.text import Text
 
+from ssmvl.drawing.saving import save_png
 from ssmvl.errors import DataError, MissingDependencyError
-from ssmvl.files import written_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,8 +73,7 @@ def write_png(paths: Tensor, grid: Grid, png: Path) -> None:
     """
     figure = _figure(_coordinates(paths, grid), grid)
     try:
-        with written_whole(png) as partial:
-            figure.savefig(partial, format="png", dpi=150)
+        save_png(figure, png, dpi=150)
     except (OSError, ValueError) as error:  # ValueError: a path without a file name, or too many pixels
         raise DataError(f"{png}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ssmvl.files import written_whole
+from ssmvl.drawing.saving import save_png
 
 LOSS, ACCURACY = "loss/train/total", "accuracy/"
 SMOOTH = 5  # logged values averaged for each point of a curve
@@ -50,8 +50,7 @@ def draw_curves(logs: Mapping[str, Path], png: Path) -> None:
         legend = axes[ACCURACY].legend(lines.values(), lines.keys(), frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)
-    with written_whole(png) as partial:
-        figure.savefig(partial, dpi=140, format="png")
+    save_png(figure, png, dpi=140)
 
 
 def read_scalars(folder: Path) -> dict[str, Curve]:

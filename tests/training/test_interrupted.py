@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import two_ranks
 from safetensors.torch import load_file
+from tiny_recipe import TINY
 
 import ssmvl
 from ssmvl.errors import RunError
@@ -34,8 +36,6 @@ def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The model of an uninterrupted run of six steps."""
-    from tiny_recipe import TINY
-
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("straight"))
         Path("tiny.yaml").write_text(TINY)
@@ -73,6 +73,33 @@ def test_a_signal_writes_a_checkpoint_and_the_run_resumes_exactly(
     ssmvl.train(tiny, *ONE_STAGE)
     assert "stage finetune: resumed at step 3" in capfd.readouterr().out
     assert equal(weights("tiny"), straight)
+
+
+@pytest.mark.long
+def test_a_signal_to_one_rank_ends_both_after_a_checkpoint(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_start = Pace.batch_start
+
+    def interrupted(pace: Pace, state: Any, logger: Any) -> None:
+        if state.timestamp.batch.value == 2 and os.environ["RANK"] == "1":
+            signal.raise_signal(signal.SIGTERM)
+        batch_start(pace, state, logger)
+
+    def end() -> None:
+        try:
+            ssmvl.train(tiny, *ONE_STAGE)
+        except SystemExit as ended:
+            print("exit code", ended.code)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pace, "batch_start", interrupted)
+        outputs = two_ranks(end, tmp_path)
+    assert all("exit code 143" in output for output in outputs)
+    assert "stage finetune: interrupted after step 3." in outputs[0]
+    (tmp_path / "again").mkdir()
+    outputs = two_ranks(lambda: ssmvl.train(tiny, *ONE_STAGE), tmp_path / "again")
+    assert "stage finetune: resumed at step 3" in outputs[0]
 
 
 @pytest.mark.long

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +116,15 @@ def test_a_recipe_with_mistakes_gets_one_message(
     Path("other.yaml").write_text(text)
     assert run.main(["other.yaml"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_launcher_takes_the_name_of_a_recipe(tmp_path: Path) -> None:
+    """Composer's launcher starts `python -u NAME`; any other missing script stays Python's own error."""
+    environment = {**os.environ, "LOCAL_WORLD_SIZE": "1"}
+    for name, message in (("quikstart", "Did you mean 'quickstart'?"), ("other.py", "can't open file")):
+        command = [sys.executable, "-u", name]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
 
 
 def test_the_module_reports_mistakes_like_the_launcher(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
