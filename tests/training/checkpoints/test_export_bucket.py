@@ -78,7 +78,7 @@ def test_at_the_top_of_a_bucket(tensors: dict[str, Tensor], bucket: str) -> None
 def test_mistakes_are_reported_before_any_download(tensors: dict[str, Tensor], bucket: str) -> None:
     url = f"{bucket}/all"
     with patch.object(BucketStore, "fetch") as fetch:
-        with pytest.raises(CheckpointError, match=rf"^{url} is not in a run folder, .*--recipe .*: the run folder"):
+        with pytest.raises(CheckpointError, match=rf"^{url} is not in a run folder, .*--recipe .* with the run folder"):
             export(url, OUT)
         with pytest.raises(RecipeError, match=r"unknown mixer 'none'"):
             export(url, OUT, recipe=load_recipe("quickstart", "model.language.mixer.name=none"))
