@@ -71,7 +71,12 @@ def optimizer_problems(path: str, options: Optimizer) -> list[Problem]:
             text = f"not an option of {options.name}.{nearest(key, allowed)}"
             problems.append(Problem(f"{path}.options.{key}", text))
     if options.betas is not None and "betas" not in known:
-        problems.append(Problem(f"{path}.betas", f"{options.name} has no betas; leave them out"))
+        problems.append(
+            Problem(
+                f"{path}.betas",
+                f"{options.name} has no betas; leave them out, or set betas to null where a base recipe has them",
+            )
+        )
     if not problems:
         try:
             make_optimizer(nn.Linear(1, 1), options)
