@@ -63,6 +63,6 @@ def _quiet_launcher() -> None:
 
 
 sys.path_hooks.insert(0, RecipeImporter)
-if Path(sys.orig_argv[1]).name == "composer":
+if [Path(script).name for script in sys.orig_argv[1:2]] == ["composer"]:
     with suppress(ImportError, AttributeError):  # a later Composer may be different
         _quiet_launcher()

@@ -30,12 +30,7 @@ Rate = Annotated[float, Check("from 0 to 10", lambda rate: 0 <= rate <= 10)]
 Name = Literal["AdamW", "Adam", "NAdam", "RAdam", "RMSprop", "SGD", "Adafactor", "DecoupledAdamW", "DecoupledSGDW"]
 Schedule = Literal["cosine", "linear", "constant", "warmup-stable-decay"]
 OWN_KEYS = {"lr", "weight_decay", "betas"}  # fields of `Optimizer`
-UNUSABLE = {
-    "params",
-    "maximize",
-    "differentiable",
-    "capturable",
-}  # set by the stage, maximize the loss, or need a custom training loop
+UNUSABLE = {"params", "maximize", "differentiable", "capturable"}  # set here, or not for a training loop like ours
 
 
 @dataclass(frozen=True, kw_only=True)

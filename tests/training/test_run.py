@@ -125,6 +125,8 @@ def test_the_launcher_takes_the_name_of_a_recipe(tmp_path: Path) -> None:
         command = [sys.executable, "-u", name]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
         assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    alone = subprocess.run([sys.executable], input="1 + 1", capture_output=True, text=True, env=environment, check=True)
+    assert alone.stderr == "", "an interpreter without arguments starts as usual"
 
 
 def test_the_module_reports_mistakes_like_the_launcher(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,7 @@ import sys
 import time
 
 from ssmvl.data.conversion.parts import EMPTY_SUMMARY, Summary
-
-LINE_INTERVAL = 30.0  # seconds between lines of progress without a terminal
+from ssmvl.progress import LINE_INTERVAL
 
 
 class Progress:
