@@ -64,12 +64,13 @@ class RunFolder:
         Raises:
             RunError: another option of the stage has changed.
         """
-        saved, now = load_recipe(self.model(stage) / "recipe.yaml").data["stages"][stage], recipe.data["stages"][stage]
+        saved = (load_recipe(self.model(stage) / "recipe.yaml").data.get("stages") or {}).get(stage) or {}
+        now = recipe.data["stages"][stage]
         changes = differences(saved, now, f"stages.{stage}")
         if not changes:
             return False
         others = differences({**saved, "duration": now["duration"]}, now)
-        if _is_longer(now["duration"], saved["duration"]) and not others:
+        if _is_longer(now["duration"], saved.get("duration", "")) and not others:
             return True
         listed = "\n  ".join(changes)
         advice = "Undo the change, raise only its duration to train it further, or start a new run with run=NAME"

@@ -108,13 +108,13 @@ class Session:
         """Claim the run folder and find the inputs of unfinished stages. Return the finished stages."""
         self.folder.require_no_other(self.recipe)
         finished = [name for name in self.folder.stages if self.folder.is_finished(name)]
-        for name in self._requested():
-            if name in finished and self.folder.is_extended(self.recipe, name):
-                self._require_extensible(name)
-                finished.remove(name)
+        extended = [n for n in self._requested() if n in finished and self.folder.is_extended(self.recipe, n)]
+        finished = [name for name in finished if name not in extended]
         self._finished = finished
         self._find_inputs([name for name in self._requested() if name not in finished])
-        self.folder.claim(self.recipe)  # last, so that a run without data leaves its name free
+        self.folder.claim(self.recipe)  # after the inputs, so that a run without data leaves its name free
+        for name in extended:  # after the claim, because a store removes parts of incomplete checkpoints
+            self._require_extensible(name)
         for name in (name for name in self._requested() if name not in finished):
             for text in self.folder.changes(self.recipe, name):
                 self._say(f"changed since the first launch: {text}")
