@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. User errors are printed without a traceback; the exit code is 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may be no valid text
+            stream.reconfigure(errors="backslashreplace")  # file names may be invalid text
     try:
         try:
             return _run(sys.argv[1:] if argv is None else argv)

@@ -39,13 +39,18 @@ def merged_recipe(options: argparse.Namespace) -> Recipe:
 
 
 def positive_integer(text: str) -> int:
-    """Parse an argument that must be an integer of at least 1.
+    """Parse an argument that must be an integer of at least 1."""
+    return integer(text, 1)
+
+
+def integer(text: str, minimum: int = 0) -> int:
+    """Parse an argument that must be an integer of at least `minimum`.
 
     Raises:
         argparse.ArgumentTypeError: it is anything else.
     """
-    if not (text.isdecimal() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, received {text!r}")
+    if not (text.isascii() and text.isdigit() and int(text) >= minimum):
+        raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}, received {text!r}")
     return int(text)
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssmvl.cli.common import require_path
+from ssmvl.cli.common import integer, positive_integer, require_path
 from ssmvl.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,13 +40,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     convert.add_argument("--split", default="train", help="name of the subdirectory (default: train)")
     convert.add_argument(
-        "--max-side", type=_positive, metavar="N", help="shrink larger images to a longer side of N pixels"
+        "--max-side", type=positive_integer, metavar="N", help="shrink larger images to a longer side of N pixels"
     )
-    convert.add_argument("--workers", type=_positive, metavar="N", help="number of processes (default: one per core)")
+    convert.add_argument(
+        "--workers", type=positive_integer, metavar="N", help="number of processes (default: one per core)"
+    )
 
     verify = actions.add_parser("verify", help="find every damaged shard and sample", description=VERIFY)
     verify.add_argument("folder", metavar="DIRECTORY", help="a directory or a URL")
-    verify.add_argument("--workers", type=_positive, metavar="N", help="number of processes (default: one per core)")
+    verify.add_argument(
+        "--workers", type=positive_integer, metavar="N", help="number of processes (default: one per core)"
+    )
 
     inspect = actions.add_parser("inspect", help="show counts, lengths and samples", description=INSPECT)
     inspect.add_argument("folder", metavar="DIRECTORY", help="a directory or a URL")
@@ -55,7 +59,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--stage", metavar="NAME", help="stage of the recipe whose prompt is used (default: the first one)"
     )
     inspect.add_argument(
-        "--samples", type=_count, default=2000, metavar="N", help="number of samples; 0 means all (default: 2000)"
+        "--samples", type=integer, default=2000, metavar="N", help="number of samples; 0 means all (default: 2000)"
     )
     inspect.add_argument("--png", type=Path, metavar="FILE", help="draw samples, with the supervised text in color")
 
@@ -108,13 +112,3 @@ def _reader(options: argparse.Namespace) -> Reader | None:
         return stage_processor(recipe, options.stage)
 
     return read
-
-
-def _positive(text: str) -> int:
-    return _count(text, 1)
-
-
-def _count(text: str, minimum: int = 0) -> int:
-    if not text.isdecimal() or int(text) < minimum:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}, received {text!r}")
-    return int(text)

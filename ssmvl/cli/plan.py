@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-from ssmvl.cli.common import merged_recipe, recipe_arguments
+from ssmvl.cli.common import merged_recipe, positive_integer, recipe_arguments
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,11 +19,13 @@ GB, MINUTE, HOUR = 1e9, 60, 3600
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: a recipe, its overrides, and the hardware."""
     recipe_arguments(parser)
-    parser.add_argument("--gpus", type=_count, required=True, metavar="N", help="number of GPUs, one rank each")
+    parser.add_argument(
+        "--gpus", type=positive_integer, required=True, metavar="N", help="number of GPUs, one rank each"
+    )
     parser.add_argument("--memory", type=_amount, required=True, metavar="GB", help="memory of one GPU, in 10^9 bytes")
     parser.add_argument(
         "--text-tokens",
-        type=_count,
+        type=positive_integer,
         default=256,
         metavar="N",
         help="text tokens per sample, for the time (default: 256)",
@@ -128,12 +130,6 @@ def _duration(seconds: float) -> str:
     if seconds < 2 * MINUTE:
         return f"{seconds:.3g} s"
     return f"{seconds / MINUTE:.1f} min" if seconds < 2 * HOUR else f"{seconds / HOUR:.1f} h"
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, received {text!r}")
-    return int(text)
 
 
 def _amount(text: str) -> float:
