@@ -257,7 +257,7 @@ def damage(data: bytes) -> str:
     """Return what is wrong with the bytes of an image, or an empty string.
 
     A JPEG, PNG or GIF with its end marker near the end, and a WebP of the size in its header, are accepted without
-    decoding, if its header states no more than `MAX_PIXELS` pixels. All others are decoded and accepted if that
+    decoding, unless the header states more than `MAX_PIXELS` pixels. All others are decoded and accepted if that
     succeeds: bytes may follow the end marker.
     """
     if not data:

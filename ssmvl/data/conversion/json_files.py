@@ -60,7 +60,7 @@ def json_records(path: Path) -> Iterator[tuple[Any, int]]:
     """Yield each record of a JSON list or of JSON Lines, with the number of bytes read so far.
 
     Raises:
-        DataError: the file cannot be read, is not a list, or becomes malformed at some byte.
+        DataError: the file cannot be read, is neither a list nor JSON Lines, or becomes malformed at some byte.
     """
     require("ijson", "JSON")
     import ijson

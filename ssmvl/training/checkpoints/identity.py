@@ -25,7 +25,7 @@ class Identity(Callback):
         optimizer: class name of the stage's optimizer.
 
     Raises:
-        RunError: the checkpoint belongs to a run with a different model, seed, data or trained parts.
+        RunError: the checkpoint belongs to a run with a different model, seed, data, trained parts or optimizer.
     """
 
     def __init__(self, recipe: Recipe, optimizer: str) -> None:
