@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -11,7 +12,7 @@ from PIL import Image
 
 from ssmvl.errors import DataError
 from ssmvl.generation.assistant import Assistant
-from ssmvl.interfaces import Count, DatasetPart
+from ssmvl.interfaces import Count, DatasetPart, Message
 from ssmvl.processing.processor import IMAGE, Processor
 from ssmvl.processing.transforms import read_image
 from ssmvl.progress import progress
@@ -113,16 +114,32 @@ def ask(
         talks = [records[index]["conversation"] for index in indices]
         prompts = [talk[:-1] for talk in talks]
         own = [[read_image(image) for image in records[index]["images"]] for index in indices]
-        black = [[Image.new("RGB", image.size) for image in images] for images in own]
         other = [
             [read_image(image) for image in islice(cycle(records[others[index]]["images"]), len(images))]
             if images
             else []
             for index, images in zip(indices, own, strict=True)
         ]
-        answers = (
-            assistant.generate(prompts, images, max_new_tokens=options.max_new_tokens) for images in (own, black, other)
-        )
+        limit = options.max_new_tokens
+        seen = assistant.generate(prompts, own, max_new_tokens=limit)
+        blind = _blind(assistant, prompts, own, limit)
+        swapped = assistant.generate(prompts, other, max_new_tokens=limit)
         types, questions = [records[i]["type"] for i in indices], [talk[-2]["content"] for talk in talks]
-        answered += map(Answered, types, questions, map(assistant.processor.taught, talks), *answers)
+        truths = map(assistant.processor.taught, talks)
+        answered += map(Answered, types, questions, truths, seen, blind, swapped)
     return answered
+
+
+def _blind(
+    assistant: Assistant,
+    prompts: Sequence[Sequence[Message]],
+    images: Sequence[Sequence[Image.Image]],
+    max_new_tokens: int,
+) -> list[str]:
+    """Ask with black images of the same sizes. Of equal prompts with images of equal sizes, one is asked."""
+    keys = [json.dumps([prompt, [image.size for image in own]]) for prompt, own in zip(prompts, images, strict=True)]
+    numbers = {key: number for number, key in enumerate(keys)}
+    black = [[Image.new("RGB", image.size) for image in images[number]] for number in numbers.values()]
+    asked = [prompts[number] for number in numbers.values()]
+    answers = dict(zip(numbers, assistant.generate(asked, black, max_new_tokens=max_new_tokens), strict=True))
+    return [answers[key] for key in keys]

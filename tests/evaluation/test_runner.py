@@ -80,10 +80,14 @@ def test_each_question_is_asked_with_its_own_a_black_and_another_image(batch: in
 
 def test_prompts_and_images_of_each_call() -> None:
     _, reader = answers(RECORDS)
-    first, second = [(2, 3), (2, 3)], [(2, 3), (5, 3)]
+    small, large = (2, 3), (5, 3)
     assert reader.calls == [
-        *((["row?", "row?"], sizes, 5) for sizes in (first, first, second)),
-        *((["column?", "row?"], sizes, 5) for sizes in (second, second, first)),
+        (["row?", "row?"], [small, small], 5),
+        (["row?"], [small], 5),  # two equal questions about black images of one size
+        (["row?", "row?"], [small, large], 5),
+        (["column?", "row?"], [small, large], 5),
+        (["column?", "row?"], [small, large], 5),
+        (["column?", "row?"], [small, small], 5),
     ]
 
 
