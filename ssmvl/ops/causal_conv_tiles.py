@@ -72,7 +72,7 @@ def _tiles(
     """Yield for each tile its slice, the inputs (B, n+W-1, C) of its n outputs, and the mask (W-1, B, n, 1)."""
     (rows, length, channels), reach = x.shape, len(taps) - 1
     first = min(reach, length)
-    tile = max(64, 2**18 // (rows * channels)) if x.is_cpu else length  # about 1 MiB
+    tile = max(64, 2**18 // (rows * channels)) if x.is_cpu else length  # about 1 MiB where rows are few
     bounds = [(0, first)] if first else []
     bounds += [(start, min(start + tile, length)) for start in range(first, length, tile)]
     for start, stop in bounds:

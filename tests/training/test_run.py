@@ -156,3 +156,11 @@ def test_bad_recipes_touch_no_run_folder(tiny: Path) -> None:
     with pytest.raises(RecipeError, match="no option 'lrr'"):
         ssmvl.train(tiny, "stages.align.optimizer.lrr=3")
     assert not Path("runs").exists()
+
+
+def test_threads_that_wait_sleep_soon_unless_the_environment_says_otherwise() -> None:
+    show = "import os, sys, ssmvl.training; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    for given, expected in (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")):
+        kept = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+        output = subprocess.check_output([sys.executable, "-c", show], text=True, env=kept | given)
+        assert output.split() == [expected, "False"]  # torch would read it before it is set
